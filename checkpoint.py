@@ -1,0 +1,124 @@
+"""Checkpoints: saving without half-written files, safe loading, the keys of old and new ones.
+
+A checkpoint is a dict: epoch, state_dict, optimizer, scaler, best_acc1, args. Those released with
+the paper hold an argparse.Namespace, sometimes with a pathlib path, and keys that begin with
+"module."; ours hold a plain dict. No other class is ever built from a file.
+"""
+
+import argparse
+import os
+import pathlib
+import pickle
+
+import torch
+
+import utils
+from models import create_model
+from utils import InputError
+
+# Names a released checkpoint may contain. Its paths become pure ones, which touch no disk.
+SAFE_GLOBALS = [
+    argparse.Namespace,
+    (pathlib.PurePosixPath, "pathlib.PosixPath"),
+    (pathlib.PurePosixPath, "pathlib._local.PosixPath"),  # Python 3.13 and newer
+]
+
+
+def save(path, state):
+    """Writes beside `path`, flushes, renames: an interrupted save leaves the old file."""
+    utils.write_atomically(path, lambda file: torch.save(state, file))
+
+
+def save_run(args, model, training, epoch, best_acc1, is_best):
+    """checkpoint.pt, and checkpoint_best.pt if is_best, of a run that has finished `epoch` epochs."""
+    state = dict(
+        epoch=epoch,
+        state_dict=model.state_dict(),
+        optimizer=training.optimizer.state_dict(),
+        scaler=training.precision.scaler.state_dict(),
+        best_acc1=best_acc1,
+        args={key: plain(value) for key, value in vars(args).items()},
+    )
+    for name in ["checkpoint.pt", "checkpoint_best.pt"][: 1 + is_best]:
+        save(os.path.join(args.output_dir, name), state)
+
+
+def plain(value):
+    return str(value) if isinstance(value, pathlib.PurePath) else value
+
+
+def restore(path, model, training):
+    """Loads a run's weights, optimizer and scaler; returns (epochs finished, best accuracy)."""
+    state = load(path)
+    load_weights(model, state["state_dict"], path)
+    missing = {"optimizer", "epoch"} - state.keys()
+    if missing:
+        raise InputError(f"checkpoint {path} holds no {', '.join(missing)} to go on from")
+    try:
+        training.optimizer.load_state_dict(state["optimizer"])
+    except (ValueError, KeyError) as error:
+        raise InputError(f"checkpoint {path}: its optimizer does not fit: {error}") from error
+    if state.get("scaler"):  # empty where a run used none
+        training.precision.scaler.load_state_dict(state["scaler"])
+    return state["epoch"], float(state.get("best_acc1", 0.0))
+
+
+def load(path):
+    """The checkpoint's dict on the CPU, args as a Namespace, keys without "module.".
+
+    Raises InputError if the file is absent, is no checkpoint, or holds anything but plain data.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"checkpoint {str(path)!r} is absent; check --resume")
+    try:
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(f"checkpoint {path} is refused: {refusal(str(error))}") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"checkpoint {path} is damaged: {reason}") from error
+    if not isinstance(state, dict) or not {"state_dict", "args"} <= state.keys():
+        raise InputError(f"{path} is no checkpoint of a training run: state_dict or args is absent")
+    args = state["args"]
+    weights = {key.removeprefix("module."): value for key, value in state["state_dict"].items()}
+    args = argparse.Namespace(**args) if isinstance(args, dict) else args
+    return {**state, "args": args, "state_dict": weights}
+
+
+def refusal(message):
+    """PyTorch's long refusal, cut to the line that says what was found."""
+    lines = [line for line in message.splitlines() if "Unsupported" in line or "rror:" in line]
+    return (lines or message.splitlines())[-1].split(" was not an allowed global")[0].strip()
+
+
+def load_weights(model, state_dict, path):
+    """Strict loading. Raises InputError naming keys that are missing, surplus or of other shape."""
+    own = model.state_dict()
+    faults = {
+        "missing": [k for k in own if k not in state_dict],
+        "unknown": [k for k in state_dict if k not in own],
+        "of another shape": [k for k in own if k in state_dict and own[k].shape != state_dict[k].shape],
+    }
+    if any(faults.values()):
+        text = "; ".join(
+            f"{len(keys)} keys {fault}: {', '.join(keys[:3])}{', ...' * (len(keys) > 3)}"
+            for fault, keys in faults.items()
+            if keys
+        )
+        raise InputError(f"checkpoint {path} is of another model ({text}); check --model")
+    model.load_state_dict(state_dict)
+
+
+def load_model(path):
+    """(model in eval mode on the CPU, args of its training run) from a checkpoint file."""
+    state = load(path)
+    args = state["args"]
+    if not hasattr(args, "model"):
+        raise InputError(f"checkpoint {path} does not say which model it holds")
+    # Checkpoints of CLIP runs may lack the flags of the SimCLR head, which they have no use for.
+    model = create_model(
+        args.model, getattr(args, "ssl_mlp_dim", 4096), getattr(args, "ssl_emb_dim", 256)
+    )
+    load_weights(model, state["state_dict"], path)
+    return model.eval(), args

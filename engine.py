@@ -1,0 +1,150 @@
+"""One training update, one training epoch, and the evaluation pass; precision and accumulation.
+
+Knows no model, loss or data: an update gets `loss_fn(batch) -> {"loss": ..., metric: ...}`.
+"""
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Subset
+
+from utils import InputError, Meters, get_rank, get_world_size, reduce_sum
+
+
+class Precision:
+    """bf16 or fp16 autocast, the latter with a gradient scaler, or fp32.
+
+    name: None chooses bf16 where the GPU has it, fp16 where not, fp32 on the CPU.
+    """
+
+    DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+    def __init__(self, name, device):
+        if name is None and device.type == "cuda":
+            name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        self.name = name or "fp32"
+        self.device = device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.name == "fp16")
+
+    def autocast(self):
+        dtype = self.DTYPES[self.name]
+        return torch.autocast(self.device.type, dtype, enabled=self.name != "fp32")
+
+
+def to_device(batch, device):
+    """Moves a tensor, or the tensors of a dict, tuple or list."""
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return [to_device(value, device) for value in batch]
+    return batch.to(device, non_blocking=True)
+
+
+@dataclass
+class Training:
+    """What an update reads and changes."""
+
+    model: nn.Module
+    loss_fn: callable  # batch -> {"loss": ..., ...}; calls the model
+    optimizer: torch.optim.Optimizer
+    schedule: np.ndarray  # the learning rate of each update of the run
+    precision: Precision
+    update_freq: int = 1  # micro-batches an update
+    after_update: callable = lambda: None
+
+    @property
+    def device(self):
+        return self.precision.device
+
+
+def update(training, micro_batches, step):
+    """Update number `step`: mean gradient of the micro-batches, one optimizer step.
+
+    Returns the metrics, each the mean over the micro-batches, on the device. Ranks synchronise
+    their gradients at the last micro-batch.
+    """
+    t = training
+    for group in t.optimizer.param_groups:
+        group["lr"] = t.schedule[step]
+    t.optimizer.zero_grad(set_to_none=True)
+    sums = {}
+    for i, batch in enumerate(micro_batches, start=1):
+        batch = to_device(batch, t.device)
+        is_ddp = isinstance(t.model, DistributedDataParallel)
+        with t.model.no_sync() if is_ddp and i < t.update_freq else nullcontext():
+            with t.precision.autocast():
+                metrics = t.loss_fn(batch)
+            t.precision.scaler.scale(metrics["loss"] / t.update_freq).backward()
+        for key, value in metrics.items():
+            sums[key] = sums.get(key, 0) + value.detach() / t.update_freq
+    t.precision.scaler.step(t.optimizer)
+    t.precision.scaler.update()
+    t.after_update()
+    return sums
+
+
+def train_one_epoch(training, loader, epoch, log, print_freq=10):
+    """An epoch of updates; returns (the epoch's means over all ranks, its speed and size).
+
+    Metrics stay on the device and are read every print_freq updates. Raises InputError on every
+    rank at once when the loss is not finite.
+    """
+    updates = len(loader) // training.update_freq
+    first = epoch * updates
+    meters, batches = Meters(), iter(loader)
+    samples = loader.batch_size * training.update_freq * get_world_size()
+    started, waited, seen = time.perf_counter(), 0.0, 0
+    training.model.train()
+    with log.progress(updates, f"epoch {epoch}") as progress:
+        for i in range(updates):
+            asked = time.perf_counter()
+            micro_batches = list(islice(batches, training.update_freq))
+            waited += time.perf_counter() - asked
+            meters.update(update(training, micro_batches, first + i))
+            seen += samples
+            if (i + 1) % print_freq and i + 1 < updates:
+                continue
+            means = meters.read()
+            if not np.isfinite(means["loss"]):
+                raise InputError(
+                    f"loss is {means['loss']} by update {first + i} (epoch {epoch}); lower --lr, "
+                    "lengthen --warmup-epochs or try --precision fp32"
+                )
+            elapsed = time.perf_counter() - started
+            speed = {"samples_per_sec": seen / elapsed, "data_wait": waited / elapsed}
+            progress(i + 1, means, {**speed, "elapsed": elapsed})
+            values = {**means, **speed, "lr": training.schedule[first + i]}
+            log.scalars({f"train/{key}": value for key, value in values.items()}, first + i)
+    return meters.averages(), {**speed, "pairs": seen}
+
+
+@torch.no_grad()
+def predict(score_fn, width, dataset, precision, batch_size, workers):
+    """score_fn(images on the device) -> (B, width), over a labelled set of n images.
+
+    Returns (scores (n, width) float64, labels (n,) int64) on the CPU, in the set's order. Ranks
+    share the images; each is counted once, and every rank returns the same, as one process would.
+    """
+    device = precision.device
+    mine = torch.arange(get_rank(), len(dataset), get_world_size())
+    loader = DataLoader(
+        Subset(dataset, mine.tolist()),
+        batch_size,
+        num_workers=min(workers, len(mine)),
+        pin_memory=device.type == "cuda",
+    )
+    # Ranks fill in their own rows of zeros, so that the sum over ranks is the whole.
+    scores = torch.zeros(len(dataset), width + 1, dtype=torch.float64, device=device)
+    for rows, batch in zip(mine.split(batch_size), loader, strict=True):
+        images, labels = to_device(batch, device)
+        with precision.autocast():
+            scores[rows.to(device), :-1] = score_fn(images).double()
+        scores[rows.to(device), -1] = labels.double()
+    scores = reduce_sum(scores).cpu()
+    return scores[:, :-1], scores[:, -1].long()

@@ -1,0 +1,243 @@
+"""Pre-training of CLIP, SimCLR and SLIP models (arXiv:2112.12750).
+
+    torchrun --nproc-per-node 8 main.py --dataset cc3m --root CC3M --metadata cc3m.npy \\
+        --model SLIP_VITB16 --output-dir runs/slip --epochs 40
+    python main.py --device cpu ...  # one process, any machine
+"""
+
+import argparse
+import os
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from torchvision.utils import make_grid
+
+import checkpoint
+import datasets
+import engine
+import eval_zeroshot
+import losses
+import models
+import utils
+from tokenizer import SimpleTokenizer
+from transforms import to_float
+from utils import InputError
+
+MIN_SSL_BATCH = 64  # samples per step below which the SimCLR head's batch statistics mislead
+
+
+def get_args_parser():
+    parser = argparse.ArgumentParser(
+        "main.py",
+        description="Pre-training of CLIP, SimCLR and SLIP models",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument_group("Data").add_argument
+    add("--dataset", default="yfcc15m", help=f"one of {', '.join(datasets.SOURCES)}")
+    add("--root", default="", help="folder of the images")
+    add("--metadata", default="yfcc15m.pkl", help="file of image names and captions")
+    add("--csv-img-key", default="filepath", help="image column of --dataset csv")
+    add("--csv-caption-key", default="title", help="caption column of --dataset csv")
+    add("--val-dataset", default="imagenet", help="set scored zero-shot as it trains, or none")
+    add("--catalog", default=datasets.CATALOG, help="where the labelled sets lie (JSON)")
+    add("--output-dir", default="./", help="folder of checkpoints and logs")
+
+    add = parser.add_argument_group("Model").add_argument
+    add("--model", default="SLIP_VITB16", help="METHOD_TOWER, e.g. CLIP_VITS16, SLIP_convnext_tiny")
+    add("--ssl-mlp-dim", default=4096, type=int, help="hidden width of the SimCLR head")
+    add("--ssl-emb-dim", default=256, type=int, help="output width of the SimCLR head")
+    add("--ssl-scale", default=1.0, type=float, help="weight of the SimCLR loss in SLIP")
+    add("--ssl-temp", default=0.1, type=float, help="temperature of the SimCLR loss")
+    add("--gather-with-grad", action="store_true", help="full CLIP gradient on several ranks")
+    add("--resume", default="", help="checkpoint to go on from; output-dir's own comes first")
+
+    add = parser.add_argument_group("Optimization").add_argument
+    add("--epochs", default=25, type=int)
+    add("--warmup-epochs", default=1, type=int, help="epochs of linear warm-up")
+    add("--batch-size", default=64, type=int, help="samples per rank and micro-batch")
+    add("--lr", default=3e-3, type=float, help="peak learning rate")
+    add("--lr-start", default=1e-6, type=float, help="learning rate at the start of warm-up")
+    add("--lr-end", default=1e-5, type=float, help="learning rate at the end of the cosine")
+    add("--update-freq", default=1, type=int, help="micro-batches per update")
+    add("--wd", default=0.1, type=float, help="weight decay of tensors of 2 or more dimensions")
+    add("--betas", default=(0.9, 0.98), nargs=2, type=float, help="AdamW's")
+    add("--eps", default=1e-8, type=float, help="AdamW's")
+
+    add = parser.add_argument_group("System").add_argument
+    add("--precision", choices=engine.Precision.DTYPES, help="by default the device's best")
+    add("--disable-amp", action="store_true", help="the same as --precision fp32")
+    add("--device", default="auto", choices=("auto", "cuda", "cpu"))
+    add("-j", "--workers", default=10, type=int, help="loader processes per rank")
+    add("--print-freq", default=10, type=int, help="updates between two readings of the metrics")
+    add("--eval-freq", default=1, type=int, help="epochs between two validations")
+    add("--evaluate", action="store_true", help="validate the checkpoint and stop")
+    add("--dist-url", default="env://", help="where the ranks meet")
+    add("--seed", default=0, type=int)
+    return parser
+
+
+def create_loss(model, args):
+    simclr = losses.SIMCLRLoss(args.ssl_temp)
+    return {
+        models.CLIP: losses.CLIPLoss(args.gather_with_grad),
+        models.SIMCLR: simclr,
+        models.SLIP: losses.SLIPLoss(simclr, args.ssl_scale, args.gather_with_grad),
+    }[type(model)]
+
+
+def open_validation(model, args):
+    """The zero-shot task of --val-dataset, or None where there is nothing to score."""
+    if args.val_dataset == "none" or not hasattr(model, "encode_text"):
+        return None
+    catalog = datasets.load_catalog(args.catalog)
+    labels = utils.read_json(datasets.LABELS, "labels")
+    templates = utils.read_json(datasets.TEMPLATES, "templates")
+    try:
+        return eval_zeroshot.open_task(
+            args.val_dataset, model.image_size, catalog, labels, templates
+        )
+    except InputError as error:
+        raise InputError(f"--val-dataset: {error} (or give --val-dataset none)") from error
+
+
+def open_loader(model, args):
+    """The loader of one rank: whole updates of whole batches, shuffled anew every epoch."""
+    columns = (args.csv_img_key, args.csv_caption_key)
+    captions = datasets.load_captions(args.dataset, args.metadata, columns)
+    dataset = datasets.CaptionDataset(
+        captions, args.root, model.views, model.image_size, SimpleTokenizer(), args.seed
+    )
+    world_size = utils.get_world_size()
+    batches = len(dataset) // (args.batch_size * world_size)
+    if not batches:
+        raise InputError(
+            f"--batch-size {args.batch_size} on {world_size} ranks is more than the "
+            f"{len(dataset)} images of {args.metadata}; lower it"
+        )
+    if batches < args.update_freq:
+        raise InputError(
+            f"--update-freq {args.update_freq} is more than the {batches} batches of an epoch; "
+            "lower it"
+        )
+    batches -= batches % args.update_freq
+    sampler = datasets.EpochSampler(
+        len(dataset), args.batch_size, batches, utils.get_rank(), world_size, args.seed
+    )
+    return DataLoader(
+        dataset,
+        args.batch_size,
+        sampler=sampler,
+        collate_fn=datasets.collate,
+        num_workers=args.workers,
+        persistent_workers=args.workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def picture_of_views(loader, columns=8):
+    """A grid (3, height, width) of the first samples: a row for each image view."""
+    samples = [loader.dataset[key] for key, _ in zip(loader.sampler, range(columns), strict=False)]
+    views = [view for view in samples[0] if view != "text"]
+    return make_grid([sample[view] for view in views for sample in samples], nrow=len(samples))
+
+
+def main(args):
+    device = utils.init_distributed(args.device, args.dist_url)
+    utils.seed_everything(args.seed)
+
+    model = models.create_model(args.model, args.ssl_mlp_dim, args.ssl_emb_dim).to(device)
+    precision = engine.Precision("fp32" if args.disable_amp else args.precision, device)
+    task, tokenizer = open_validation(model, args), SimpleTokenizer()
+
+    if args.evaluate:
+        return evaluate_only(model, task, tokenizer, precision, args)
+
+    loader = open_loader(model, args)
+    updates = len(loader) // args.update_freq
+    global_batch = args.batch_size * utils.get_world_size()
+
+    ddp = model
+    if utils.get_world_size() > 1:
+        ddp = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    criterion = create_loss(model, args)
+
+    def loss_fn(batch):
+        views = {view: x if view == "text" else to_float(x) for view, x in batch.items()}
+        return criterion(ddp(**views))
+
+    training = engine.Training(
+        model=ddp,
+        loss_fn=loss_fn,
+        optimizer=torch.optim.AdamW(
+            utils.param_groups(model, args.wd), args.lr, args.betas, args.eps, fused=True
+        ),
+        schedule=utils.cosine_scheduler(
+            args.lr, args.lr_end, args.epochs, updates, args.warmup_epochs, args.lr_start
+        ),
+        precision=precision,
+        update_freq=args.update_freq,
+        after_update=getattr(model, "clamp_logit_scale", lambda: None),
+    )
+
+    own = os.path.join(args.output_dir, "checkpoint.pt")
+    resume = own if os.path.exists(own) else args.resume
+    start_epoch, best_acc1 = checkpoint.restore(resume, model, training) if resume else (0, 0.0)
+
+    log = utils.open_log(args.output_dir, start_epoch, start_epoch * updates)
+    log.settings(
+        utils.describe_run(args, effective_batch=global_batch * args.update_freq, precision=precision.name)
+    )
+    log.say(
+        f"{args.model}: {len(loader.dataset)} images, {updates} updates an epoch of "
+        f"{global_batch} x {args.update_freq} samples, {precision.name} on {device.type}"
+    )
+    if "aug1" in model.views and global_batch < MIN_SSL_BATCH:
+        log.say(
+            f"warning: {global_batch} samples per step are too few for the batch statistics of "
+            f"the SimCLR head; use {MIN_SSL_BATCH} or more over all ranks"
+        )
+    if task is None:
+        log.say("no zero-shot validation: --val-dataset none, or a model without text tower")
+    if resume:
+        log.say(f"resumed {resume} at epoch {start_epoch}")
+    if start_epoch == 0 and utils.is_main():
+        log.picture("views", picture_of_views(loader))
+
+    for epoch in range(start_epoch, args.epochs):
+        utils.seed_everything(args.seed, epoch, utils.get_rank())
+        loader.sampler.epoch = epoch
+        means, speed = engine.train_one_epoch(training, loader, epoch, log, args.print_freq)
+        stats = {f"train_{key}": value for key, value in means.items()}
+
+        is_best = False
+        if task and ((epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs):
+            result = eval_zeroshot.evaluate(
+                model, task, tokenizer, precision, args.batch_size, args.workers
+            )
+            is_best, best_acc1 = result["accuracy"] > best_acc1, max(result["accuracy"], best_acc1)
+            stats |= {"test_acc1": result["acc1"], "test_acc5": result["acc5"], "best_acc1": best_acc1}
+
+        stats |= {"epoch": epoch, "lr": training.schedule[(epoch + 1) * updates - 1], **speed}
+        if hasattr(model, "logit_scale"):
+            stats["logit_scale"] = model.logit_scale.exp().item()
+        log.say("  ".join(f"{key} {value:.4g}" for key, value in stats.items()))
+        log.epoch(stats)
+        if utils.is_main():
+            checkpoint.save_run(args, model, training, epoch + 1, best_acc1, is_best)
+    log.close()
+
+
+def evaluate_only(model, task, tokenizer, precision, args):
+    if task is None:
+        raise InputError(f"--evaluate: {args.model} with --val-dataset {args.val_dataset} has nothing to score")
+    path = args.resume or os.path.join(args.output_dir, "checkpoint.pt")
+    checkpoint.load_weights(model, checkpoint.load(path)["state_dict"], path)
+    result = eval_zeroshot.evaluate(model, task, tokenizer, precision, args.batch_size, args.workers)
+    if utils.is_main():
+        print(f"{task.name}: {result['metric']} {result['accuracy']:.2f}, {result['images']} images")
+
+
+if __name__ == "__main__":
+    utils.run(main, get_args_parser())

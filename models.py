@@ -1,0 +1,293 @@
+"""CLIP, SimCLR and SLIP: image and text towers, projections, and `create_model`.
+
+Shapes: B batch, L tokens (77), W width of a tower, D joint embedding.
+
+State-dict keys are public: checkpoints released with the paper (arXiv:2112.12750) load here.
+"""
+
+from dataclasses import dataclass, field
+
+import timm
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_grad
+import torch.nn.functional as F
+from torch import nn
+
+from utils import InputError
+
+VOCAB_SIZE = 49408
+CONTEXT_LENGTH = 77
+MAX_LOGIT_SCALE = 4.6052  # ln(100)
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One image tower by its timm name and options, and the text tower that goes with it."""
+
+    timm_name: str
+    options: dict = field(default_factory=dict)
+    embed_dim: int = 512
+    text_width: int = 512
+    text_heads: int = 8
+    text_layers: int = 12
+
+
+TINY_VIT = dict(img_size=32, patch_size=8, embed_dim=128, depth=4, num_heads=4)
+TOWERS = {
+    # MoCo v3's ViT-S has 12 heads where timm's has 6.
+    "VITS16": Tower("vit_small_patch16_224", dict(num_heads=12)),
+    "VITB16": Tower("vit_base_patch16_224"),
+    "VITL16": Tower("vit_large_patch16_224"),
+    "VITB32": Tower("vit_base_patch32_224"),
+    # CLIP's modified ResNet-50 with attention pooling.
+    "RN50": Tower("resnet50_clip", embed_dim=1024),
+    # For the demo and the tests: 32-pixel images.
+    "VITTINY8": Tower("vit_tiny_patch16_224", TINY_VIT, 128, 128, 4, 2),
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# Text tower
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which a token sees itself and those before it.
+
+    Parameters are named as nn.MultiheadAttention names them.
+    """
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x):  # (B, L, W)
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, L, 3W)
+        qkv = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, heads, L, W/heads)
+        x = F.scaled_dot_product_attention(*qkv, is_causal=True)  # (B, heads, L, W/heads)
+        return self.out_proj(x.transpose(1, 2).flatten(2))  # (B, L, W)
+
+
+class MLP(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.gelu = QuickGELU()
+        self.c_proj = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return self.c_proj(self.gelu(self.c_fc(x)))
+
+
+class ResidualAttentionBlock(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.attn = CausalSelfAttention(width, heads)
+        self.ln_1 = nn.LayerNorm(width)
+        self.mlp = MLP(width)
+        self.ln_2 = nn.LayerNorm(width)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, width, layers, heads):
+        super().__init__()
+        self.resblocks = nn.Sequential(
+            *[ResidualAttentionBlock(width, heads) for _ in range(layers)]
+        )
+
+    def forward(self, x):
+        return self.resblocks(x)
+
+
+# ---------------------------------------------------------------------------------------------
+# SimCLR head
+
+
+class SyncBatchNorm(nn.BatchNorm1d):
+    """Batch norm whose training statistics span all ranks, on CUDA and on the CPU alike.
+
+    (torch.nn.SyncBatchNorm refuses CPU tensors.) On one rank it is nn.BatchNorm1d.
+    """
+
+    def forward(self, x):  # (B, W)
+        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            full = x if x.dtype == torch.float64 else x.float()
+            count = len(full) * dist.get_world_size()
+            mean = dist_grad.all_reduce(full.sum(0)) / count
+            centred = full - mean
+            var = dist_grad.all_reduce(centred.square().sum(0)) / count
+            with torch.no_grad():  # running_var is the unbiased estimate, as in nn.BatchNorm1d
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var * count / (count - 1), self.momentum)
+            return (centred * (var + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)
+
+
+class SIMCLRHead(nn.Module):
+    """Projects an image tower's output (B, W) to (B, out_dim) for the contrast of two views."""
+
+    def __init__(self, in_dim, mlp_dim, out_dim):
+        super().__init__()
+        self.layer1 = nn.Linear(in_dim, mlp_dim)
+        self.bn1 = SyncBatchNorm(mlp_dim)
+        self.layer2 = nn.Linear(mlp_dim, mlp_dim)
+        self.bn2 = SyncBatchNorm(mlp_dim)
+        self.layer3 = nn.Linear(mlp_dim, out_dim)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.layer1(x)))
+        x = F.relu(self.bn2(self.layer2(x)))
+        return self.layer3(x)
+
+
+# ---------------------------------------------------------------------------------------------
+# Methods
+
+
+def create_visual(tower):
+    """The timm image tower without classifier: images (B, 3, S, S) -> (B, W)."""
+    return timm.create_model(tower.timm_name, num_classes=0, **tower.options)
+
+
+def output_width(visual):
+    """W of a timm tower: some of its models (MobileNetV3) widen the features in their head."""
+    return getattr(visual, "head_hidden_size", visual.num_features)
+
+
+def input_size(visual):
+    """The side S of the square images that a timm tower takes, in pixels."""
+    patches = getattr(visual, "patch_embed", None)
+    size = getattr(patches, "img_size", None) or visual.pretrained_cfg["input_size"][1:]
+    return size[0]
+
+
+class CLIP(nn.Module):
+    """An image tower and a text tower trained to agree on pairs (Radford et al., 2021)."""
+
+    views = ("image", "text")
+
+    def __init__(self, tower, ssl_mlp_dim=None, ssl_emb_dim=None):
+        super().__init__()
+        self.visual = create_visual(tower)
+        self.image_size = input_size(self.visual)
+        width, image_width = tower.text_width, output_width(self.visual)
+        self.transformer = Transformer(width, tower.text_layers, tower.text_heads)
+        self.token_embedding = nn.Embedding(VOCAB_SIZE, width)
+        self.positional_embedding = nn.Parameter(torch.empty(CONTEXT_LENGTH, width))
+        self.ln_final = nn.LayerNorm(width)
+        self.image_projection = nn.Parameter(torch.empty(image_width, tower.embed_dim))
+        self.text_projection = nn.Parameter(torch.empty(width, tower.embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.init_parameters()
+
+    def init_parameters(self):
+        width, layers = self.token_embedding.embedding_dim, len(self.transformer.resblocks)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        for block in self.transformer.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+        nn.init.normal_(self.image_projection, std=len(self.image_projection) ** -0.5)
+        nn.init.normal_(self.text_projection, std=width**-0.5)
+
+    def encode_image(self, image):
+        """(B, 3, S, S) normalised images -> (B, D), not normalised."""
+        return self.visual(image) @ self.image_projection
+
+    def encode_text(self, text):
+        """(B, L) token ids -> (B, D), not normalised; the end-of-text token has the highest id."""
+        x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]  # (B, L, W)
+        x = self.ln_final(self.transformer(x))
+        return x[torch.arange(len(x)), text.argmax(-1)] @ self.text_projection
+
+    def forward(self, image, text):
+        return {
+            "image_embed": self.encode_image(image),
+            "text_embed": self.encode_text(text),
+            "logit_scale": self.logit_scale.exp(),
+        }
+
+    @torch.no_grad()
+    def clamp_logit_scale(self):
+        """Keeps the temperature at 0.01 or above (CLIP, section 2.5); called after each update."""
+        self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+
+class SIMCLR(nn.Module):
+    """An image tower trained to agree on two views of an image (Chen et al., 2020)."""
+
+    views = ("aug1", "aug2")
+
+    def __init__(self, tower, ssl_mlp_dim=4096, ssl_emb_dim=256):
+        super().__init__()
+        self.visual = create_visual(tower)
+        self.image_size = input_size(self.visual)
+        self.image_mlp = SIMCLRHead(output_width(self.visual), ssl_mlp_dim, ssl_emb_dim)
+
+    def encode_image(self, image):
+        """(B, 3, S, S) normalised images -> (B, W), before the head."""
+        return self.visual(image)
+
+    def forward(self, aug1, aug2):
+        # One view at a time: batch statistics are those of one view.
+        return {
+            "aug1_embed": self.image_mlp(self.visual(aug1)),
+            "aug2_embed": self.image_mlp(self.visual(aug2)),
+        }
+
+
+class SLIP(CLIP):
+    """CLIP and SimCLR on one image tower (Mu et al., arXiv:2112.12750)."""
+
+    views = ("image", "text", "aug1", "aug2")
+
+    def __init__(self, tower, ssl_mlp_dim=4096, ssl_emb_dim=256):
+        super().__init__(tower)
+        self.image_mlp = SIMCLRHead(output_width(self.visual), ssl_mlp_dim, ssl_emb_dim)
+
+    def forward(self, image, text, aug1, aug2):
+        return {
+            **super().forward(image, text),
+            "aug1_embed": self.image_mlp(self.visual(aug1)),
+            "aug2_embed": self.image_mlp(self.visual(aug2)),
+        }
+
+
+METHODS = {"CLIP": CLIP, "SIMCLR": SIMCLR, "SLIP": SLIP}
+
+
+def parse_name(name):
+    """"SLIP_VITB16" -> (SLIP, its Tower); the tower may be any timm model ("CLIP_convnext_tiny")."""
+    method, _, tower = name.partition("_")
+    if method not in METHODS or not (tower in TOWERS or timm.is_model(tower)):
+        raise InputError(
+            f"unknown model {name!r}; choose METHOD_TOWER with METHOD in {', '.join(METHODS)} "
+            f"and TOWER in {', '.join(TOWERS)} or any model name of timm"
+        )
+    return METHODS[method], TOWERS.get(tower) or Tower(tower)
+
+
+def create_model(name, ssl_mlp_dim=4096, ssl_emb_dim=256):
+    """Builds a model by name, randomly initialised. Raises InputError for an unknown name.
+
+    ssl_mlp_dim, ssl_emb_dim: hidden and output width of the SimCLR head, where there is one.
+    """
+    method, tower = parse_name(name)
+    return method(tower, ssl_mlp_dim, ssl_emb_dim)

@@ -1,0 +1,118 @@
+"""CLIP's byte-pair encoding: text to the 49,408 token ids of Radford et al. (2021).
+
+The vocabulary file is OpenAI's (MIT licence): one merge a line, most frequent first.
+"""
+
+import gzip
+import html
+from functools import lru_cache
+from pathlib import Path
+
+import ftfy
+import regex
+import torch
+
+VOCABULARY = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
+MERGES = 49152 - 256 - 2  # the file holds more than CLIP's vocabulary uses
+WORD_END = "</w>"
+START, END = "<|startoftext|>", "<|endoftext|>"
+PIECES = regex.compile(
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
+    regex.IGNORECASE,
+)
+
+
+def byte_symbols():
+    """A printable character for each byte, in the vocabulary's order.
+
+    Printable bytes of Latin-1 stand for themselves and come first; the rest follow from U+0100.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)]
+    printable += range(ord("®"), ord("ÿ") + 1)
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {b: chr(256 + i) for i, b in enumerate(rest)}
+
+
+def clean(text):
+    """Mends mis-decoded characters, unescapes HTML (twice: it is often doubled), joins blanks."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+
+
+class SimpleTokenizer:
+    """Lower-cases, splits and encodes text; called, returns rows of `context_length` ids."""
+
+    def __init__(self, path=VOCABULARY):
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            lines = file.read().split("\n")[1 : MERGES + 1]  # the first line is a header
+        merges = [tuple(line.split()) for line in lines]
+        self.symbols = byte_symbols()
+        singles = list(self.symbols.values())
+        words = singles + [s + WORD_END for s in singles] + ["".join(m) for m in merges]
+        self.decoder = dict(enumerate([*words, START, END]))
+        self.encoder = {token: i for i, token in self.decoder.items()}
+        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
+        self.bytes = {symbol: byte for byte, symbol in self.symbols.items()}
+        self.start, self.end = self.encoder[START], self.encoder[END]
+        # Bounded: a loader's worker meets millions of different words.
+        self.merge = lru_cache(maxsize=2**15)(self._merge)
+
+    def _merge(self, word):
+        """The token ids of one word (a string of byte symbols): joins the best-ranked pairs."""
+        parts = [*word[:-1], word[-1] + WORD_END]
+        while len(parts) > 1:
+            pairs = list(zip(parts, parts[1:], strict=False))
+            best = min(pairs, key=lambda pair: self.ranks.get(pair, MERGES))
+            if best not in self.ranks:
+                break
+            joined, i = [], 0
+            while i < len(parts):
+                if tuple(parts[i : i + 2]) == best:
+                    joined.append(parts[i] + parts[i + 1])
+                    i += 2
+                else:
+                    joined.append(parts[i])
+                    i += 1
+            parts = joined
+        return [self.encoder[part] for part in parts]
+
+    def encode(self, text):
+        """The ids of a text, without start and end."""
+        ids = []
+        for piece in PIECES.findall(clean(text)):
+            if piece in (START, END):
+                ids.append(self.encoder[piece])
+            else:
+                ids += self.merge("".join(self.symbols[byte] for byte in piece.encode()))
+        return ids
+
+    def decode(self, ids):
+        """The text of ids; a word's end becomes a blank."""
+        text = "".join(self.decoder[int(i)] for i in ids)
+        text = text.replace(WORD_END, " ")
+        raw = b"".join(
+            bytes([self.bytes[c]]) if c in self.bytes else c.encode() for c in text
+        )
+        return raw.decode("utf-8", errors="replace")
+
+    def __call__(self, texts, context_length=77):
+        """One string -> (context_length,) int64; a list of n strings -> (n, context_length).
+
+        Start token, ids, end token, zeros. A text too long is cut before the end token, because
+        the text tower pools at the end token.
+        """
+        if isinstance(texts, str):
+            return self([texts], context_length)[0]
+        result = torch.zeros(len(texts), context_length, dtype=torch.long)
+        for row, text in zip(result, texts, strict=True):
+            ids = [self.start, *self.encode(text)[: context_length - 2], self.end]
+            row[: len(ids)] = torch.tensor(ids)
+        return result
+
+
+def trim(tokens, lengths=(16, 32, 48, 64)):
+    """Rows of ids (B, L) cut to the longest text, rounded up to one of few lengths.
+
+    The text tower is causal and pools at the end token, so embeddings stay the same.
+    """
+    longest = int(tokens.argmax(-1).max()) + 1
+    return tokens[:, : next((length for length in lengths if length >= longest), None)]

@@ -1,0 +1,294 @@
+"""What every script shares: user errors, ranks and gathers, schedules, meters, the run's log.
+
+Nothing here knows about models, losses or data. Shapes: N global batch, B local batch.
+"""
+
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_grad
+from tqdm import tqdm
+
+
+class InputError(Exception):
+    """The user's input is at fault: one line with what, which value, and what to do."""
+
+
+def run(main, parser):
+    """Runs a script; an InputError becomes one line on stderr and exit code 2, a bug its traceback."""
+    try:
+        main(parser.parse_args())
+    except InputError as error:
+        # From a loader's worker the text arrives behind that worker's traceback; the last line is ours.
+        message = str(error).strip().splitlines()[-1].removeprefix("utils.InputError: ")
+        rank = f" (rank {get_rank()})" if get_rank() else ""
+        print(f"error{rank}: {message}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+
+
+def read_json(path, what):
+    """The parsed JSON file; `what` names it in errors. Raises InputError if absent or malformed."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except OSError as error:
+        raise InputError(f"{what} {path}: {error.strerror}; check the path") from error
+    except ValueError as error:
+        raise InputError(f"{what} {path} is not valid JSON: {error}") from error
+
+
+def write_atomically(path, write):
+    """Calls write(file) on a binary file beside `path`, flushes it to disk, then renames it."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path, value):
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+# ---------------------------------------------------------------------------------------------
+# Ranks and gathers
+
+
+def init_distributed(device="auto", dist_url="env://"):
+    """Joins the ranks that a launcher (torchrun, submitit) started and returns this rank's device.
+
+    device: auto (CUDA if there is one), cuda or cpu. Reads RANK, WORLD_SIZE and LOCAL_RANK; without
+    them, or with one rank, no process group is made. NCCL serves CUDA, gloo the CPU.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: this machine has no usable CUDA device; use --device cpu")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=dist_url, rank=rank, world_size=world_size)
+    return torch.device(device)
+
+
+def get_rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def get_world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main():
+    return get_rank() == 0
+
+
+def gather(rows, with_grad):
+    """The rows of all ranks in rank order: (B, D) -> (N, D).
+
+    with_grad: backward sums the gradients that all ranks have for a row; otherwise the result
+    carries no gradient, not even to this rank's own rows. On one rank it is `rows` itself.
+    """
+    if get_world_size() == 1:
+        return rows
+    if with_grad:
+        return torch.cat(dist_grad.all_gather(rows))
+    gathered = [torch.empty_like(rows) for _ in range(get_world_size())]
+    dist.all_gather(gathered, rows.detach().contiguous())
+    return torch.cat(gathered)
+
+
+def reduce_sum(tensor):
+    """Sum over all ranks, in place; no gradient."""
+    if get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+# ---------------------------------------------------------------------------------------------
+# Optimization
+
+
+def seed_everything(*numbers):
+    """Seeds Python, NumPy and PyTorch with one number made from `numbers` (seed, epoch, rank)."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def cosine_scheduler(
+    base_value, final_value, epochs, niter_per_ep, warmup_epochs=0, start_warmup_value=0.0
+):
+    """One value per update, (epochs * niter_per_ep,): linear warm-up, then half a cosine.
+
+    Warm-up ends on base_value at its last update; the cosine starts there and would reach
+    final_value one update after the last. Raises InputError if warm-up outlasts training.
+    """
+    if warmup_epochs > epochs:
+        raise InputError(f"--warmup-epochs {warmup_epochs} exceeds --epochs {epochs}; lower it")
+    warmup = np.linspace(start_warmup_value, base_value, warmup_epochs * niter_per_ep)
+    steps = (epochs - warmup_epochs) * niter_per_ep
+    phase = np.pi * np.arange(steps) / max(steps, 1)
+    cosine = final_value + 0.5 * (base_value - final_value) * (1 + np.cos(phase))
+    return np.concatenate([warmup, cosine])
+
+
+def param_groups(model, weight_decay):
+    """Weight decay for tensors of two or more dimensions; none for biases, norms, logit_scale.
+
+    The order (decayed first) is the archived code's, so that its optimizer states load.
+    """
+    params = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+class Meters:
+    """Running means of metrics that stay on their device until read, so that no step waits.
+
+    `update` takes a dict of scalar tensors (equal keys every time); `read` returns the means over
+    all ranks since the last read, and adds them to the epoch's means in `averages()`.
+    """
+
+    def __init__(self):
+        self.window, self.steps = {}, 0
+        self.totals, self.total_steps = {}, 0
+
+    def update(self, metrics):
+        for key, value in metrics.items():
+            value = value.detach().double()
+            self.window[key] = self.window[key] + value if key in self.window else value
+        self.steps += 1
+
+    def read(self):
+        if not self.steps:
+            return {}
+        sums = reduce_sum(torch.stack(list(self.window.values()))) / get_world_size()
+        means = {k: v / self.steps for k, v in zip(self.window, sums.tolist(), strict=True)}
+        for key, mean in means.items():
+            self.totals[key] = self.totals.get(key, 0.0) + mean * self.steps
+        self.total_steps += self.steps
+        self.window, self.steps = {}, 0
+        return means
+
+    def averages(self):
+        return {key: total / self.total_steps for key, total in self.totals.items()}
+
+
+# ---------------------------------------------------------------------------------------------
+# The log of a run
+
+
+def describe_run(args, **derived):
+    """What a reader needs to repeat a run: flags, command, code revision, versions, ranks."""
+    import timm
+    import torchvision
+
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    modules = (torch, torchvision, timm, np)
+    return {
+        "args": vars(args),
+        "argv": sys.argv,
+        "git": revision or None,
+        "versions": {"python": platform.python_version()}
+        | {module.__name__: module.__version__ for module in modules},
+        "world_size": get_world_size(),
+        **derived,
+    }
+
+
+class RunLog:
+    """What a run leaves behind: lines on screen, log.txt, args.json and TensorBoard's events."""
+
+    def __init__(self, output_dir, first_epoch=0, first_update=0):
+        from torch.utils.tensorboard import SummaryWriter  # slow to import: only when needed
+
+        self.output_dir = Path(output_dir)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.file = self.output_dir / "log.txt"
+        if self.file.exists():  # epochs that will be run again
+            lines = self.file.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["epoch"] < first_epoch]
+            write_atomically(self.file, lambda file: file.write("".join(kept).encode()))
+        self.writer = SummaryWriter(output_dir, purge_step=first_update)
+
+    def say(self, text):
+        print(text, flush=True)
+
+    def settings(self, settings):
+        write_json(self.output_dir / "args.json", settings)
+
+    def epoch(self, stats):
+        """One JSON object a line; TensorBoard gets the same numbers by epoch."""
+        with open(self.file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(stats) + "\n")
+        self.scalars({f"epoch/{key}": value for key, value in stats.items()}, stats["epoch"])
+        self.writer.flush()
+
+    def scalars(self, values, step):
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def picture(self, name, image, step=0):
+        self.writer.add_image(name, image, step)
+
+    @contextmanager
+    def progress(self, total, title):
+        """Yields report(done, means, speed): a bar on a terminal, a line each time elsewhere."""
+        with tqdm(total=total, desc=title, disable=not sys.stderr.isatty(), unit="update") as bar:
+
+            def report(done, means, speed):
+                bar.update(done - bar.n)
+                numbers = {key: f"{value:.4f}" for key, value in means.items()} | {
+                    "samples/s": f"{speed['samples_per_sec']:.1f}",
+                    "data wait": f"{speed['data_wait']:.0%}",
+                }
+                bar.set_postfix(numbers)
+                if bar.disable:
+                    left = tqdm.format_interval(speed["elapsed"] / done * (total - done))
+                    text = "  ".join(f"{key} {value}" for key, value in numbers.items())
+                    self.say(f"{title} [{done}/{total}]  {text}  left {left}")
+
+            yield report
+
+    def close(self):
+        self.writer.close()
+
+
+class SilentLog:
+    """The log of the ranks that keep none."""
+
+    def progress(self, total, title):
+        return nullcontext(self.ignore)
+
+    def ignore(self, *args):
+        pass
+
+    say = settings = epoch = scalars = picture = close = ignore
+
+
+def open_log(*args):
+    return RunLog(*args) if is_main() else SilentLog()
