@@ -2,7 +2,8 @@
 
 A checkpoint is a dict: epoch, state_dict, optimizer, scaler, best_acc1, args. Those released with
 the paper hold an argparse.Namespace, sometimes with a pathlib path, and keys that begin with
-"module."; ours hold a plain dict. No other class is ever built from a file.
+"module.", and their optimizer holds a NumPy float; ours hold plain data. No other class is ever
+built from a file.
 """
 
 import argparse
@@ -10,15 +11,26 @@ import os
 import pathlib
 import pickle
 
+import numpy as np
 import torch
 
 import utils
 from models import create_model
 from utils import InputError
 
+
+def read_scalar(dtype, data):
+    """A pickled NumPy number -> a Python one."""
+    return np.frombuffer(data, dtype)[0].item()
+
+
 # Names a released checkpoint may contain. Its paths become pure ones, which touch no disk.
 SAFE_GLOBALS = [
     argparse.Namespace,
+    np.dtype,
+    type(np.dtype("float64")),
+    (read_scalar, "numpy.core.multiarray.scalar"),
+    (read_scalar, "numpy._core.multiarray.scalar"),  # NumPy 2
     (pathlib.PurePosixPath, "pathlib.PosixPath"),
     (pathlib.PurePosixPath, "pathlib._local.PosixPath"),  # Python 3.13 and newer
 ]
@@ -30,15 +42,15 @@ def save(path, state):
 
 
 def save_run(args, model, training, epoch, best_acc1, is_best):
-    """checkpoint.pt, and checkpoint_best.pt if is_best, of a run that has finished `epoch` epochs."""
-    state = dict(
-        epoch=epoch,
-        state_dict=model.state_dict(),
-        optimizer=training.optimizer.state_dict(),
-        scaler=training.precision.scaler.state_dict(),
-        best_acc1=best_acc1,
-        args={key: plain(value) for key, value in vars(args).items()},
-    )
+    """Writes checkpoint.pt, and checkpoint_best.pt if is_best, after `epoch` epochs."""
+    state = {
+        "epoch": epoch,
+        "state_dict": model.state_dict(),
+        "optimizer": training.optimizer.state_dict(),
+        "scaler": training.precision.scaler.state_dict(),
+        "best_acc1": best_acc1,
+        "args": {key: plain(value) for key, value in vars(args).items()},
+    }
     for name in ["checkpoint.pt", "checkpoint_best.pt"][: 1 + is_best]:
         save(os.path.join(args.output_dir, name), state)
 
@@ -74,7 +86,9 @@ def load(path):
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise InputError(f"checkpoint {path} is refused: {refusal(str(error))}") from error
+        # PyTorch wraps the reason in advice to load the file unsafely; the reason is the context.
+        reason = str(error.__context__ or error).splitlines()[0].split(" was not an allowed")[0]
+        raise InputError(f"checkpoint {path} is refused, it is not plain data: {reason}") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"checkpoint {path} is damaged: {reason}") from error
@@ -86,19 +100,15 @@ def load(path):
     return {**state, "args": args, "state_dict": weights}
 
 
-def refusal(message):
-    """PyTorch's long refusal, cut to the line that says what was found."""
-    lines = [line for line in message.splitlines() if "Unsupported" in line or "rror:" in line]
-    return (lines or message.splitlines())[-1].split(" was not an allowed global")[0].strip()
-
-
 def load_weights(model, state_dict, path):
     """Strict loading. Raises InputError naming keys that are missing, surplus or of other shape."""
     own = model.state_dict()
     faults = {
         "missing": [k for k in own if k not in state_dict],
         "unknown": [k for k in state_dict if k not in own],
-        "of another shape": [k for k in own if k in state_dict and own[k].shape != state_dict[k].shape],
+        "of another shape": [
+            k for k in own if k in state_dict and own[k].shape != state_dict[k].shape
+        ],
     }
     if any(faults.values()):
         text = "; ".join(

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import torch
 import torchvision
 from torch.utils.data import Dataset, Sampler, default_collate
 
@@ -44,7 +43,7 @@ for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Builds lists, dicts, numbers, strings, and NumPy arrays and scalars of these; nothing else."""
+    """Builds lists, dicts, numbers, strings, and NumPy arrays and scalars; nothing else."""
 
     def find_class(self, module, name):
         if (module, name) not in PLAIN_GLOBALS:
@@ -93,19 +92,17 @@ def read_rows(path, rows, pick):
     for number, row in enumerate(rows):
         try:
             image, captions = pick(row)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+            captions = [captions] if isinstance(captions, str) else list(captions)
+            if not captions:
+                raise ValueError("no caption")
+            for text in (image, *captions):
+                text.encode()  # fails on what is no text, and on half a surrogate pair
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else error
             raise InputError(
-                f"metadata {path}, row {number}: {describe(error)}; expected fields are missing "
-                "or of another kind"
+                f"metadata {path}, row {number}: {reason}; a field is missing or of another kind"
             ) from error
-        captions = [captions] if isinstance(captions, str) else list(captions)
-        if not captions or not all(isinstance(caption, str) for caption in captions):
-            raise InputError(f"metadata {path}, row {number}: no caption, or one that is no text")
         yield image, captions
-
-
-def describe(error):
-    return f"no {error}" if isinstance(error, KeyError) else str(error)
 
 
 # ---------------------------------------------------------------------------------------------

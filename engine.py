@@ -16,14 +16,14 @@ from torch.utils.data import DataLoader, Subset
 
 from utils import InputError, Meters, get_rank, get_world_size, reduce_sum
 
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
 
 class Precision:
     """bf16 or fp16 autocast, the latter with a gradient scaler, or fp32.
 
     name: None chooses bf16 where the GPU has it, fp16 where not, fp32 on the CPU.
     """
-
-    DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
     def __init__(self, name, device):
         if name is None and device.type == "cuda":
@@ -33,7 +33,7 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.name == "fp16")
 
     def autocast(self):
-        dtype = self.DTYPES[self.name]
+        dtype = PRECISIONS[self.name]
         return torch.autocast(self.device.type, dtype, enabled=self.name != "fp32")
 
 
@@ -71,7 +71,7 @@ def update(training, micro_batches, step):
     """
     t = training
     for group in t.optimizer.param_groups:
-        group["lr"] = t.schedule[step]
+        group["lr"] = float(t.schedule[step])  # a NumPy float is no plain data
     t.optimizer.zero_grad(set_to_none=True)
     sums = {}
     for i, batch in enumerate(micro_batches, start=1):

@@ -7,7 +7,6 @@ Protocol of the paper (arXiv:2112.12750, section 4.1; the metrics are CLIP's).
 Shapes: C classes, D joint embedding, n images of a set.
 """
 
-import argparse
 import os
 from dataclasses import dataclass
 
@@ -21,7 +20,7 @@ import utils
 from checkpoint import load_model
 from tokenizer import SimpleTokenizer, trim
 from transforms import CenterCrop, to_float
-from utils import InputError
+from utils import InputError, positive_int
 
 # ---------------------------------------------------------------------------------------------
 # Metrics, in percent: (top (n, K) best classes first, margin (n,) score of class 1 over 0, labels)
@@ -69,7 +68,7 @@ METRICS = {  # every other set: top1
 
 @dataclass
 class Task:
-    """A labelled set with the class names (str, or lists of synonyms) and prompts to score it by."""
+    """A labelled set, its class names (each a str or a list of synonyms) and its prompts."""
 
     name: str
     dataset: Dataset
@@ -80,7 +79,11 @@ class Task:
 
 def open_task(name, image_size, catalog, labels, templates):
     """Raises InputError if the set, its labels or its prompts are absent or do not fit."""
-    for what, table in (("the catalog", catalog), ("the labels", labels), ("the templates", templates)):
+    for what, table in (
+        ("the catalog", catalog),
+        ("the labels", labels),
+        ("the templates", templates),
+    ):
         if name not in table:
             raise InputError(f"{name!r} is not in {what}; choose from {', '.join(catalog)}")
     dataset = datasets.get_downstream_dataset(
@@ -110,7 +113,7 @@ def build_classifier(model, tokenizer, classes, templates, precision, batch_size
 
 
 def evaluate(model, task, tokenizer, precision, batch_size=256, workers=10):
-    """Zero-shot scores of a model on a task: the protocol's metric as `accuracy`, and acc1, acc5."""
+    """Zero-shot scores on a task, in percent: its protocol's metric as `accuracy`, acc1, acc5."""
     model.eval()
     classifier = build_classifier(model, tokenizer, task.classes, task.templates, precision)
     k = min(5, len(task.classes))
@@ -142,18 +145,18 @@ def evaluate(model, task, tokenizer, precision, batch_size=256, workers=10):
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(
-        "eval_zeroshot.py", description="Zero-shot accuracy of a checkpoint", allow_abbrev=False
-    )
+    parser = utils.ArgumentParser("eval_zeroshot.py", "Zero-shot accuracy of a checkpoint")
     parser.add_argument("--resume", required=True, help="checkpoint file, ours or a released one")
     parser.add_argument("--output-dir", default="./", help="where results.json is written")
-    parser.add_argument("--datasets", nargs="+", help="sets of the catalog (default: those present)")
+    parser.add_argument("--datasets", nargs="+", help="sets to score; those present if not given")
     parser.add_argument("--catalog", default=datasets.CATALOG, help="where the sets lie (JSON)")
     parser.add_argument("--labels", default=datasets.LABELS, help="class names (JSON)")
     parser.add_argument("--templates", default=datasets.TEMPLATES, help="prompts (JSON)")
-    parser.add_argument("--batch-size", default=256, type=int, help="images per rank and step")
+    parser.add_argument(
+        "--batch-size", default=256, type=positive_int, help="images per rank and step"
+    )
     parser.add_argument("-j", "--workers", default=10, type=int, help="loader processes per rank")
-    parser.add_argument("--precision", choices=engine.Precision.DTYPES, help="see main.py")
+    parser.add_argument("--precision", choices=engine.PRECISIONS, help="see main.py")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     parser.add_argument("--dist-url", default="env://", help="where the ranks meet")
     return parser
@@ -176,7 +179,7 @@ def main(args):
 
     model, train_args = load_model(args.resume)
     if not hasattr(model, "encode_text"):
-        raise InputError(f"{args.resume} holds {train_args.model}, which has no text tower to prompt")
+        raise InputError(f"{args.resume} holds {train_args.model}: it has no text to prompt")
     model.to(device)
     precision = engine.Precision(args.precision, device)
 
@@ -202,4 +205,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    utils.run(main, get_args_parser())
+    utils.run(lambda: main(get_args_parser().parse_args()))

@@ -22,6 +22,10 @@ def local_labels(embed):
     return torch.arange(len(embed), device=embed.device) + len(embed) * get_rank()
 
 
+def symmetric_cross_entropy(logits_a, logits_b, labels):
+    return (F.cross_entropy(logits_a, labels) + F.cross_entropy(logits_b, labels)) / 2
+
+
 @torch.no_grad()
 def accuracy(logits, labels):
     return 100 * (logits.argmax(-1) == labels).float().mean()
@@ -44,7 +48,7 @@ class CLIPLoss(nn.Module):
         with torch.autocast(image.device.type, enabled=False):
             logits_per_image = scale * image @ gather(text, self.gather_with_grad).T  # (B, N)
             logits_per_text = scale * text @ gather(image, self.gather_with_grad).T  # (B, N)
-        loss = (F.cross_entropy(logits_per_image, labels) + F.cross_entropy(logits_per_text, labels)) / 2
+        loss = symmetric_cross_entropy(logits_per_image, logits_per_text, labels)
         return {"loss": loss, "clip_loss": loss, "clip_acc": accuracy(logits_per_image, labels)}
 
 
@@ -65,7 +69,7 @@ class SIMCLRLoss(nn.Module):
             all_a, all_b = gather(a, with_grad=True), gather(b, with_grad=True)  # (N, D)
             logits_a = self.logits(a, all_b, all_a, labels)
             logits_b = self.logits(b, all_a, all_b, labels)
-        loss = (F.cross_entropy(logits_a, labels) + F.cross_entropy(logits_b, labels)) / 2
+        loss = symmetric_cross_entropy(logits_a, logits_b, labels)
         return {"loss": loss, "ssl_loss": loss, "ssl_acc": accuracy(logits_a, labels)}
 
     def logits(self, query, other_view, same_view, labels):

@@ -5,7 +5,6 @@
     python main.py --device cpu ...  # one process, any machine
 """
 
-import argparse
 import os
 
 import torch
@@ -22,18 +21,13 @@ import models
 import utils
 from tokenizer import SimpleTokenizer
 from transforms import to_float
-from utils import InputError
+from utils import InputError, positive_int
 
 MIN_SSL_BATCH = 64  # samples per step below which the SimCLR head's batch statistics mislead
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(
-        "main.py",
-        description="Pre-training of CLIP, SimCLR and SLIP models",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = utils.ArgumentParser("main.py", "Pre-training of CLIP, SimCLR and SLIP models")
     add = parser.add_argument_group("Data").add_argument
     add("--dataset", default="yfcc15m", help=f"one of {', '.join(datasets.SOURCES)}")
     add("--root", default="", help="folder of the images")
@@ -45,33 +39,38 @@ def get_args_parser():
     add("--output-dir", default="./", help="folder of checkpoints and logs")
 
     add = parser.add_argument_group("Model").add_argument
-    add("--model", default="SLIP_VITB16", help="METHOD_TOWER, e.g. CLIP_VITS16, SLIP_convnext_tiny")
-    add("--ssl-mlp-dim", default=4096, type=int, help="hidden width of the SimCLR head")
-    add("--ssl-emb-dim", default=256, type=int, help="output width of the SimCLR head")
+    add("--model", default="SLIP_VITB16", help="METHOD_TOWER: CLIP_VITS16, SLIP_convnext_tiny")
+    add("--ssl-mlp-dim", default=4096, type=positive_int, help="SimCLR head: hidden width")
+    add("--ssl-emb-dim", default=256, type=positive_int, help="SimCLR head: output width")
     add("--ssl-scale", default=1.0, type=float, help="weight of the SimCLR loss in SLIP")
     add("--ssl-temp", default=0.1, type=float, help="temperature of the SimCLR loss")
     add("--gather-with-grad", action="store_true", help="full CLIP gradient on several ranks")
     add("--resume", default="", help="checkpoint to go on from; output-dir's own comes first")
 
     add = parser.add_argument_group("Optimization").add_argument
-    add("--epochs", default=25, type=int)
+    add("--epochs", default=25, type=positive_int)
     add("--warmup-epochs", default=1, type=int, help="epochs of linear warm-up")
-    add("--batch-size", default=64, type=int, help="samples per rank and micro-batch")
+    add("--batch-size", default=64, type=positive_int, help="samples per rank and micro-batch")
     add("--lr", default=3e-3, type=float, help="peak learning rate")
     add("--lr-start", default=1e-6, type=float, help="learning rate at the start of warm-up")
     add("--lr-end", default=1e-5, type=float, help="learning rate at the end of the cosine")
-    add("--update-freq", default=1, type=int, help="micro-batches per update")
+    add("--update-freq", default=1, type=positive_int, help="micro-batches per update")
     add("--wd", default=0.1, type=float, help="weight decay of tensors of 2 or more dimensions")
     add("--betas", default=(0.9, 0.98), nargs=2, type=float, help="AdamW's")
     add("--eps", default=1e-8, type=float, help="AdamW's")
 
     add = parser.add_argument_group("System").add_argument
-    add("--precision", choices=engine.Precision.DTYPES, help="by default the device's best")
+    add("--precision", choices=engine.PRECISIONS, help="by default the device's best")
     add("--disable-amp", action="store_true", help="the same as --precision fp32")
     add("--device", default="auto", choices=("auto", "cuda", "cpu"))
     add("-j", "--workers", default=10, type=int, help="loader processes per rank")
-    add("--print-freq", default=10, type=int, help="updates between two readings of the metrics")
-    add("--eval-freq", default=1, type=int, help="epochs between two validations")
+    add(
+        "--print-freq",
+        default=10,
+        type=positive_int,
+        help="updates between two readings of the metrics",
+    )
+    add("--eval-freq", default=1, type=positive_int, help="epochs between two validations")
     add("--evaluate", action="store_true", help="validate the checkpoint and stop")
     add("--dist-url", default="env://", help="where the ranks meet")
     add("--seed", default=0, type=int)
@@ -102,12 +101,12 @@ def open_validation(model, args):
         raise InputError(f"--val-dataset: {error} (or give --val-dataset none)") from error
 
 
-def open_loader(model, args):
+def open_loader(model, tokenizer, args):
     """The loader of one rank: whole updates of whole batches, shuffled anew every epoch."""
     columns = (args.csv_img_key, args.csv_caption_key)
     captions = datasets.load_captions(args.dataset, args.metadata, columns)
     dataset = datasets.CaptionDataset(
-        captions, args.root, model.views, model.image_size, SimpleTokenizer(), args.seed
+        captions, args.root, model.views, model.image_size, tokenizer, args.seed
     )
     world_size = utils.get_world_size()
     batches = len(dataset) // (args.batch_size * world_size)
@@ -143,31 +142,18 @@ def picture_of_views(loader, columns=8):
     return make_grid([sample[view] for view in views for sample in samples], nrow=len(samples))
 
 
-def main(args):
-    device = utils.init_distributed(args.device, args.dist_url)
-    utils.seed_everything(args.seed)
-
-    model = models.create_model(args.model, args.ssl_mlp_dim, args.ssl_emb_dim).to(device)
-    precision = engine.Precision("fp32" if args.disable_amp else args.precision, device)
-    task, tokenizer = open_validation(model, args), SimpleTokenizer()
-
-    if args.evaluate:
-        return evaluate_only(model, task, tokenizer, precision, args)
-
-    loader = open_loader(model, args)
-    updates = len(loader) // args.update_freq
-    global_batch = args.batch_size * utils.get_world_size()
-
-    ddp = model
+def create_training(model, precision, updates, args):
+    """Loss, optimizer and schedule; several ranks train through DistributedDataParallel."""
+    criterion, ddp = create_loss(model, args), model
     if utils.get_world_size() > 1:
-        ddp = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    criterion = create_loss(model, args)
+        is_cuda = precision.device.type == "cuda"
+        ddp = DistributedDataParallel(model, [torch.cuda.current_device()] if is_cuda else None)
 
     def loss_fn(batch):
         views = {view: x if view == "text" else to_float(x) for view, x in batch.items()}
         return criterion(ddp(**views))
 
-    training = engine.Training(
+    return engine.Training(
         model=ddp,
         loss_fn=loss_fn,
         optimizer=torch.optim.AdamW(
@@ -181,29 +167,52 @@ def main(args):
         after_update=getattr(model, "clamp_logit_scale", lambda: None),
     )
 
+
+def announce(log, model, task, loader, precision, args):
+    """The first lines of a run's log, args.json, and a picture of the views."""
+    batch = args.batch_size * utils.get_world_size()
+    log.settings(
+        utils.describe_run(args, effective_batch=batch * args.update_freq, precision=precision.name)
+    )
+    log.say(
+        f"{args.model}: {len(loader.dataset)} images, {len(loader) // args.update_freq} updates "
+        f"an epoch of {batch} x {args.update_freq}, {precision.name} on {precision.device.type}"
+    )
+    if "aug1" in model.views and batch < MIN_SSL_BATCH:
+        log.say(
+            f"warning: {batch} samples per step over all ranks are few for the batch statistics "
+            f"of the SimCLR head; use {MIN_SSL_BATCH} or more"
+        )
+    if task is None:
+        log.say("no zero-shot validation: --val-dataset none, or a method without text")
+    if utils.is_main():
+        log.picture("views", picture_of_views(loader))
+
+
+def main(args):
+    device = utils.init_distributed(args.device, args.dist_url)
+    utils.seed_everything(args.seed)
+
+    model = models.create_model(args.model, args.ssl_mlp_dim, args.ssl_emb_dim).to(device)
+    precision = engine.Precision("fp32" if args.disable_amp else args.precision, device)
+    task, tokenizer = open_validation(model, args), SimpleTokenizer()
+
+    if args.evaluate:
+        return evaluate_only(model, task, tokenizer, precision, args)
+
+    loader = open_loader(model, tokenizer, args)
+    updates = len(loader) // args.update_freq
+    training = create_training(model, precision, updates, args)
+
+    # A requeued job names its first --resume again: the run's own progress comes first.
     own = os.path.join(args.output_dir, "checkpoint.pt")
     resume = own if os.path.exists(own) else args.resume
     start_epoch, best_acc1 = checkpoint.restore(resume, model, training) if resume else (0, 0.0)
 
     log = utils.open_log(args.output_dir, start_epoch, start_epoch * updates)
-    log.settings(
-        utils.describe_run(args, effective_batch=global_batch * args.update_freq, precision=precision.name)
-    )
-    log.say(
-        f"{args.model}: {len(loader.dataset)} images, {updates} updates an epoch of "
-        f"{global_batch} x {args.update_freq} samples, {precision.name} on {device.type}"
-    )
-    if "aug1" in model.views and global_batch < MIN_SSL_BATCH:
-        log.say(
-            f"warning: {global_batch} samples per step are too few for the batch statistics of "
-            f"the SimCLR head; use {MIN_SSL_BATCH} or more over all ranks"
-        )
-    if task is None:
-        log.say("no zero-shot validation: --val-dataset none, or a model without text tower")
+    announce(log, model, task, loader, precision, args)
     if resume:
-        log.say(f"resumed {resume} at epoch {start_epoch}")
-    if start_epoch == 0 and utils.is_main():
-        log.picture("views", picture_of_views(loader))
+        log.say(f"resumed {resume} after {start_epoch} of {args.epochs} epochs")
 
     for epoch in range(start_epoch, args.epochs):
         utils.seed_everything(args.seed, epoch, utils.get_rank())
@@ -213,31 +222,37 @@ def main(args):
 
         is_best = False
         if task and ((epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs):
-            result = eval_zeroshot.evaluate(
-                model, task, tokenizer, precision, args.batch_size, args.workers
-            )
+            result = validate(model, task, tokenizer, precision, args)
             is_best, best_acc1 = result["accuracy"] > best_acc1, max(result["accuracy"], best_acc1)
-            stats |= {"test_acc1": result["acc1"], "test_acc5": result["acc5"], "best_acc1": best_acc1}
+            stats |= {"test_acc1": result["acc1"], "test_acc5": result["acc5"]}
+            log.say(f"epoch {epoch}: {task.name} {result['accuracy']:.2f}, best {best_acc1:.2f}")
 
         stats |= {"epoch": epoch, "lr": training.schedule[(epoch + 1) * updates - 1], **speed}
         if hasattr(model, "logit_scale"):
             stats["logit_scale"] = model.logit_scale.exp().item()
-        log.say("  ".join(f"{key} {value:.4g}" for key, value in stats.items()))
         log.epoch(stats)
         if utils.is_main():
             checkpoint.save_run(args, model, training, epoch + 1, best_acc1, is_best)
     log.close()
 
 
+def validate(model, task, tokenizer, precision, args):
+    return eval_zeroshot.evaluate(model, task, tokenizer, precision, args.batch_size, args.workers)
+
+
 def evaluate_only(model, task, tokenizer, precision, args):
     if task is None:
-        raise InputError(f"--evaluate: {args.model} with --val-dataset {args.val_dataset} has nothing to score")
+        raise InputError(
+            f"--evaluate has nothing to score for {args.model} and --val-dataset "
+            f"{args.val_dataset}; choose a set, and a method with text"
+        )
     path = args.resume or os.path.join(args.output_dir, "checkpoint.pt")
     checkpoint.load_weights(model, checkpoint.load(path)["state_dict"], path)
-    result = eval_zeroshot.evaluate(model, task, tokenizer, precision, args.batch_size, args.workers)
+    result = validate(model, task, tokenizer, precision, args)
     if utils.is_main():
-        print(f"{task.name}: {result['metric']} {result['accuracy']:.2f}, {result['images']} images")
+        score = f"{task.name}: {result['metric']} {result['accuracy']:.2f}"
+        print(f"{score}, {result['images']} images of {task.split}")
 
 
 if __name__ == "__main__":
-    utils.run(main, get_args_parser())
+    utils.run(lambda: main(get_args_parser().parse_args()))

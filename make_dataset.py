@@ -4,7 +4,6 @@ digits: scikit-learn's 1,797 handwritten digits (UCI ML repository, 8 x 8 pixels
 in COCO's layout and as an ImageFolder, a quarter of them held out for evaluation.
 """
 
-import argparse
 import os
 import shutil
 
@@ -54,11 +53,9 @@ def make_digits(root):
 
 
 def get_args_parser():
-    parser = argparse.ArgumentParser(
-        "make_dataset.py", description="Prepares data", allow_abbrev=False
-    )
+    parser = utils.ArgumentParser("make_dataset.py", "Prepares data")
     commands = parser.add_subparsers(dest="command", required=True)
-    digits = commands.add_parser("digits", help="handwritten digits for the demo")
+    digits = commands.add_parser("digits", description="handwritten digits for the demo")
     digits.add_argument("--root", default="data/digits", help="folder to write")
     digits.set_defaults(make=lambda args: make_digits(args.root))
     return parser
@@ -69,4 +66,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    utils.run(main, get_args_parser())
+    utils.run(lambda: main(get_args_parser().parse_args()))

@@ -33,10 +33,10 @@ class Tower:
     text_layers: int = 12
 
 
-TINY_VIT = dict(img_size=32, patch_size=8, embed_dim=128, depth=4, num_heads=4)
+TINY_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4}
 TOWERS = {
     # MoCo v3's ViT-S has 12 heads where timm's has 6.
-    "VITS16": Tower("vit_small_patch16_224", dict(num_heads=12)),
+    "VITS16": Tower("vit_small_patch16_224", {"num_heads": 12}),
     "VITB16": Tower("vit_base_patch16_224"),
     "VITL16": Tower("vit_large_patch16_224"),
     "VITB32": Tower("vit_base_patch32_224"),
@@ -72,7 +72,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x):  # (B, L, W)
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, L, 3W)
-        qkv = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, heads, L, W/heads)
+        qkv = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        # query, key, value: (B, heads, L, W/heads) each
         x = F.scaled_dot_product_attention(*qkv, is_causal=True)  # (B, heads, L, W/heads)
         return self.out_proj(x.transpose(1, 2).flatten(2))  # (B, L, W)
 
@@ -274,7 +275,7 @@ METHODS = {"CLIP": CLIP, "SIMCLR": SIMCLR, "SLIP": SLIP}
 
 
 def parse_name(name):
-    """"SLIP_VITB16" -> (SLIP, its Tower); the tower may be any timm model ("CLIP_convnext_tiny")."""
+    """SLIP_VITB16 -> (SLIP, its Tower); the tower may be any timm model (CLIP_convnext_tiny)."""
     method, _, tower = name.partition("_")
     if method not in METHODS or not (tower in TOWERS or timm.is_model(tower)):
         raise InputError(

@@ -5,6 +5,7 @@ The vocabulary file is OpenAI's (MIT licence): one merge a line, most frequent f
 
 import gzip
 import html
+import itertools
 from functools import lru_cache
 from pathlib import Path
 
@@ -60,7 +61,7 @@ class SimpleTokenizer:
         """The token ids of one word (a string of byte symbols): joins the best-ranked pairs."""
         parts = [*word[:-1], word[-1] + WORD_END]
         while len(parts) > 1:
-            pairs = list(zip(parts, parts[1:], strict=False))
+            pairs = list(itertools.pairwise(parts))
             best = min(pairs, key=lambda pair: self.ranks.get(pair, MERGES))
             if best not in self.ranks:
                 break
@@ -89,9 +90,7 @@ class SimpleTokenizer:
         """The text of ids; a word's end becomes a blank."""
         text = "".join(self.decoder[int(i)] for i in ids)
         text = text.replace(WORD_END, " ")
-        raw = b"".join(
-            bytes([self.bytes[c]]) if c in self.bytes else c.encode() for c in text
-        )
+        raw = b"".join(bytes([self.bytes[c]]) if c in self.bytes else c.encode() for c in text)
         return raw.decode("utf-8", errors="replace")
 
     def __call__(self, texts, context_length=77):

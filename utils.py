@@ -3,6 +3,7 @@
 Nothing here knows about models, losses or data. Shapes: N global batch, B local batch.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -23,12 +24,29 @@ class InputError(Exception):
     """The user's input is at fault: one line with what, which value, and what to do."""
 
 
-def run(main, parser):
-    """Runs a script; an InputError becomes one line on stderr and exit code 2, a bug its traceback."""
+class ArgumentParser(argparse.ArgumentParser):
+    """Every script's: flags are spelled out, help shows defaults, an error is an InputError."""
+
+    def __init__(self, prog=None, description=None):
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(prog, None, description, formatter_class=formatter, allow_abbrev=False)
+
+    def error(self, message):
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def positive_int(text):
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def run(script):
+    """Calls a script; an InputError becomes one line on stderr and exit code 2."""
     try:
-        main(parser.parse_args())
+        script()
     except InputError as error:
-        # From a loader's worker the text arrives behind that worker's traceback; the last line is ours.
+        # From a loader's worker the text comes after its traceback: the last line is ours.
         message = str(error).strip().splitlines()[-1].removeprefix("utils.InputError: ")
         rank = f" (rank {get_rank()})" if get_rank() else ""
         print(f"error{rank}: {message}", file=sys.stderr, flush=True)
@@ -206,18 +224,33 @@ def describe_run(args, **derived):
     import timm
     import torchvision
 
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
     modules = (torch, torchvision, timm, np)
     return {
         "args": vars(args),
         "argv": sys.argv,
-        "git": revision or None,
+        "git": git.stdout.strip() or None,
         "versions": {"python": platform.python_version()}
         | {module.__name__: module.__version__ for module in modules},
         "world_size": get_world_size(),
         **derived,
     }
+
+
+def read_log(path):
+    """The rows of a log.txt; a last line cut short by a kill is left out."""
+    rows = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
 
 
 class RunLog:
@@ -229,10 +262,10 @@ class RunLog:
         self.output_dir = Path(output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self.file = self.output_dir / "log.txt"
-        if self.file.exists():  # epochs that will be run again
-            lines = self.file.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["epoch"] < first_epoch]
-            write_atomically(self.file, lambda file: file.write("".join(kept).encode()))
+        if self.file.exists():  # leave out epochs that will be run again
+            kept = [row for row in read_log(self.file) if row["epoch"] < first_epoch]
+            text = "".join(json.dumps(row) + "\n" for row in kept)
+            write_atomically(self.file, lambda file: file.write(text.encode()))
         self.writer = SummaryWriter(output_dir, purge_step=first_update)
 
     def say(self, text):

@@ -1,0 +1,106 @@
+"""Runs on one process or on several gloo ranks; the tests compare what it saves.
+
+The global batch of 12 rows is the same: one process takes it whole, two ranks take halves.
+"""
+
+import copy
+import sys
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))
+from conftest import seeded_embeddings
+
+import engine
+import losses
+import models
+import utils
+
+
+class Numbered(Dataset):
+    """11 images, the value of each its number: not divisible by two ranks."""
+
+    def __len__(self):
+        return 11
+
+    def __getitem__(self, index):
+        return torch.full((3,), float(index)), index % 3
+
+
+def mine(rows):
+    return rows.chunk(utils.get_world_size())[utils.get_rank()]
+
+
+def loss_and_gradients(loss, dtype=torch.float32):
+    rows = {k: mine(v).to(dtype).requires_grad_() for k, v in seeded_embeddings().items()}
+    scale = torch.tensor(1 / 0.07, dtype=dtype, requires_grad=True)
+    metrics = loss({**rows, "logit_scale": scale})
+    metrics["loss"].backward()
+    gradients = {k: v.grad for k, v in {**rows, "logit_scale": scale}.items()}
+    return {"values": {k: v.item() for k, v in metrics.items()}, "gradients": gradients}
+
+
+def head():
+    """The SimCLR head in float64 through DDP: output, gradients and running statistics."""
+    torch.manual_seed(0)
+    module = models.SIMCLRHead(24, 16, 8).double()
+    x = mine(seeded_embeddings()["aug1_embed"].double())
+    weights = mine(seeded_embeddings()["aug2_embed"].double())[:, :8]
+    wrapped = DistributedDataParallel(module) if utils.get_world_size() > 1 else module
+    output = wrapped(x)
+    (output * weights).sum(1).mean().backward()
+    state = {k: v.clone() for k, v in module.state_dict().items()}
+    return {
+        "output": output.detach(),
+        "gradients": {k: p.grad for k, p in module.named_parameters()},
+        "statistics": {k: v for k, v in state.items() if "running" in k or "tracked" in k},
+    }
+
+
+def slip_gradients():
+    """Every gradient of a small SLIP in float64, full CLIP gradient, averaged over ranks."""
+    torch.manual_seed(0)
+    model = models.create_model("SLIP_VITTINY8", 32, 16).double()
+    loss = losses.SLIPLoss(losses.SIMCLRLoss(0.1), 1.0, gather_with_grad=True)
+    images = [mine(torch.randn(12, 3, 32, 32).double()) for _ in range(3)]
+    text = mine(torch.randint(1, 400, (12, 16)))
+    wrapped = DistributedDataParallel(model) if utils.get_world_size() > 1 else model
+    loss(wrapped(images[0], text, *images[1:]))["loss"].backward()
+    return {k: p.grad for k, p in model.named_parameters()}
+
+
+def predictions():
+    precision = engine.Precision("fp32", torch.device("cpu"))
+    return engine.predict(lambda x: x[:, :2], 2, Numbered(), precision, 4, 0)
+
+
+def meters():
+    meter = utils.Meters()
+    for value in (1.0, 2.0):
+        meter.update({"loss": torch.tensor(value + utils.get_rank())})
+    return meter.read()
+
+
+def main(folder):
+    utils.init_distributed("cpu")
+    simclr = losses.SIMCLRLoss(0.1)
+    result = {
+        "clip": loss_and_gradients(losses.CLIPLoss()),
+        "simclr": loss_and_gradients(simclr),
+        "clip_full": loss_and_gradients(losses.CLIPLoss(gather_with_grad=True), torch.float64),
+        "simclr_full": loss_and_gradients(copy.deepcopy(simclr), torch.float64),
+        "head": head(),
+        "slip_gradients": slip_gradients(),
+        "predictions": predictions(),
+        "meters": meters(),
+    }
+    name = f"rank{utils.get_rank()}" if utils.get_world_size() > 1 else "one"
+    torch.save(result, f"{folder}/{name}.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

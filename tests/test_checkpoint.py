@@ -1,0 +1,138 @@
+"""Checkpoints: ours, those released with the paper, and files that must not be trusted."""
+
+import argparse
+import collections
+import os
+import pathlib
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import utils
+from models import create_model
+from utils import InputError
+
+
+def released_args(**values):
+    """As in a checkpoint from a Slurm job of the archived code."""
+    args = argparse.Namespace(model="SLIP_VITTINY8", ssl_mlp_dim=32, ssl_emb_dim=16, **values)
+    args.output_dir = pathlib.PosixPath("/checkpoint/user/run")
+    return args
+
+
+def save_released(path, prefix="module.", **more):
+    torch.manual_seed(1)
+    model = create_model("SLIP_VITTINY8", 32, 16)
+    state = {prefix + key: value for key, value in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(utils.param_groups(model, 0.1))
+    for group in optimizer.param_groups:
+        group["lr"] = np.float64(1e-5)  # the archived code takes it from a NumPy schedule
+    state = {"epoch": 25, "state_dict": collections.OrderedDict(state), "best_acc1": 42.8}
+    state |= {"args": released_args(), "optimizer": optimizer.state_dict(), "scaler": {}}
+    torch.save({**state, **more}, path)
+    return model
+
+
+def as_numpy_1(path):
+    """Renames what NumPy 2 pickles to what NumPy 1 did, within PyTorch's zip."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data.replace(b"numpy._core.", b"numpy.core."))
+
+
+@pytest.mark.parametrize("prefix", ["module.", ""])
+@pytest.mark.parametrize("age", [as_numpy_1, lambda path: None])
+def test_released_checkpoints_load(tmp_path, prefix, age):
+    expected = save_released(tmp_path / "c.pt", prefix)
+    age(tmp_path / "c.pt")
+    group = checkpoint.load(tmp_path / "c.pt")["optimizer"]["param_groups"][0]
+    assert type(group["lr"]) is float and group["lr"] == 1e-5
+    model, args = checkpoint.load_model(tmp_path / "c.pt")
+    assert args.model == "SLIP_VITTINY8" and not hasattr(args, "ssl_scale")
+    assert str(args.output_dir) == "/checkpoint/user/run"
+    assert not model.training
+    for key, value in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value)
+
+
+class Payload:
+    def __init__(self, function, *args):
+        self.call = (function, args)
+
+    def __reduce__(self):
+        return self.call
+
+
+def namespace_with(value):
+    return released_args(gpu=value)
+
+
+@pytest.mark.parametrize("wrap", [lambda x: {"x": x}, namespace_with, lambda x: [(x,)]])
+@pytest.mark.parametrize("function", [os.system, eval, os.mkdir])
+def test_a_hostile_checkpoint_is_refused_unexecuted(tmp_path, wrap, function):
+    target = tmp_path / "executed"
+    argument = {os.system: f"touch {target}", eval: f"open({str(target)!r}, 'w')"}
+    payload = Payload(function, argument.get(function, str(target)))
+    save_released(tmp_path / "c.pt", extra=wrap(payload))
+    with pytest.raises(InputError, match="refused.*(system|eval|mkdir)") as error:
+        checkpoint.load(tmp_path / "c.pt")
+    assert "\n" not in str(error.value)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    "content, match",
+    [
+        (b"", "damaged"),
+        (b"no checkpoint at all", "refused|damaged"),
+        (pickle.dumps({"a": 1}), "refused|damaged|no checkpoint"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint(tmp_path, content, match):
+    (tmp_path / "c.pt").write_bytes(content)
+    with pytest.raises(InputError, match=match) as error:
+        checkpoint.load(tmp_path / "c.pt")
+    assert "c.pt" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_truncated_checkpoint_is_damaged(tmp_path):
+    path = tmp_path / "c.pt"
+    save_released(path)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(InputError, match="damaged"):
+        checkpoint.load(path)
+
+
+def test_absent_and_foreign_files(tmp_path):
+    with pytest.raises(InputError, match=r"absent.pt' is absent; check --resume"):
+        checkpoint.load(tmp_path / "absent.pt")
+    torch.save({"weights": 1}, tmp_path / "c.pt")
+    with pytest.raises(InputError, match="no checkpoint of a training run"):
+        checkpoint.load(tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize(
+    "other, match",
+    [
+        ("CLIP_VITTINY8", "unknown: image_mlp"),
+        ("SIMCLR_VITTINY8", "unknown: positional_embedding"),
+        ("SLIP_VITS16", "missing: visual.blocks.4"),
+    ],
+)
+def test_a_checkpoint_of_another_model_names_keys(tmp_path, other, match):
+    save_released(tmp_path / "c.pt")
+    state = checkpoint.load(tmp_path / "c.pt")["state_dict"]
+    with pytest.raises(InputError, match=match):
+        checkpoint.load_weights(create_model(other, 32, 16), state, "c.pt")
+
+
+def test_our_checkpoints_are_plain_data(tmp_path):
+    checkpoint.save(tmp_path / "c.pt", {"state_dict": {}, "args": {"model": "x"}})
+    assert torch.load(tmp_path / "c.pt", weights_only=True)["args"] == {"model": "x"}
+    assert os.listdir(tmp_path) == ["c.pt"]

@@ -1,0 +1,247 @@
+"""Pre-training end to end on small files: every method, resume, several ranks, bad input."""
+
+import json
+import os
+
+import pytest
+import torch
+from conftest import run_script, train_flags, write_coco
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import main
+import utils
+from utils import InputError
+
+
+def train(tiny, output_dir, *extra, **options):
+    flags = train_flags(tiny, output_dir, *extra, **options)
+    main.main(main.get_args_parser().parse_args(flags))
+    return output_dir
+
+
+def rows(folder):
+    return utils.read_log(folder / "log.txt")
+
+
+def step_losses(folder):
+    """The loss of every update, as TensorBoard got it (float32)."""
+    events = EventAccumulator(str(folder)).Reload()
+    return [event.value for event in events.Scalars("train/loss")]
+
+
+def test_the_archived_flags_and_defaults_stand():
+    args = vars(main.get_args_parser().parse_args([]))
+    archived = {
+        "dataset": "yfcc15m",
+        "root": "",
+        "metadata": "yfcc15m.pkl",
+        "output_dir": "./",
+        "model": "SLIP_VITB16",
+        "ssl_mlp_dim": 4096,
+        "ssl_emb_dim": 256,
+        "ssl_scale": 1.0,
+        "ssl_temp": 0.1,
+        "resume": "",
+        "epochs": 25,
+        "warmup_epochs": 1,
+        "batch_size": 64,
+        "lr": 3e-3,
+        "lr_start": 1e-6,
+        "lr_end": 1e-5,
+        "update_freq": 1,
+        "wd": 0.1,
+        "betas": (0.9, 0.98),
+        "eps": 1e-8,
+        "eval_freq": 1,
+        "disable_amp": False,
+        "print_freq": 10,
+        "workers": 10,
+        "evaluate": False,
+        "dist_url": "env://",
+        "seed": 0,
+    }
+    assert {key: args[key] for key in archived} == archived
+
+
+@pytest.mark.parametrize("method", ["CLIP", "SIMCLR", "SLIP"])
+def test_every_method_trains(tiny, tmp_path, method, capsys):
+    train(tiny, tmp_path, model=f"{method}_VITTINY8", epochs=2)
+    log = rows(tmp_path)
+    assert [row["epoch"] for row in log] == [0, 1]
+    metrics = {"CLIP": ["clip"], "SIMCLR": ["ssl"], "SLIP": ["clip", "ssl"]}[method]
+    for name in metrics:
+        assert f"train_{name}_loss" in log[0] and f"train_{name}_acc" in log[0]
+    assert {"train_loss", "lr", "samples_per_sec", "pairs", "data_wait"} <= log[0].keys()
+    assert log[0]["pairs"] == 16
+    has_text = method != "SIMCLR"
+    assert ("logit_scale" in log[0]) == ("test_acc1" in log[0]) == has_text
+    files = set(os.listdir(tmp_path))
+    assert {"checkpoint.pt", "log.txt", "args.json"} <= files
+    assert ("checkpoint_best.pt" in files) == has_text
+    settings = json.loads((tmp_path / "args.json").read_text())
+    assert settings["effective_batch"] == 4 and settings["args"]["lr"] == 1e-3
+    assert settings["precision"] == "fp32"
+    printed = capsys.readouterr().out
+    assert "epoch 1 [4/4]" in printed and "samples/s" in printed and "left 00:00" in printed
+    assert ("no zero-shot validation" in printed) != has_text
+    assert ("batch statistics" in printed) == (method != "CLIP")
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert events.Tags()["images"] == ["views"]
+    assert len(events.Scalars("train/loss")) == 8
+
+
+def weights(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def assert_equal(a, b):
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    else:
+        assert a == b
+
+
+def test_one_epoch_and_one_more_equal_two_bit_for_bit(tiny, tmp_path, monkeypatch):
+    whole = train(tiny, tmp_path / "whole", epochs=2)
+
+    save = main.checkpoint.save_run
+
+    def save_and_stop(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main.checkpoint, "save_run", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny, tmp_path / "parts", epochs=2)
+    monkeypatch.undo()
+    parts = train(tiny, tmp_path / "parts", "--resume", "absent.pt", epochs=2)  # own comes first
+
+    assert step_losses(parts) == step_losses(whole)
+    for key in ("epoch", "state_dict", "optimizer", "best_acc1"):
+        assert_equal(weights(parts)[key], weights(whole)[key])
+    assert [row["train_loss"] for row in rows(parts)] == [row["train_loss"] for row in rows(whole)]
+
+
+def test_a_finished_run_and_a_longer_one_go_on(tiny, tmp_path):
+    train(tiny, tmp_path, epochs=1)
+    before = rows(tmp_path)
+    train(tiny, tmp_path, epochs=1)
+    assert rows(tmp_path) == before
+    train(tiny, tmp_path, epochs=2)
+    assert [row["epoch"] for row in rows(tmp_path)] == [0, 1]
+
+
+def test_accumulation_and_a_loader_that_is_no_multiple_of_it(tiny, tmp_path):
+    train(tiny, tmp_path, "--update-freq", 3, epochs=2, val="none")  # 4 batches an epoch
+    assert [row["pairs"] for row in rows(tmp_path)] == [12, 12]
+    assert len(step_losses(tmp_path)) == 2
+    assert json.loads((tmp_path / "args.json").read_text())["effective_batch"] == 12
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_on_the_cpu(tiny, tmp_path, precision):
+    train(tiny, tmp_path, "--precision", precision, model="CLIP_VITTINY8")
+    plain = train(tiny, tmp_path / "plain", "--disable-amp", model="CLIP_VITTINY8")
+    assert step_losses(tmp_path)[0] == pytest.approx(step_losses(plain)[0], rel=0.02)
+    assert step_losses(tmp_path) != step_losses(plain)
+    assert bool(weights(tmp_path)["scaler"]) == (precision == "fp16")
+
+
+def test_workers_do_not_change_a_run(tiny, tmp_path):
+    losses = [
+        step_losses(train(tiny, tmp_path / str(n), "--workers", n, val="none")) for n in (0, 2)
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("model", ["SLIP_VITTINY8", "CLIP_VITTINY8"])
+def test_two_ranks_equal_one_process(tiny, tmp_path, model):
+    one = train(tiny, tmp_path / "one", "--gather-with-grad", "--batch-size", 8, model=model)
+    flags = train_flags(tiny, tmp_path / "two", "--gather-with-grad", model=model)
+    run = run_script("main.py", flags, ranks=2)
+    assert run.returncode == 0, run.stderr
+    assert step_losses(tmp_path / "two") == pytest.approx(step_losses(one), rel=1e-5, abs=1e-5)
+    expected, got = rows(one)[0], rows(tmp_path / "two")[0]
+    assert got["test_acc1"] == pytest.approx(expected["test_acc1"], abs=3.4)  # one image of 30
+    assert run.stdout.count("epoch 0 [2/2]") == 1
+    settings = json.loads((tmp_path / "two/args.json").read_text())
+    assert settings["world_size"] == 2 and settings["effective_batch"] == 8
+
+
+def test_evaluate(tiny, tmp_path, capsys):
+    train(tiny, tmp_path, model="CLIP_VITTINY8")
+    accuracy = rows(tmp_path)[0]["test_acc1"]
+    capsys.readouterr()
+    train(tiny, tmp_path, "--evaluate", model="CLIP_VITTINY8")
+    assert f"digits: top1 {accuracy:.2f}, 30 images of test" in capsys.readouterr().out
+    assert len(rows(tmp_path)) == 1
+
+
+def test_a_progress_bar_on_a_terminal(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    train(tiny, tmp_path, val="none")
+    captured = capsys.readouterr()
+    assert "4/4" in captured.err and "samples/s" in captured.err and "data wait" in captured.err
+    assert "epoch 0 [" not in captured.out
+
+
+@pytest.mark.parametrize(
+    "flags, match",
+    [
+        (["--model", "SLIP_VITX"], "unknown model 'SLIP_VITX'; choose"),
+        (["--dataset", "laion"], "unknown dataset 'laion'; choose from yfcc15m"),
+        (["--val-dataset", "food"], "'food' is not in the catalog; choose from digits"),
+        (["--catalog", "none.json"], "catalog none.json: No such file"),
+        (["--root", "nowhere"], "--root 'nowhere' is not a folder"),
+        (["--metadata", "none.json"], "metadata none.json: No such file .*check --metadata"),
+        (["--resume", "none.pt"], "checkpoint 'none.pt' is absent; check --resume"),
+        (["--batch-size", "17"], "--batch-size 17 on 1 ranks is more than the 16 images"),
+        (["--update-freq", "5"], "--update-freq 5 is more than the 4 batches"),
+        (["--warmup-epochs", "2"], "--warmup-epochs 2 exceeds --epochs 1"),
+        (["--evaluate", "--val-dataset", "none"], "--evaluate has nothing to score"),
+        (["--evaluate"], "checkpoint .*checkpoint.pt' is absent"),
+    ],
+)
+def test_bad_input_leaves_nothing_behind(tiny, tmp_path, flags, match):
+    with pytest.raises(InputError, match=match) as error:
+        train(tiny, tmp_path / "out", *flags)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_prints_one_line_and_exits_with_2(tiny, tmp_path):
+    flags = train_flags(tiny, tmp_path / "out", "--workers", 1, val="none")
+    run = run_script("main.py", [*flags, "--model", "SLIP_VITX"])
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr.startswith("error: unknown model") and run.stderr.count("\n") == 1
+
+    metadata = write_coco(tmp_path / "broken", images=8)
+    (tmp_path / "broken/train2017/000000000003.jpg").write_bytes(b"broken")
+    flags += ["--root", tmp_path / "broken", "--metadata", metadata, "--model", "CLIP_VITTINY8"]
+    run = run_script("main.py", flags)
+    assert run.returncode == 2
+    assert run.stderr.strip().splitlines()[-1].startswith("error: image ")
+    assert "train2017/000000000003.jpg cannot be read" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_a_checkpoint_of_another_model(tiny, tmp_path):
+    train(tiny, tmp_path, model="CLIP_VITTINY8")
+    with pytest.raises(InputError, match="of another model .*missing: image_mlp"):
+        train(tiny, tmp_path, model="SLIP_VITTINY8")
+
+
+def test_a_released_checkpoint_can_be_trained_on(tiny, tmp_path):
+    from test_checkpoint import save_released
+
+    save_released(tmp_path / "c.pt", epoch=1)
+    train(tiny, tmp_path / "out", "--resume", tmp_path / "c.pt", epochs=2)
+    assert [row["epoch"] for row in rows(tmp_path / "out")] == [1]

@@ -1,0 +1,133 @@
+"""Schedule, parameter groups, meters, flags, errors and the files of a run."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import utils
+from models import create_model
+from utils import InputError, Meters, RunLog, cosine_scheduler
+
+
+def test_schedule_equals_the_archived_code(reference):
+    args = reference["schedule"]["args"]
+    assert np.allclose(cosine_scheduler(**args), reference["schedule"]["values"], rtol=1e-12)
+
+
+def test_schedule_may_be_all_or_no_warmup():
+    assert len(cosine_scheduler(1.0, 0.1, 2, 5, 2, 0.0)) == 10
+    assert cosine_scheduler(1.0, 0.1, 2, 5)[0] == 1.0
+    with pytest.raises(InputError, match="--warmup-epochs 3 exceeds --epochs 2"):
+        cosine_scheduler(1.0, 0.1, 2, 5, 3)
+
+
+def test_weight_decay_spares_vectors_and_scalars():
+    model = create_model("SLIP_VITTINY8", 32, 16)
+    decayed, rest = utils.param_groups(model, 0.5)
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.5, 0.0)
+    assert {p.ndim for p in decayed["params"]} == {2, 3, 4}
+    assert {p.ndim for p in rest["params"]} == {0, 1}
+    assert len(decayed["params"]) + len(rest["params"]) == len(list(model.parameters()))
+    # The first parameters in the archived code's order: its optimizer states are by position.
+    first = ("positional_embedding", "image_projection", "text_projection")
+    for got, name in zip(decayed["params"], first, strict=False):
+        assert got is getattr(model, name)
+
+
+def test_meters_average_windows_and_the_epoch():
+    meters = Meters()
+    for value in (1.0, 2.0):
+        meters.update({"loss": torch.tensor(value)})
+    assert meters.read() == {"loss": 1.5}
+    meters.update({"loss": torch.tensor(6.0)})
+    assert meters.read() == {"loss": 6.0}
+    assert meters.averages() == {"loss": 3.0}
+    assert meters.read() == {}
+
+
+def test_meters_average_over_ranks(two_ranks):
+    assert two_ranks["one"]["meters"] == {"loss": 1.5}
+    assert two_ranks["rank0"]["meters"] == two_ranks["rank1"]["meters"] == {"loss": 2.0}
+
+
+def test_an_input_error_is_one_line_and_exit_code_2(capsys):
+    def fail():
+        raise InputError("Caught InputError in worker.\nTraceback\nutils.InputError: image x.jpg")
+
+    with pytest.raises(SystemExit) as stop:
+        utils.run(fail)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: image x.jpg\n"
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        utils.run(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("flags", [["--epoch", "3"], ["--count", "0"], ["--count", "-1"], ["x"]])
+def test_wrong_flags_are_input_errors(flags):
+    parser = utils.ArgumentParser("script.py", "A script")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--count", type=utils.positive_int)
+    with pytest.raises(InputError, match="script.py --help"):
+        parser.parse_args(flags)
+
+
+def test_cuda_asked_for_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="--device cpu"):
+        utils.init_distributed("cuda")
+
+
+def test_atomic_writing_keeps_the_old_file_on_failure(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def fail(file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        utils.write_atomically(path, fail)
+    assert path.read_bytes() == b"old"
+
+
+def test_the_log_leaves_out_epochs_that_run_again(tmp_path):
+    log = RunLog(tmp_path)
+    for epoch in range(3):
+        log.epoch({"epoch": epoch, "train_loss": 1.0})
+    log.close()
+    with open(tmp_path / "log.txt", "a") as file:
+        file.write('{"epoch": 3, "tr')  # a kill in the midst of a line
+    RunLog(tmp_path, first_epoch=2).close()
+    assert [row["epoch"] for row in utils.read_log(tmp_path / "log.txt")] == [0, 1]
+
+
+def test_silent_log_does_nothing():
+    log = utils.SilentLog()
+    log.say("x")
+    log.scalars({}, 3)
+    with log.progress(3, "epoch") as report:
+        report(1, {}, {})
+
+
+@pytest.mark.parametrize("text, match", [(None, "No such file"), ("{", "not valid JSON")])
+def test_read_json_names_the_file(tmp_path, text, match):
+    path = tmp_path / "x.json"
+    if text:
+        path.write_text(text)
+    with pytest.raises(InputError, match=f"catalog .*x.json.*{match}"):
+        utils.read_json(path, "catalog")
+
+
+def test_settings_are_what_a_reader_needs(tmp_path):
+    import argparse
+
+    settings = utils.describe_run(argparse.Namespace(lr=0.1), effective_batch=8)
+    assert settings["args"] == {"lr": 0.1}
+    assert settings["effective_batch"] == 8 and settings["world_size"] == 1
+    assert settings["versions"]["torch"] == torch.__version__
+    json.dumps(settings)
