@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import datasets
+import utils
 from datasets import CaptionDataset, EpochSampler, load_captions
 from tokenizer import SimpleTokenizer
 from transforms import CenterCrop
@@ -301,7 +302,7 @@ def write_cifar10(root, classes):
 
 
 def test_torchvisions_classes_are_matched_by_name(tmp_path, monkeypatch):
-    labels = json.loads(open(datasets.LABELS).read())["cifar10"]
+    labels = utils.read_json(datasets.LABELS, "labels")["cifar10"]
     write_cifar10(tmp_path, [*labels[5:], *labels[:5]])
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "_load_meta", load_meta)
@@ -330,7 +331,7 @@ def test_mnist_and_stl10_are_read(tmp_path):
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(head + bytes(range(10)))
     catalog = catalog_of(tmp_path, type="special")
     catalog["mnist"] = catalog["mine"]
-    labels = json.loads(open(datasets.LABELS).read())
+    labels = utils.read_json(datasets.LABELS, "labels")
     dataset = open_mine(catalog, labels["mnist"], "mnist")
     assert [dataset[i][1] for i in range(10)] == list(range(10))
     assert dataset[0][0].shape == (3, 32, 32)

@@ -14,45 +14,21 @@ import datasets
 import engine
 import eval_zeroshot
 import main
+import utils
 from models import create_model
 from tokenizer import SimpleTokenizer
 from utils import InputError
 
 FP32 = engine.Precision("fp32", torch.device("cpu"))
-PUBLISHED = [
-    "food101",
-    "cifar10",
-    "cifar100",
-    "cub200",
-    "sun397",
-    "cars",
-    "aircraft",
-    "dtd",
-    "pets",
-    "caltech101",
-    "flowers",
-    "mnist",
-    "fer2013",
-    "stl10",
-    "eurosat",
-    "resisc45",
-    "gtsrb",
-    "kitti_distance",
-    "country211",
-    "patch_camelyon",
-    "ucf101_frames",
-    "kinetics700_frames",
-    "clevr_counts",
-    "hateful_memes",
-    "rendered_sst2",
-    "imagenet",
-]
+PUBLISHED = """food101 cifar10 cifar100 cub200 sun397 cars aircraft dtd pets caltech101 flowers
+mnist fer2013 stl10 eurosat resisc45 gtsrb kitti_distance country211 patch_camelyon ucf101_frames
+kinetics700_frames clevr_counts hateful_memes rendered_sst2 imagenet""".split()
 
 
 @pytest.fixture(scope="module")
 def tables():
     return [
-        json.loads(open(path).read())
+        utils.read_json(path, path)
         for path in (datasets.CATALOG, datasets.LABELS, datasets.TEMPLATES)
     ]
 
@@ -71,15 +47,7 @@ def test_the_26_sets_of_the_paper_and_the_demos(tables):
     assert set(catalog) == {*PUBLISHED, "digits"}
     assert set(labels) == set(templates) == {*PUBLISHED, "digits", "birdsnap", "voc2007"}
     splits = {name: datasets.split_name(catalog[name], is_train=False) for name in catalog}
-    val = [
-        "cub200",
-        "eurosat",
-        "kitti_distance",
-        "patch_camelyon",
-        "ucf101_frames",
-        "clevr_counts",
-        "imagenet",
-    ]
+    val = "cub200 eurosat kitti_distance patch_camelyon ucf101_frames clevr_counts imagenet".split()
     assert {name for name, split in splits.items() if split == "val"} == set(val)
     assert splits["kinetics700_frames"] == "val_images" and splits["hateful_memes"] == "dev"
     filelists = {name for name, entry in catalog.items() if entry["type"] == "filelist"}
@@ -166,7 +134,7 @@ def test_scores_equal_a_plain_loop(tiny, trained):
 
     model, _ = load_model(trained / "checkpoint.pt")
     catalog, tokenizer = datasets.load_catalog(tiny / "catalog.json"), SimpleTokenizer()
-    labels, templates = (json.loads(open(p).read()) for p in (datasets.LABELS, datasets.TEMPLATES))
+    labels, templates = (utils.read_json(p, p) for p in (datasets.LABELS, datasets.TEMPLATES))
     task = eval_zeroshot.open_task("digits", 32, catalog, labels, templates)
     result = eval_zeroshot.evaluate(model, task, tokenizer, FP32, batch_size=7, workers=0)
     hits = 0
