@@ -10,6 +10,7 @@ import argparse
 import os
 import pathlib
 import pickle
+import shutil
 
 import numpy as np
 import torch
@@ -51,8 +52,12 @@ def save_run(args, model, training, epoch, best_acc1, is_best):
         "best_acc1": best_acc1,
         "args": {key: plain(value) for key, value in vars(args).items()},
     }
-    for name in ["checkpoint.pt", "checkpoint_best.pt"][: 1 + is_best]:
-        save(os.path.join(args.output_dir, name), state)
+    latest = os.path.join(args.output_dir, "checkpoint.pt")
+    save(latest, state)
+    if is_best:
+        best = os.path.join(args.output_dir, "checkpoint_best.pt")
+        with open(latest, "rb") as source:
+            utils.write_atomically(best, lambda file: shutil.copyfileobj(source, file))
 
 
 def plain(value):
