@@ -4,7 +4,7 @@ BIN = .venv/bin
 RUNS = runs/digits
 TRAIN = $(BIN)/python main.py --dataset coco --root data/digits \
   --metadata data/digits/annotations/captions_train2017.json --val-dataset digits \
-  --epochs 30 --batch-size 128 --lr 1e-3 --ssl-mlp-dim 512 --ssl-emb-dim 128 --workers 0
+  --epochs 25 --batch-size 96 --lr 1e-3 --ssl-mlp-dim 512 --ssl-emb-dim 128 --workers 0
 
 .PHONY: demo test lint clean
 .DELETE_ON_ERROR:

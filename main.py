@@ -101,7 +101,7 @@ def open_validation(model, args):
         raise InputError(f"--val-dataset: {error} (or give --val-dataset none)") from error
 
 
-def open_loader(model, tokenizer, args):
+def open_loader(model, tokenizer, device, args):
     """The loader of one rank: whole updates of whole batches, shuffled anew every epoch."""
     columns = (args.csv_img_key, args.csv_caption_key)
     captions = datasets.load_captions(args.dataset, args.metadata, columns)
@@ -131,7 +131,7 @@ def open_loader(model, tokenizer, args):
         collate_fn=datasets.collate,
         num_workers=args.workers,
         persistent_workers=args.workers > 0,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=device.type == "cuda",
     )
 
 
@@ -200,7 +200,7 @@ def main(args):
     if args.evaluate:
         return evaluate_only(model, task, tokenizer, precision, args)
 
-    loader = open_loader(model, tokenizer, args)
+    loader = open_loader(model, tokenizer, device, args)
     updates = len(loader) // args.update_freq
     training = create_training(model, precision, updates, args)
 

@@ -216,7 +216,7 @@ class CLIP(nn.Module):
         """(B, L) token ids -> (B, D), not normalised; the end-of-text token has the highest id."""
         x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]  # (B, L, W)
         x = self.ln_final(self.transformer(x))
-        return x[torch.arange(len(x)), text.argmax(-1)] @ self.text_projection
+        return x[torch.arange(len(x), device=x.device), text.argmax(-1)] @ self.text_projection
 
     def forward(self, image, text):
         return {
