@@ -20,7 +20,7 @@ import utils
 from checkpoint import load_model
 from tokenizer import SimpleTokenizer, trim
 from transforms import CenterCrop, to_float
-from utils import InputError, positive_int
+from utils import InputError, natural, positive_int
 
 # ---------------------------------------------------------------------------------------------
 # Metrics, in percent: (top (n, K) best classes first, margin (n,) score of class 1 over 0, labels)
@@ -155,7 +155,9 @@ def get_args_parser():
     parser.add_argument(
         "--batch-size", default=256, type=positive_int, help="images per rank and step"
     )
-    parser.add_argument("-j", "--workers", default=10, type=int, help="loader processes per rank")
+    parser.add_argument(
+        "-j", "--workers", default=10, type=natural, help="loader processes per rank"
+    )
     parser.add_argument("--precision", choices=engine.PRECISIONS, help="see main.py")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     parser.add_argument("--dist-url", default="env://", help="where the ranks meet")
@@ -189,6 +191,8 @@ def main(args):
     names = choose_sets(args.datasets, catalog)
     tasks = [open_task(name, model.image_size, catalog, labels, templates) for name in names]
 
+    if utils.is_main():
+        utils.make_folder(args.output_dir)
     tokenizer, results = SimpleTokenizer(), {}
     for task in tasks:
         result = evaluate(model, task, tokenizer, precision, args.batch_size, args.workers)
@@ -200,7 +204,6 @@ def main(args):
                 flush=True,
             )
     if utils.is_main():
-        os.makedirs(args.output_dir, exist_ok=True)
         utils.write_json(os.path.join(args.output_dir, "results.json"), results)
 
 

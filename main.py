@@ -21,7 +21,7 @@ import models
 import utils
 from tokenizer import SimpleTokenizer
 from transforms import to_float
-from utils import InputError, positive_int
+from utils import InputError, natural, not_negative, number, positive, positive_int
 
 MIN_SSL_BATCH = 64  # samples per step below which the SimCLR head's batch statistics mislead
 
@@ -42,38 +42,33 @@ def get_args_parser():
     add("--model", default="SLIP_VITB16", help="METHOD_TOWER: CLIP_VITS16, SLIP_convnext_tiny")
     add("--ssl-mlp-dim", default=4096, type=positive_int, help="SimCLR head: hidden width")
     add("--ssl-emb-dim", default=256, type=positive_int, help="SimCLR head: output width")
-    add("--ssl-scale", default=1.0, type=float, help="weight of the SimCLR loss in SLIP")
-    add("--ssl-temp", default=0.1, type=float, help="temperature of the SimCLR loss")
+    add("--ssl-scale", default=1.0, type=not_negative, help="weight of the SimCLR loss in SLIP")
+    add("--ssl-temp", default=0.1, type=positive, help="temperature of the SimCLR loss")
     add("--gather-with-grad", action="store_true", help="full CLIP gradient on several ranks")
     add("--resume", default="", help="checkpoint to go on from; output-dir's own comes first")
 
     add = parser.add_argument_group("Optimization").add_argument
     add("--epochs", default=25, type=positive_int)
-    add("--warmup-epochs", default=1, type=int, help="epochs of linear warm-up")
+    add("--warmup-epochs", default=1, type=natural, help="epochs of linear warm-up")
     add("--batch-size", default=64, type=positive_int, help="samples per rank and micro-batch")
-    add("--lr", default=3e-3, type=float, help="peak learning rate")
-    add("--lr-start", default=1e-6, type=float, help="learning rate at the start of warm-up")
-    add("--lr-end", default=1e-5, type=float, help="learning rate at the end of the cosine")
+    add("--lr", default=3e-3, type=positive, help="peak learning rate")
+    add("--lr-start", default=1e-6, type=not_negative, help="learning rate at the start of warm-up")
+    add("--lr-end", default=1e-5, type=not_negative, help="learning rate at the end of the cosine")
     add("--update-freq", default=1, type=positive_int, help="micro-batches per update")
-    add("--wd", default=0.1, type=float, help="weight decay of tensors of 2 or more dimensions")
-    add("--betas", default=(0.9, 0.98), nargs=2, type=float, help="AdamW's")
-    add("--eps", default=1e-8, type=float, help="AdamW's")
+    add("--wd", default=0.1, type=not_negative, help="weight decay, not of biases and norms")
+    add("--betas", default=(0.9, 0.98), nargs=2, type=number(float, 0, 1), help="AdamW's")
+    add("--eps", default=1e-8, type=not_negative, help="AdamW's")
 
     add = parser.add_argument_group("System").add_argument
     add("--precision", choices=engine.PRECISIONS, help="by default the device's best")
     add("--disable-amp", action="store_true", help="the same as --precision fp32")
     add("--device", default="auto", choices=("auto", "cuda", "cpu"))
-    add("-j", "--workers", default=10, type=int, help="loader processes per rank")
-    add(
-        "--print-freq",
-        default=10,
-        type=positive_int,
-        help="updates between two readings of the metrics",
-    )
+    add("-j", "--workers", default=10, type=natural, help="loader processes per rank")
+    add("--print-freq", default=10, type=positive_int, help="updates between readings of metrics")
     add("--eval-freq", default=1, type=positive_int, help="epochs between two validations")
     add("--evaluate", action="store_true", help="validate the checkpoint and stop")
     add("--dist-url", default="env://", help="where the ranks meet")
-    add("--seed", default=0, type=int)
+    add("--seed", default=0, type=natural)
     return parser
 
 

@@ -21,9 +21,11 @@ REPOSITORY = str(Path(__file__).resolve().parent)
 def get_args_parser():
     parser = utils.ArgumentParser("run_with_submitit.py", "Runs a script as a Slurm job")
     parser.add_argument("--script", default="main", help="script to run, without .py")
-    parser.add_argument("--ngpus", default=8, type=int, help="GPUs, and as many tasks, per node")
-    parser.add_argument("--nodes", default=8, type=int)
-    parser.add_argument("-t", "--timeout", default=4320, type=int, help="minutes")
+    parser.add_argument(
+        "--ngpus", default=8, type=utils.natural, help="GPUs, and as many tasks, per node"
+    )
+    parser.add_argument("--nodes", default=8, type=utils.positive_int)
+    parser.add_argument("-t", "--timeout", default=4320, type=utils.positive_int, help="minutes")
     parser.add_argument("--partition", help="Slurm partition (default: the cluster's)")
     parser.add_argument("--comment", help="shown by squeue")
     parser.add_argument("--shared_dir", default="runs", help="folder that all nodes see")

@@ -5,6 +5,7 @@ Nothing here knows about models, losses or data. Shapes: N global batch, B local
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -35,10 +36,24 @@ class ArgumentParser(argparse.ArgumentParser):
         raise InputError(f"{message}; see {self.prog} --help")
 
 
-def positive_int(text):
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+def number(kind, low, below=math.inf):
+    """An argparse type: an int or float of at least `low` and less than `below`."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value < below:
+            limit = "" if below == math.inf else f" and below {below}"
+            raise argparse.ArgumentTypeError(f"{text} must be {low} or more{limit}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where text is no number
+    return parse
+
+
+natural = number(int, 0)
+positive_int = number(int, 1)
+positive = number(float, 1e-12)
+not_negative = number(float, 0.0)
 
 
 def run(script):
@@ -68,6 +83,14 @@ def read_json(path, what):
         raise InputError(f"{what} {path}: {error.strerror}; check the path") from error
     except ValueError as error:
         raise InputError(f"{what} {path} is not valid JSON: {error}") from error
+
+
+def make_folder(path):
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--output-dir {path}: {error.strerror}; choose another") from error
+    return Path(path)
 
 
 def write_atomically(path, write):
@@ -259,8 +282,7 @@ class RunLog:
     def __init__(self, output_dir, first_epoch=0, first_update=0):
         from torch.utils.tensorboard import SummaryWriter  # slow to import: only when needed
 
-        self.output_dir = Path(output_dir)
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.output_dir = make_folder(output_dir)
         self.file = self.output_dir / "log.txt"
         if self.file.exists():  # leave out epochs that will be run again
             kept = [row for row in read_log(self.file) if row["epoch"] < first_epoch]

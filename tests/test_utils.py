@@ -67,7 +67,7 @@ def test_a_bug_keeps_its_traceback():
         utils.run(lambda: 1 / 0)
 
 
-@pytest.mark.parametrize("flags", [["--epoch", "3"], ["--count", "0"], ["--count", "-1"], ["x"]])
+@pytest.mark.parametrize("flags", [["--epoch", "3"], ["--count", "0"], ["--count", "x"], ["x"]])
 def test_wrong_flags_are_input_errors(flags):
     parser = utils.ArgumentParser("script.py", "A script")
     parser.add_argument("--epochs", type=int)
