@@ -71,13 +71,24 @@ def restore(path, model, training):
     missing = {"optimizer", "epoch"} - state.keys()
     if missing:
         raise InputError(f"checkpoint {path} holds no {', '.join(missing)} to go on from")
-    try:
-        training.optimizer.load_state_dict(state["optimizer"])
-    except (ValueError, KeyError) as error:
-        raise InputError(f"checkpoint {path}: its optimizer does not fit: {error}") from error
+    restore_optimizer(training.optimizer, state["optimizer"], path)
     if state.get("scaler"):  # empty where a run used none
         training.precision.scaler.load_state_dict(state["scaler"])
     return state["epoch"], float(state.get("best_acc1", 0.0))
+
+
+def restore_optimizer(optimizer, saved, path):
+    """Loads moments and step counts; weight decay, betas and eps stay those of the flags."""
+    own = optimizer.state_dict()["param_groups"]
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    try:
+        fits = [len(g["params"]) for g in saved["param_groups"]] == [len(g["params"]) for g in own]
+        fits &= all(params[i].shape == s["exp_avg"].shape for i, s in saved["state"].items())
+    except (KeyError, IndexError, TypeError, AttributeError):
+        fits = False
+    if not fits:
+        raise InputError(f"checkpoint {path}: its optimizer is of another model; check --model")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
 
 
 def load(path):
@@ -99,10 +110,15 @@ def load(path):
         raise InputError(f"checkpoint {path} is damaged: {reason}") from error
     if not isinstance(state, dict) or not {"state_dict", "args"} <= state.keys():
         raise InputError(f"{path} is no checkpoint of a training run: state_dict or args is absent")
-    args = state["args"]
-    weights = {key.removeprefix("module."): value for key, value in state["state_dict"].items()}
-    args = argparse.Namespace(**args) if isinstance(args, dict) else args
-    return {**state, "args": args, "state_dict": weights}
+    args, weights = state["args"], state["state_dict"]
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    is_named = all(
+        isinstance(d, dict) and all(isinstance(k, str) for k in d) for d in (args, weights)
+    )
+    if not is_named or not all(map(torch.is_tensor, weights.values())):
+        raise InputError(f"checkpoint {path}: its state_dict or args is of another kind")
+    weights = {key.removeprefix("module."): value for key, value in weights.items()}
+    return {**state, "args": argparse.Namespace(**args), "state_dict": weights}
 
 
 def load_weights(model, state_dict, path):
@@ -129,7 +145,7 @@ def load_model(path):
     """(model in eval mode on the CPU, args of its training run) from a checkpoint file."""
     state = load(path)
     args = state["args"]
-    if not hasattr(args, "model"):
+    if not isinstance(getattr(args, "model", None), str):
         raise InputError(f"checkpoint {path} does not say which model it holds")
     # Checkpoints of CLIP runs may lack the flags of the SimCLR head, which they have no use for.
     model = create_model(

@@ -5,13 +5,14 @@ what does not fit raises an InputError that names the file and the row.
 """
 
 import csv
+import io
+import itertools
 import json
 import os
 import pickle
 import zipfile
 from collections import defaultdict
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -34,12 +35,16 @@ def latin1(text, encoding):
     return text.encode("latin1")
 
 
-NUMPY_CORE = np.array([]).__reduce__()[0].__module__  # numpy._core.multiarray since NumPy 2
-PLAIN_GLOBALS = {("_codecs", "encode"): latin1, ("numpy", "ndarray"): np.ndarray}
-PLAIN_GLOBALS["numpy", "dtype"] = np.dtype
-for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-    PLAIN_GLOBALS[module, "_reconstruct"] = np.array([]).__reduce__()[0]
-    PLAIN_GLOBALS[module, "scalar"] = np.float64(0).__reduce__()[0]
+RECONSTRUCT, SCALAR = np.array([]).__reduce__()[0], np.float64(0).__reduce__()[0]
+PLAIN_GLOBALS = {
+    ("_codecs", "encode"): latin1,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("numpy.core.multiarray", "_reconstruct"): RECONSTRUCT,
+    ("numpy.core.multiarray", "scalar"): SCALAR,
+    ("numpy._core.multiarray", "_reconstruct"): RECONSTRUCT,  # since NumPy 2
+    ("numpy._core.multiarray", "scalar"): SCALAR,
+}
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -57,10 +62,9 @@ def read_pickle(file):
 
 def read_npy(file):
     """The array in a .npy file; object arrays hold plain data only."""
-    version = np.lib.format.read_magic(file)
-    read_header = {(1, 0): np.lib.format.read_array_header_1_0}.get(
-        version, np.lib.format.read_array_header_2_0
-    )
+    npy = np.lib.format
+    is_first = npy.read_magic(file) == (1, 0)
+    read_header = npy.read_array_header_1_0 if is_first else npy.read_array_header_2_0
     if read_header(file)[2].hasobject:
         return read_pickle(file)
     file.seek(0)
@@ -89,15 +93,17 @@ def read_rows(path, rows, pick):
         rows = iter(rows)
     except TypeError:
         raise InputError(f"metadata {path} holds no list of rows; check --dataset") from None
-    for number, row in enumerate(rows):
+    for number in itertools.count():
         try:
-            image, captions = pick(row)
+            image, captions = pick(next(rows))
             captions = [captions] if isinstance(captions, str) else list(captions)
             if not captions:
                 raise ValueError("no caption")
             for text in (image, *captions):
                 text.encode()  # fails on what is no text, and on half a surrogate pair
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        except StopIteration:
+            return
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, csv.Error) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             raise InputError(
                 f"metadata {path}, row {number}: {reason}; a field is missing or of another kind"
@@ -158,10 +164,11 @@ def read_csv(path, columns):
     """A table with a header; the separator is the one that splits it into the named columns."""
     image_column, caption_column = columns
     text = read_metadata(path, lambda file: file.read().decode("utf-8-sig"))
-    header = text[: text.find("\n")].rstrip("\r")
+    header = text.partition("\n")[0].rstrip("\r")
     for separator in "\t,;|":
         if {image_column, caption_column} <= set(next(csv.reader([header], delimiter=separator))):
-            rows = csv.DictReader(text.splitlines(keepends=True), delimiter=separator)
+            lines = io.StringIO(text, newline="")
+            rows = csv.DictReader(lines, delimiter=separator, strict=True)
             return read_rows(path, rows, lambda row: (row[image_column], row[caption_column]))
     raise InputError(
         f"metadata {path}: no columns {image_column!r} and {caption_column!r} in its header "
@@ -186,7 +193,7 @@ class Captions:
         text = pa.large_string()
         schema = pa.schema([("image", text), ("captions", pa.large_list(text))])
         pairs, batches = iter(pairs), []
-        while chunk := list(islice(pairs, 2**16)):
+        while chunk := list(itertools.islice(pairs, 2**16)):
             columns = [list(column) for column in zip(*chunk, strict=True)]
             batches.append(pa.record_batch(columns, schema=schema))
         table = pa.Table.from_batches(batches, schema).combine_chunks()
@@ -237,6 +244,9 @@ def read_file(root, path):
         raise InputError(f"image {root}/{path}: {error}; check the archive") from error
 
 
+SAMPLES, ORDER = 1, 2  # keep the random streams of samples and of their order apart
+
+
 class CaptionDataset(Dataset):
     """Samples of pre-training: a dict of the views a method takes.
 
@@ -256,7 +266,7 @@ class CaptionDataset(Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        rng = np.random.default_rng((self.seed, epoch, index))
+        rng = np.random.default_rng((SAMPLES, self.seed, epoch, index))
         path, captions = self.captions[index]
         image = decode_image(read_file(self.root, path), f"{self.root}/{path}")
         sample = {view: transform(image, rng) for view, transform in self.image_views.items()}
@@ -288,7 +298,7 @@ class EpochSampler(Sampler):
         return self.shape[0] * self.shape[2]
 
     def __iter__(self):
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.size)
+        order = np.random.default_rng((ORDER, self.seed, self.epoch)).permutation(self.size)
         mine = order[: np.prod(self.shape)].reshape(self.shape)[:, self.rank]
         return ((self.epoch, index) for index in mine.ravel().tolist())
 
@@ -306,6 +316,8 @@ def load_catalog(path=CATALOG):
     """The catalog, {name: {"type", "path", "train", "test"}}; paths are relative to its file."""
     folder = os.path.dirname(os.path.abspath(path))
     catalog = read_json(path, "catalog")
+    if not isinstance(catalog, dict):
+        raise InputError(f"catalog {path} is no object of named sets; see dataset_catalog.json")
     for name, entry in catalog.items():
         if not isinstance(entry, dict) or not {"type", "path"} <= entry.keys():
             raise InputError(f"catalog {path}: entry {name!r} needs at least a type and a path")
@@ -336,28 +348,46 @@ def open_imagefolder(name, entry, split, transform, labels):
     return dataset
 
 
+def class_numbers(found, labels, where):
+    """Class numbers 0 to C-1 from numbers, or from names such as clevr_counts' "count_10"."""
+    names = {label: i for i, label in enumerate(labels) if isinstance(label, str)}
+    try:
+        numbers = [
+            names[label.removeprefix("count_")] if isinstance(label, str) else int(label)
+            for label in np.asarray(found).tolist()
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{where}: {error} is not in labels.json for this set") from error
+    if not numbers or not 0 <= min(numbers) <= max(numbers) < len(labels):
+        raise InputError(
+            f"{where} holds classes {min(numbers, default='none')} to "
+            f"{max(numbers, default='none')}, but labels.json has {len(labels)} for this set"
+        )
+    return numbers
+
+
 class FileList(Dataset):
-    """<split>_images.npy (paths below root) and <split>_labels.npy (class numbers)."""
+    """<split>_images.npy (paths below root) and <split>_labels.npy (class numbers or names)."""
 
     def __init__(self, name, entry, split, transform, labels):
         self.root, self.transform = entry["path"], transform
-        self.images, self.labels = (
+        self.images, found = (
             read_metadata(os.path.join(self.root, f"{split}_{part}.npy"), read_npy)
             for part in ("images", "labels")
         )
-        if len(self.images) != len(self.labels):
+        if len(self.images) != len(found):
             raise InputError(
                 f"{name}: {split}_images.npy has {len(self.images)} rows, but "
-                f"{split}_labels.npy {len(self.labels)}; they must agree"
+                f"{split}_labels.npy {len(found)}; they must agree"
             )
-        check_labels(int(max(self.labels)) + 1, labels, self.root)
+        self.labels = class_numbers(found, labels, f"{self.root}/{split}_labels.npy")
 
     def __len__(self):
         return len(self.images)
 
     def __getitem__(self, index):
         image = load_image(os.path.join(self.root, str(self.images[index])))
-        return self.transform(image), int(self.labels[index])
+        return self.transform(image), self.labels[index]
 
 
 SPECIAL = {  # the sets that torchvision reads, (root, is_train) -> dataset
@@ -366,6 +396,10 @@ SPECIAL = {  # the sets that torchvision reads, (root, is_train) -> dataset
     "mnist": torchvision.datasets.MNIST,
     "stl10": lambda root, train: torchvision.datasets.STL10(root, "train" if train else "test"),
 }
+
+
+def to_rgb(image):
+    return image.convert("RGB")
 
 
 def open_special(name, entry, split, transform, labels):
@@ -383,7 +417,7 @@ def open_special(name, entry, split, transform, labels):
     if sorted(classes) != sorted(names):
         unknown = sorted(set(classes) - set(names))
         raise InputError(f"{name}: classes {unknown} of {entry['path']} are not in labels.json")
-    dataset.transform = lambda image: transform(image.convert("RGB"))
+    dataset.transform = torchvision.transforms.Compose([to_rgb, transform])
     dataset.target_transform = [names.index(c) for c in classes].__getitem__
     return dataset
 

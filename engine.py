@@ -141,10 +141,11 @@ def predict(score_fn, width, dataset, precision, batch_size, workers):
     )
     # Ranks fill in their own rows of zeros, so that the sum over ranks is the whole.
     scores = torch.zeros(len(dataset), width + 1, dtype=torch.float64, device=device)
-    for rows, batch in zip(mine.split(batch_size), loader, strict=True):
+    for i, batch in enumerate(loader):
+        rows = mine[i * batch_size : (i + 1) * batch_size].to(device)
         images, labels = to_device(batch, device)
         with precision.autocast():
-            scores[rows.to(device), :-1] = score_fn(images).double()
-        scores[rows.to(device), -1] = labels.double()
+            scores[rows, :-1] = score_fn(images).double()
+        scores[rows, -1] = labels.double()
     scores = reduce_sum(scores).cpu()
     return scores[:, :-1], scores[:, -1].long()

@@ -85,7 +85,7 @@ def open_task(name, image_size, catalog, labels, templates):
         ("the templates", templates),
     ):
         if name not in table:
-            raise InputError(f"{name!r} is not in {what}; choose from {', '.join(catalog)}")
+            raise InputError(f"{name!r} is not in {what}; choose from {', '.join(table)}")
     dataset = datasets.get_downstream_dataset(
         catalog, name, is_train=False, transform=CenterCrop(image_size), labels=labels[name]
     )
@@ -180,7 +180,7 @@ def main(args):
     device = utils.init_distributed(args.device, args.dist_url)
 
     model, train_args = load_model(args.resume)
-    if not hasattr(model, "encode_text"):
+    if "text" not in model.views:
         raise InputError(f"{args.resume} holds {train_args.model}: it has no text to prompt")
     model.to(device)
     precision = engine.Precision(args.precision, device)

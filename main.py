@@ -83,7 +83,7 @@ def create_loss(model, args):
 
 def open_validation(model, args):
     """The zero-shot task of --val-dataset, or None where there is nothing to score."""
-    if args.val_dataset == "none" or not hasattr(model, "encode_text"):
+    if args.val_dataset == "none" or "text" not in model.views:
         return None
     catalog = datasets.load_catalog(args.catalog)
     labels = utils.read_json(datasets.LABELS, "labels")
@@ -115,6 +115,8 @@ def open_loader(model, tokenizer, device, args):
             f"--update-freq {args.update_freq} is more than the {batches} batches of an epoch; "
             "lower it"
         )
+    if "aug1" in model.views and args.batch_size * world_size == 1:
+        raise InputError("--batch-size 1 is too few for the SimCLR head's batch norm; raise it")
     batches -= batches % args.update_freq
     sampler = datasets.EpochSampler(
         len(dataset), args.batch_size, batches, utils.get_rank(), world_size, args.seed
@@ -189,6 +191,8 @@ def main(args):
     utils.seed_everything(args.seed)
 
     model = models.create_model(args.model, args.ssl_mlp_dim, args.ssl_emb_dim).to(device)
+    if args.disable_amp and args.precision not in (None, "fp32"):
+        raise InputError(f"--disable-amp contradicts --precision {args.precision}; give one")
     precision = engine.Precision("fp32" if args.disable_amp else args.precision, device)
     task, tokenizer = open_validation(model, args), SimpleTokenizer()
 
@@ -201,7 +205,7 @@ def main(args):
 
     # A requeued job names its first --resume again: the run's own progress comes first.
     own = os.path.join(args.output_dir, "checkpoint.pt")
-    resume = own if os.path.exists(own) else args.resume
+    resume = utils.from_main(own if os.path.exists(own) else args.resume)
     start_epoch, best_acc1 = checkpoint.restore(resume, model, training) if resume else (0, 0.0)
 
     log = utils.open_log(args.output_dir, start_epoch, start_epoch * updates)
@@ -215,11 +219,12 @@ def main(args):
         means, speed = engine.train_one_epoch(training, loader, epoch, log, args.print_freq)
         stats = {f"train_{key}": value for key, value in means.items()}
 
+        utils.broadcast_buffers(model)
         is_best = False
         if task and ((epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs):
             result = validate(model, task, tokenizer, precision, args)
             is_best, best_acc1 = result["accuracy"] > best_acc1, max(result["accuracy"], best_acc1)
-            stats |= {"test_acc1": result["acc1"], "test_acc5": result["acc5"]}
+            stats |= {f"test_{key}": result[key] for key in ("accuracy", "acc1", "acc5")}
             log.say(f"epoch {epoch}: {task.name} {result['accuracy']:.2f}, best {best_acc1:.2f}")
 
         stats |= {"epoch": epoch, "lr": training.schedule[(epoch + 1) * updates - 1], **speed}

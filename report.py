@@ -21,17 +21,25 @@ def read_run(folder):
     log = os.path.join(folder, "log.txt")
     if not os.path.exists(log):
         raise InputError(f"{folder} is no run: it holds no log.txt")
+    rows = utils.read_log(log)
+    if not rows:
+        raise InputError(f"{log} holds no finished epoch; train on")
     results = os.path.join(folder, "results.json")
     return {
         "name": os.path.basename(os.path.normpath(folder)),
-        "log": utils.read_log(log),
+        "log": rows,
         "settings": utils.read_json(os.path.join(folder, "args.json"), "settings"),
         "results": utils.read_json(results, "results") if os.path.exists(results) else {},
     }
 
 
+def loss_key(run):
+    """The loss to compare: a SLIP and a CLIP run share the CLIP loss."""
+    return "train_clip_loss" if "train_clip_loss" in run["log"][0] else "train_loss"
+
+
 def markdown_table(runs):
-    """A row a run: model, epochs, speed, last loss, and the accuracy on each set."""
+    """A row a run: model, epochs, median speed, last loss, and the accuracy on each set."""
     sets = list(dict.fromkeys(name for run in runs for name in run["results"]))
     head = ["run", "model", "epochs", "samples/s", "loss", *(f"{name} (%)" for name in sets)]
     rows = [head, ["---"] * len(head)]
@@ -39,7 +47,7 @@ def markdown_table(runs):
         last, scores = run["log"][-1], run["results"]
         speeds = sorted(row["samples_per_sec"] for row in run["log"])
         row = [run["name"], run["settings"]["args"]["model"], str(last["epoch"] + 1)]
-        row += [f"{speeds[len(speeds) // 2]:.0f}", f"{last['train_loss']:.3f}"]
+        row += [f"{speeds[len(speeds) // 2]:.0f}", f"{loss_key(run)[6:]} {last[loss_key(run)]:.3f}"]
         row += [f"{scores[name]['accuracy']:.2f}" if name in scores else "" for name in sets]
         rows.append(row)
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -50,8 +58,7 @@ def draw(runs, path):
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for run in runs:
         epochs = [row["epoch"] + 1 for row in run["log"]]
-        # A SLIP run is compared with a CLIP run by the loss that both have.
-        key = "train_clip_loss" if "train_clip_loss" in run["log"][0] else "train_loss"
+        key = loss_key(run)
         left.plot(epochs, [row[key] for row in run["log"]], label=f"{run['name']}: {key[6:]}")
         scored = [(row["epoch"] + 1, row["test_acc1"]) for row in run["log"] if "test_acc1" in row]
         if scored:
@@ -60,7 +67,8 @@ def draw(runs, path):
     right.set(xlabel="epoch", ylabel="top-1 (%)", ylim=(0, 100), title="Zero-shot accuracy")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     figure.savefig(path, dpi=120)
 
 

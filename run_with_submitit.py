@@ -34,6 +34,11 @@ def get_args_parser():
     return parser
 
 
+def parse(script, job_dir, argv):
+    """The script's flags; the user's own --output-dir comes later, and so wins."""
+    return script.get_args_parser().parse_args(["--output-dir", job_dir, *argv])
+
+
 class Job:
     """What each task runs; submitit pickles it, and queues it again after a preemption."""
 
@@ -46,17 +51,18 @@ class Job:
         sys.path.insert(0, REPOSITORY)
         script = importlib.import_module(self.script)
         job_dir = self.job_dir.replace("%j", submitit.JobEnvironment().job_id)
-        # The user's own --output-dir comes later, and so wins.
-        script.main(script.get_args_parser().parse_args(["--output-dir", job_dir, *self.argv]))
+        script.main(parse(script, job_dir, self.argv))
 
     def checkpoint(self):
         return submitit.helpers.DelayedSubmission(self)
 
 
 def main(args, argv):
-    script = importlib.import_module(args.script)
-    script.get_args_parser().parse_args(argv)  # a wrong flag is told now, not in the queue
+    if not (Path(REPOSITORY) / f"{args.script}.py").exists():
+        raise utils.InputError(f"--script {args.script}: no such script; give main, for main.py")
     job_dir = args.job_dir or f"{args.shared_dir}/%j"
+
+    parse(importlib.import_module(args.script), job_dir, argv)  # tell wrong flags before queueing
 
     executor = submitit.AutoExecutor(folder=job_dir, cluster=args.cluster)
     executor.update_parameters(

@@ -43,6 +43,7 @@ class SimpleTokenizer:
     """Lower-cases, splits and encodes text; called, returns rows of `context_length` ids."""
 
     def __init__(self, path=VOCABULARY):
+        self.path = path
         with gzip.open(path, "rt", encoding="utf-8") as file:
             lines = file.read().split("\n")[1 : MERGES + 1]  # the first line is a header
         merges = [tuple(line.split()) for line in lines]
@@ -56,6 +57,9 @@ class SimpleTokenizer:
         self.start, self.end = self.encoder[START], self.encoder[END]
         # Bounded: a loader's worker meets millions of different words.
         self.merge = lru_cache(maxsize=2**15)(self._merge)
+
+    def __reduce__(self):  # a loader's worker makes its own, with a cache of its own
+        return type(self), (self.path,)
 
     def _merge(self, word):
         """The token ids of one word (a string of byte symbols): joins the best-ranked pairs."""

@@ -7,6 +7,7 @@ The parameters' distributions are torchvision's and the paper's (arXiv:2112.1275
 
 import io
 import math
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -32,10 +33,15 @@ def to_uint8(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
+@lru_cache
+def mean_and_std(device):
+    """(3, 1, 1) each; made once a device, since making them waits for a GPU."""
+    return [torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD)]
+
+
 def to_float(images):
     """(B, 3, S, S) uint8 -> float32, normalised by ImageNet's mean and deviation."""
-    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(STD, device=images.device).view(3, 1, 1)
+    mean, std = mean_and_std(images.device)
     return (images.float() / 255 - mean) / std
 
 

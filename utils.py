@@ -123,7 +123,13 @@ def init_distributed(device="auto", dist_url="env://"):
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this machine has no usable CUDA device; use --device cpu")
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise InputError(
+                f"this node has {gpus} GPUs; start no more than {gpus} processes on it"
+            )
+        torch.cuda.set_device(local_rank)
+        torch.backends.cudnn.benchmark = True  # images of one size
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
         backend = "nccl" if device == "cuda" else "gloo"
@@ -156,6 +162,21 @@ def gather(rows, with_grad):
     gathered = [torch.empty_like(rows) for _ in range(get_world_size())]
     dist.all_gather(gathered, rows.detach().contiguous())
     return torch.cat(gathered)
+
+
+def from_main(value):
+    """Rank 0's value on every rank, where ranks might see different things on a shared disk."""
+    values = [value]
+    if get_world_size() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def broadcast_buffers(model):
+    """Gives every rank the buffers of rank 0: batch norms of towers count on their own rank."""
+    if get_world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def reduce_sum(tensor):
@@ -242,22 +263,26 @@ class Meters:
 # The log of a run
 
 
+def git_revision():
+    """The commit of this code, "-dirty" behind it where files differ; None outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # no git
+        return None
+    return git.stdout.strip() or None
+
+
 def describe_run(args, **derived):
     """What a reader needs to repeat a run: flags, command, code revision, versions, ranks."""
     import timm
     import torchvision
 
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
     modules = (torch, torchvision, timm, np)
     return {
         "args": vars(args),
         "argv": sys.argv,
-        "git": git.stdout.strip() or None,
+        "git": git_revision(),
         "versions": {"python": platform.python_version()}
         | {module.__name__: module.__version__ for module in modules},
         "world_size": get_world_size(),
@@ -284,7 +309,9 @@ class RunLog:
 
         self.output_dir = make_folder(output_dir)
         self.file = self.output_dir / "log.txt"
-        if self.file.exists():  # leave out epochs that will be run again
+        if self.file.exists() and first_epoch == 0:  # another run's: kept aside
+            os.replace(self.file, f"{self.file}.old")
+        elif self.file.exists():  # leave out epochs that will be run again
             kept = [row for row in read_log(self.file) if row["epoch"] < first_epoch]
             text = "".join(json.dumps(row) + "\n" for row in kept)
             write_atomically(self.file, lambda file: file.write(text.encode()))

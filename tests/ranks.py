@@ -78,6 +78,17 @@ def predictions():
     return engine.predict(lambda x: x[:, :2], 2, Numbered(), precision, 4, 0)
 
 
+class Single(Numbered):
+    def __len__(self):
+        return 1
+
+
+def few_predictions():
+    """Fewer images than ranks."""
+    precision = engine.Precision("fp32", torch.device("cpu"))
+    return engine.predict(lambda x: x[:, :2] + 1, 2, Single(), precision, 4, 2)
+
+
 def meters():
     meter = utils.Meters()
     for value in (1.0, 2.0):
@@ -96,6 +107,7 @@ def main(folder):
         "head": head(),
         "slip_gradients": slip_gradients(),
         "predictions": predictions(),
+        "few_predictions": few_predictions(),
         "meters": meters(),
     }
     name = f"rank{utils.get_rank()}" if utils.get_world_size() > 1 else "one"

@@ -28,11 +28,17 @@ def save_released(path, prefix="module.", **more):
     torch.manual_seed(1)
     model = create_model("SLIP_VITTINY8", 32, 16)
     state = {prefix + key: value for key, value in model.state_dict().items()}
-    optimizer = torch.optim.AdamW(utils.param_groups(model, 0.1))
+    optimizer = torch.optim.AdamW(utils.param_groups(model, 0.1), foreach=False)
+    for param in model.parameters():
+        param.grad = torch.full_like(param, 1e-3)
+    optimizer.step()
     for group in optimizer.param_groups:
         group["lr"] = np.float64(1e-5)  # the archived code takes it from a NumPy schedule
     state = {"epoch": 25, "state_dict": collections.OrderedDict(state), "best_acc1": 42.8}
     state |= {"args": released_args(), "optimizer": optimizer.state_dict(), "scaler": {}}
+    for group in state["optimizer"]["param_groups"]:  # PyTorch 1.10 knew no more than these
+        for key in set(group) - {"params", "lr", "betas", "eps", "weight_decay", "amsgrad"}:
+            del group[key]
     torch.save({**state, **more}, path)
     return model
 
@@ -130,6 +136,32 @@ def test_a_checkpoint_of_another_model_names_keys(tmp_path, other, match):
     state = checkpoint.load(tmp_path / "c.pt")["state_dict"]
     with pytest.raises(InputError, match=match):
         checkpoint.load_weights(create_model(other, 32, 16), state, "c.pt")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"state_dict": [1]},
+        {"state_dict": {"a": 1}},
+        {"args": None},
+        {"args": "x"},
+        {"args": {1: 2}},
+    ],
+)
+def test_a_checkpoint_of_odd_kinds(tmp_path, change):
+    save_released(tmp_path / "c.pt", **change)
+    with pytest.raises(InputError, match="of another kind|does not say which model"):
+        checkpoint.load_model(tmp_path / "c.pt")
+
+
+def test_an_optimizer_of_another_model_is_told(tmp_path):
+    save_released(tmp_path / "c.pt")
+    saved = checkpoint.load(tmp_path / "c.pt")["optimizer"]
+    for name in ("SLIP_VITTINY8", "CLIP_VITTINY8"):
+        model = create_model(name, 64, 16)
+        optimizer = torch.optim.AdamW(utils.param_groups(model, 0.1))
+        with pytest.raises(InputError, match="optimizer is of another model"):
+            checkpoint.restore_optimizer(optimizer, saved, "c.pt")
 
 
 def test_our_checkpoints_are_plain_data(tmp_path):

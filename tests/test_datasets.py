@@ -1,6 +1,5 @@
 """Caption sources from real files, plain-data reading, sampling, and the catalog's types."""
 
-import gzip
 import json
 import os
 import pickle
@@ -103,11 +102,15 @@ def test_every_source_reads_its_files(name, tmp_path):
 @pytest.mark.parametrize("separator", [",", "\t", ";", "|"])
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_csv_separator_is_found(tmp_path, separator, newline):
-    lines = [["caption", "url", "image"], ["a dog", "x", "1.jpg"], ['"a\n  cat"', "y", "2.jpg"]]
+    lines = [
+        ["caption", "url", "image"],
+        ["a\u2028dog\x0c", "x", "1.jpg"],
+        ['"a\n  cat"', "y", "2.jpg"],
+    ]
     text = newline.join(separator.join(line) for line in lines)
     (tmp_path / "m.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
     captions = load_captions("csv", tmp_path / "m.csv", ("image", "caption"))
-    assert [captions[0], captions[1]] == [("1.jpg", ["a dog"]), ("2.jpg", ["a\n  cat"])]
+    assert [captions[0], captions[1]] == [("1.jpg", ["a\u2028dog\x0c"]), ("2.jpg", ["a\n  cat"])]
 
 
 def test_numpy_1_object_arrays_are_read(tmp_path):
@@ -170,6 +173,9 @@ def test_hostile_metadata_is_refused_unexecuted(tmp_path, name, suffix):
         ("csv", b"a,b\n1,2\n", "no columns 'filepath' and 'title' in its header 'a,b'"),
         ("csv", b"filepath,title\n1.jpg\n", "row 0"),
         ("csv", b"\xff\xfe\x00", "does not parse"),
+        ("csv", b"filepath,title", "holds no image"),
+        ("csv", b'filepath,title\n1.jpg,"a\n2.jpg,b\n', "row 0: unexpected end of data"),
+        ("csv", b'filepath,title\n1.jpg,a\n2.jpg,"b" c\n', "row 1"),
     ],
 )
 def test_bad_metadata_is_one_line_that_names_file_and_row(tmp_path, name, content, match):
@@ -286,9 +292,22 @@ def test_filelist(tmp_path):
     dataset = open_mine(catalog_of(tmp_path, type="filelist"), ["a", "b"])
     assert [dataset[i][1] for i in range(2)] == [1, 0]
     assert dataset[0][0].shape == (3, 32, 32)
+    for wrong in ([0, 2], [-1, 0], ["a", "c"], []):
+        np.save(tmp_path / "mine/val_labels.npy", np.array(wrong))
+        with pytest.raises(InputError, match="labels.json|must agree"):
+            open_mine(catalog_of(tmp_path, type="filelist"), ["a", "b"])
     np.save(tmp_path / "mine/val_labels.npy", np.array([1, 0, 1]))
     with pytest.raises(InputError, match="val_images.npy has 2 rows, but val_labels.npy 3"):
         open_mine(catalog_of(tmp_path, type="filelist"), ["a", "b"])
+
+
+def test_clevr_counts_has_names_for_labels(tmp_path):
+    (tmp_path / "mine").mkdir()
+    np.save(tmp_path / "mine/val_images.npy", np.array(["0.png", "1.png", "2.png"]))
+    np.save(tmp_path / "mine/val_labels.npy", np.array(["count_10", "count_3", "count_9"]))
+    labels = utils.read_json(datasets.LABELS, "labels")["clevr_counts"]
+    dataset = open_mine(catalog_of(tmp_path, type="filelist"), labels)
+    assert dataset.labels == [0, 1, 7]
 
 
 def write_cifar10(root, classes):
@@ -320,7 +339,7 @@ def load_meta(self):
         self.classes = pickle.load(file)["label_names"]
 
 
-def test_mnist_and_stl10_are_read(tmp_path):
+def test_mnist_and_stl10(tmp_path, monkeypatch):
     raw = tmp_path / "mine/MNIST/raw"
     raw.mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (10, 28, 28), dtype=np.uint8)
@@ -340,6 +359,23 @@ def test_mnist_and_stl10_are_read(tmp_path):
     catalog["stl10"] = catalog["mine"]
     with pytest.raises(InputError, match="stl10: Dataset not found"):
         open_mine(catalog, labels["stl10"], "stl10")
+    folder = tmp_path / "mine/stl10_binary"
+    folder.mkdir()
+    (folder / "class_names.txt").write_text("\n".join(labels["stl10"]))
+    (folder / "test_X.bin").write_bytes(bytes(2 * 3 * 96 * 96))
+    (folder / "test_y.bin").write_bytes(bytes([10, 1]))  # counted from 1
+    monkeypatch.setattr(torchvision.datasets.STL10, "_check_integrity", lambda self: True)
+    dataset = open_mine(catalog, labels["stl10"], "stl10")
+    assert [dataset[i][1] for i in range(2)] == [9, 0] and dataset[0][0].shape == (3, 32, 32)
+
+
+def test_datasets_travel_to_spawned_workers(tiny, tmp_path):
+    pairs = pickle.loads(pickle.dumps(open_pairs("coco", tiny / "captions.json", tiny)))
+    expected = open_pairs("coco", tiny / "captions.json", tiny)[0, 3]
+    assert all(torch.equal(value, expected[key]) for key, value in pairs[0, 3].items())
+    write_folders(tmp_path / "mine/val", classes=2, each=1)
+    labelled = open_mine(catalog_of(tmp_path, type="imagefolder"), ["a", "b"])
+    assert pickle.loads(pickle.dumps(labelled))[1][1] == 1
 
 
 def test_bad_catalogs(tmp_path):
@@ -360,9 +396,10 @@ def test_bad_catalogs(tmp_path):
         datasets.load_catalog(tmp_path / "catalog.json")
 
 
-def test_the_vocabulary_is_openais():
-    with gzip.open("bpe_simple_vocab_16e6.txt.gz") as file:
-        assert file.readline().startswith(b'"bpe_simple_vocab_16e6.txt#version: 0.2')
+def test_the_catalog_is_an_object(tmp_path):
+    (tmp_path / "catalog.json").write_text("[]")
+    with pytest.raises(InputError, match="no object of named sets"):
+        datasets.load_catalog(tmp_path / "catalog.json")
 
 
 def test_images_are_read_from_any_mode(tmp_path):

@@ -84,6 +84,7 @@ def test_prediction_counts_every_image_once_on_any_number_of_ranks(two_ranks):
     for rank in ("rank0", "rank1"):
         assert torch.equal(two_ranks[rank]["predictions"][0], scores)
         assert torch.equal(two_ranks[rank]["predictions"][1], labels)
+        assert two_ranks[rank]["few_predictions"][0].tolist() == [[1.0, 1.0]]
 
 
 @pytest.mark.cuda

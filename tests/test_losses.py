@@ -96,9 +96,9 @@ def test_symmetry_permutation_and_scale():
 
 
 def test_logits_are_float32_under_mixed_precision():
-    batch = {k: v.detach() for k, v in outputs().items()}
-    expected = LOSSES["slip_temp0.2_scale0.5"](batch)["loss"]
+    half = {k: v.detach().bfloat16() for k, v in outputs().items()}
+    expected = LOSSES["slip_temp0.2_scale0.5"]({k: v.float() for k, v in half.items()})["loss"]
     with torch.autocast("cpu", torch.bfloat16):
-        got = LOSSES["slip_temp0.2_scale0.5"](batch)["loss"]
+        got = LOSSES["slip_temp0.2_scale0.5"](half)["loss"]
     assert got.dtype == torch.float32
     assert got.item() == expected.item()

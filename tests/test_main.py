@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import run_script, train_flags, write_coco
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_checkpoint import save_released
 
 import main
 import utils
@@ -211,6 +212,8 @@ def test_a_progress_bar_on_a_terminal(tiny, tmp_path, monkeypatch, capsys):
         (["--seed", "x"], "--seed: invalid int value: 'x'"),
         (["--output-dir", "/dev/null"], "--output-dir /dev/null: File exists"),
         (["--warmup-epochs", "2"], "--warmup-epochs 2 exceeds --epochs 1"),
+        (["--batch-size", "1"], "--batch-size 1 is too few for the SimCLR head"),
+        (["--disable-amp", "--precision", "bf16"], "--disable-amp contradicts --precision bf16"),
         (["--evaluate", "--val-dataset", "none"], "--evaluate has nothing to score"),
         (["--evaluate"], "checkpoint .*checkpoint.pt' is absent"),
     ],
@@ -244,9 +247,42 @@ def test_a_checkpoint_of_another_model(tiny, tmp_path):
         train(tiny, tmp_path, model="SLIP_VITTINY8")
 
 
-def test_a_released_checkpoint_can_be_trained_on(tiny, tmp_path):
-    from test_checkpoint import save_released
-
-    save_released(tmp_path / "c.pt", epoch=1)
-    train(tiny, tmp_path / "out", "--resume", tmp_path / "c.pt", epochs=2)
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_a_released_checkpoint_can_be_trained_on(tiny, tmp_path, precision):
+    scaler = {"scale": 256.0, "growth_factor": 2.0, "backoff_factor": 0.5}
+    scaler |= {"growth_interval": 2000, "_growth_tracker": 0}
+    save_released(tmp_path / "c.pt", epoch=1, scaler=scaler)
+    flags = ["--resume", tmp_path / "c.pt", "--precision", precision, "--wd", 0.3]
+    train(tiny, tmp_path / "out", *flags, epochs=2)
     assert [row["epoch"] for row in rows(tmp_path / "out")] == [1]
+    saved = weights(tmp_path / "out")["optimizer"]
+    assert saved["param_groups"][0]["weight_decay"] == 0.3
+    assert {int(state["step"]) for state in saved["state"].values()} == {5}  # 1 and 4
+
+
+@pytest.mark.parametrize("model", ["SLIP_test_resnet", "CLIP_RN50"])
+def test_convolutional_towers_train(tiny, tmp_path, model):
+    train(tiny, tmp_path, "--lr", 1e-4, "--batch-size", 8, model=model, val="none")
+    assert rows(tmp_path)[0]["train_loss"] > 0
+
+
+def test_ranks_validate_one_model_and_accumulate_as_one(tiny, tmp_path):
+    """Two ranks with two micro-batches, and a tower whose batch norm counts on each rank."""
+    flags = train_flags(tiny, tmp_path, "--update-freq", 2, model="CLIP_test_resnet")
+    run = run_script("main.py", flags, ranks=2)
+    assert run.returncode == 0, run.stderr
+    accuracy = rows(tmp_path)[0]["test_acc1"]
+    assert rows(tmp_path)[0]["pairs"] == 16
+    flags = [*flags, "--evaluate"]
+    run = run_script("main.py", flags)
+    assert f"top1 {accuracy:.2f}, 30 images" in run.stdout, run.stderr
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_training_and_resuming_on_cuda(tiny, tmp_path, precision):
+    flags = ["--device", "cuda", "--precision", precision]
+    train(tiny, tmp_path, *flags, epochs=1)
+    train(tiny, tmp_path, *flags, epochs=2)
+    assert [row["epoch"] for row in rows(tmp_path)] == [0, 1]

@@ -28,11 +28,14 @@ def test_table_and_picture(runs, capsys):
     report.main(report.get_args_parser().parse_args(flags))
     table = capsys.readouterr().out.splitlines()
     assert table[0] == "| run | model | epochs | samples/s | loss | digits (%) |"
-    assert table[2] == "| slip | slip_X | 3 | 100 | 2.500 | 91.23 |"
-    assert table[3] == "| simclr | simclr_X | 3 | 100 | 2.500 |  |"
+    assert table[2] == "| slip | slip_X | 3 | 100 | clip_loss 1.250 | 91.23 |"
+    assert table[3] == "| simclr | simclr_X | 3 | 100 | loss 2.500 |  |"
     assert Image.open(runs / "r.png").size == (1200, 480)
 
 
 def test_a_folder_that_is_no_run(tmp_path):
     with pytest.raises(InputError, match=r"is no run: it holds no log.txt"):
+        report.read_run(tmp_path)
+    (tmp_path / "log.txt").write_text("")
+    with pytest.raises(InputError, match="holds no finished epoch"):
         report.read_run(tmp_path)

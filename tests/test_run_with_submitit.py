@@ -33,6 +33,15 @@ def test_wrong_flags_are_told_before_submission(tmp_path):
     assert not (tmp_path / "job").exists()
 
 
+@pytest.mark.parametrize(
+    "script, match", [("nope", "--script nope: no such script"), ("report", "--output-dir")]
+)
+def test_scripts_that_cannot_be_jobs(tmp_path, script, match):
+    with pytest.raises(InputError, match=match):
+        launch(["--cluster", "local", "--job_dir", str(tmp_path / "job"), "--script", script])
+    assert not (tmp_path / "job").exists()
+
+
 def test_a_preempted_job_is_submitted_again_unchanged():
     job = run_with_submitit.Job("main", ["--epochs", "3"], "runs/%j")
     again = job.checkpoint()

@@ -1,9 +1,11 @@
 """The byte-pair encoding against the archived code's ids, and the shape of its rows."""
 
+import hashlib
+
 import pytest
 import torch
 
-from tokenizer import SimpleTokenizer, trim
+from tokenizer import VOCABULARY, SimpleTokenizer, trim
 
 START, END = 49406, 49407
 
@@ -17,6 +19,11 @@ def test_ids_equal_the_archived_code(tokenizer, reference):
     for row in reference["tokens"]:
         assert tokenizer.encode(row["text"]) == row["ids"], row["text"]
     assert len(tokenizer.encoder) == 49408
+
+
+def test_the_vocabulary_is_openais():
+    digest = hashlib.sha256(VOCABULARY.read_bytes()).hexdigest()
+    assert digest == "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 
 
 def test_decode_inverts_encode_up_to_blanks(tokenizer):

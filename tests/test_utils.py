@@ -30,10 +30,42 @@ def test_weight_decay_spares_vectors_and_scalars():
     assert {p.ndim for p in decayed["params"]} == {2, 3, 4}
     assert {p.ndim for p in rest["params"]} == {0, 1}
     assert len(decayed["params"]) + len(rest["params"]) == len(list(model.parameters()))
-    # The first parameters in the archived code's order: its optimizer states are by position.
-    first = ("positional_embedding", "image_projection", "text_projection")
-    for got, name in zip(decayed["params"], first, strict=False):
-        assert got is getattr(model, name)
+    # Optimizer states go by position: the archived code's order.
+    names = {id(p): name for name, p in model.named_parameters()}
+    order = [names[id(p)] for group in (decayed, rest) for p in group["params"]]
+    block = "transformer.resblocks.0."
+    assert [n for n in order if not n.startswith(("visual", "transformer.resblocks.1"))] == [
+        "positional_embedding",
+        "image_projection",
+        "text_projection",
+        f"{block}attn.in_proj_weight",
+        f"{block}attn.out_proj.weight",
+        f"{block}mlp.c_fc.weight",
+        f"{block}mlp.c_proj.weight",
+        "token_embedding.weight",
+        "image_mlp.layer1.weight",
+        "image_mlp.layer2.weight",
+        "image_mlp.layer3.weight",
+        "logit_scale",
+        f"{block}attn.in_proj_bias",
+        f"{block}attn.out_proj.bias",
+        f"{block}ln_1.weight",
+        f"{block}ln_1.bias",
+        f"{block}mlp.c_fc.bias",
+        f"{block}mlp.c_proj.bias",
+        f"{block}ln_2.weight",
+        f"{block}ln_2.bias",
+        "ln_final.weight",
+        "ln_final.bias",
+        "image_mlp.layer1.bias",
+        "image_mlp.bn1.weight",
+        "image_mlp.bn1.bias",
+        "image_mlp.layer2.bias",
+        "image_mlp.bn2.weight",
+        "image_mlp.bn2.bias",
+        "image_mlp.layer3.bias",
+    ]
+    assert order.index("visual.cls_token") < order.index("transformer.resblocks.0.mlp.c_fc.weight")
 
 
 def test_meters_average_windows_and_the_epoch():
@@ -104,6 +136,18 @@ def test_the_log_leaves_out_epochs_that_run_again(tmp_path):
         file.write('{"epoch": 3, "tr')  # a kill in the midst of a line
     RunLog(tmp_path, first_epoch=2).close()
     assert [row["epoch"] for row in utils.read_log(tmp_path / "log.txt")] == [0, 1]
+
+
+def test_a_log_of_another_run_is_kept_aside(tmp_path):
+    (tmp_path / "log.txt").write_text("my notes\n")
+    RunLog(tmp_path).close()
+    assert (tmp_path / "log.txt.old").read_text() == "my notes\n"
+    assert not (tmp_path / "log.txt").exists()
+
+
+def test_a_machine_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert utils.git_revision() is None
 
 
 def test_silent_log_does_nothing():
