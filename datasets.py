@@ -244,9 +244,6 @@ def read_file(root, path):
         raise InputError(f"image {root}/{path}: {error}; check the archive") from error
 
 
-SAMPLES, ORDER = 1, 2  # keep the random streams of samples and of their order apart
-
-
 class CaptionDataset(Dataset):
     """Samples of pre-training: a dict of the views a method takes.
 
@@ -266,7 +263,7 @@ class CaptionDataset(Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        rng = np.random.default_rng((SAMPLES, self.seed, epoch, index))
+        rng = np.random.default_rng((self.seed, epoch, index))
         path, captions = self.captions[index]
         image = decode_image(read_file(self.root, path), f"{self.root}/{path}")
         sample = {view: transform(image, rng) for view, transform in self.image_views.items()}
@@ -298,7 +295,7 @@ class EpochSampler(Sampler):
         return self.shape[0] * self.shape[2]
 
     def __iter__(self):
-        order = np.random.default_rng((ORDER, self.seed, self.epoch)).permutation(self.size)
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.size)
         mine = order[: np.prod(self.shape)].reshape(self.shape)[:, self.rank]
         return ((self.epoch, index) for index in mine.ravel().tolist())
 
