@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import zipfile
+import zlib
 from collections import defaultdict
 from functools import lru_cache
 from pathlib import Path
@@ -35,20 +36,51 @@ def latin1(text, encoding):
     return text.encode("latin1")
 
 
-RECONSTRUCT, SCALAR = np.array([]).__reduce__()[0], np.float64(0).__reduce__()[0]
-PLAIN_GLOBALS = {
-    ("_codecs", "encode"): latin1,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "_reconstruct"): RECONSTRUCT,
-    ("numpy.core.multiarray", "scalar"): SCALAR,
-    ("numpy._core.multiarray", "_reconstruct"): RECONSTRUCT,  # since NumPy 2
-    ("numpy._core.multiarray", "scalar"): SCALAR,
-}
+class PlainDtype:
+    """Stands for numpy.dtype: NumPy's own, fed with a hostile state, reads memory it should not."""
+
+    def __init__(self, code, *flags):
+        if code[:1] not in tuple("ObiufSU") or not code[1:].isdigit():
+            raise ValueError(f"dtype {code!r} is not of plain numbers or text")
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state):
+        self.order = state[1] if state[1] in ("<", ">") else "="
+
+    def numpy(self):
+        return np.dtype(self.order + self.code)
+
+
+class PlainArray(list):
+    """Stands for numpy.ndarray: the elements of an array of one dimension."""
+
+    def __init__(self, *shape_and_code):
+        super().__init__()
+
+    def __setstate__(self, state):
+        _, shape, dtype, _, data = state
+        self[:] = data if isinstance(data, list) else np.frombuffer(data, dtype.numpy()).tolist()
+        if tuple(shape) != (len(self),):
+            raise ValueError(f"an array of shape {shape} holds {len(self)} elements")
+
+
+def plain_array(kind, shape, code):
+    return PlainArray()
+
+
+def plain_scalar(dtype, data):
+    return np.frombuffer(data, dtype.numpy())[0].item()
+
+
+PLAIN_GLOBALS = {("_codecs", "encode"): latin1}
+PLAIN_GLOBALS |= {("numpy", "ndarray"): PlainArray, ("numpy", "dtype"): PlainDtype}
+for package in ("numpy.core", "numpy._core"):  # before and since NumPy 2
+    PLAIN_GLOBALS[f"{package}.multiarray", "_reconstruct"] = plain_array
+    PLAIN_GLOBALS[f"{package}.multiarray", "scalar"] = plain_scalar
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Builds lists, dicts, numbers, strings, and NumPy arrays and scalars; nothing else."""
+    """Builds lists, dicts, numbers and strings, also from NumPy's arrays; nothing else."""
 
     def find_class(self, module, name):
         if (module, name) not in PLAIN_GLOBALS:
@@ -103,7 +135,14 @@ def read_rows(path, rows, pick):
                 text.encode()  # fails on what is no text, and on half a surrogate pair
         except StopIteration:
             return
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, csv.Error) as error:
+        except (
+            LookupError,
+            TypeError,
+            ArithmeticError,
+            ValueError,
+            AttributeError,
+            csv.Error,
+        ) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error
             raise InputError(
                 f"metadata {path}, row {number}: {reason}; a field is missing or of another kind"
@@ -240,7 +279,7 @@ def read_file(root, path):
     except OSError as error:
         message = error.strerror or error
         raise InputError(f"image {root}/{path}: {message}; check the path and the file") from error
-    except (KeyError, zipfile.BadZipFile, zipfile.zlib.error) as error:
+    except (KeyError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"image {root}/{path}: {error}; check the archive") from error
 
 

@@ -89,6 +89,8 @@ def open_task(name, image_size, catalog, labels, templates):
     dataset = datasets.get_downstream_dataset(
         catalog, name, is_train=False, transform=CenterCrop(image_size), labels=labels[name]
     )
+    if not all(isinstance(template, str) and "{}" in template for template in templates[name]):
+        raise InputError(f"templates of {name!r}: each must be a text with {{}} for the class")
     split = datasets.split_name(catalog[name], is_train=False)
     return Task(name, dataset, split, labels[name], templates[name])
 
@@ -99,7 +101,7 @@ def build_classifier(model, tokenizer, classes, templates, precision, batch_size
     prompts, owners = [], []
     for owner, names in enumerate(classes):
         for name in [names] if isinstance(names, str) else names:
-            prompts += [template.format(name) for template in templates]
+            prompts += [template.replace("{}", name) for template in templates]
             owners += [owner] * len(templates)
     embeds = []
     for start in range(0, len(prompts), batch_size):
@@ -203,8 +205,7 @@ def main(args):
                 f"{result['images']:6d} images of {task.split}",
                 flush=True,
             )
-    if utils.is_main():
-        utils.write_json(os.path.join(args.output_dir, "results.json"), results)
+            utils.write_json(os.path.join(args.output_dir, "results.json"), results)
 
 
 if __name__ == "__main__":

@@ -61,8 +61,8 @@ def run(script):
     try:
         script()
     except InputError as error:
-        # From a loader's worker the text comes after its traceback: the last line is ours.
-        message = str(error).strip().splitlines()[-1].removeprefix("utils.InputError: ")
+        # From a loader's worker the text comes after its traceback.
+        message = " ".join(str(error).split("utils.InputError: ")[-1].split())
         rank = f" (rank {get_rank()})" if get_rank() else ""
         print(f"error{rank}: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
@@ -291,13 +291,15 @@ def describe_run(args, **derived):
 
 
 def read_log(path):
-    """The rows of a log.txt; a last line cut short by a kill is left out."""
+    """The rows of a log.txt; a line that is none (cut short by a kill, say) is left out."""
     rows = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
-            break
+            continue
+        if isinstance(row, dict) and isinstance(row.get("epoch"), int):
+            rows.append(row)
     return rows
 
 

@@ -125,6 +125,33 @@ def test_numpy_1_object_arrays_are_read(tmp_path):
     assert load_captions("cc3m", tmp_path / "m.npy")[0] == ("1.jpg", ["a"])
 
 
+class Crafted:
+    """Pickles as a call of an allowed NumPy name, with arguments and a state of one's choice."""
+
+    def __init__(self, function, arguments, state=None):
+        self.call = (function, arguments) if state is None else (function, arguments, state)
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Crafted(np.dtype, ("V16", False, True), (3, "|", None, ("a",), {"a": ("O", 0)}, 16, 1, 0)),
+        Crafted(np.ndarray, ((1,), np.dtype("O"), b"A" * 16)),
+        Crafted(np.float64(0).__reduce__()[0], (np.dtype("O"), b"A" * 8)),
+        np.zeros((2, 2)),
+        np.array([{"captions": "a"}], dtype=object),
+    ],
+)
+def test_numpys_own_objects_are_never_built(tmp_path, value):
+    """Fed with a hostile state, NumPy's dtype and ndarray read memory that is not theirs."""
+    (tmp_path / "m.pkl").write_bytes(pickle.dumps([(1, value, "b")]))
+    with pytest.raises(InputError, match="does not parse|row 0"):
+        load_captions("yfcc15m", tmp_path / "m.pkl")
+
+
 class Payload:
     def __init__(self, target):
         self.target = str(target)

@@ -132,8 +132,10 @@ def test_the_log_leaves_out_epochs_that_run_again(tmp_path):
     for epoch in range(3):
         log.epoch({"epoch": epoch, "train_loss": 1.0})
     log.close()
-    with open(tmp_path / "log.txt", "a") as file:
-        file.write('{"epoch": 3, "tr')  # a kill in the midst of a line
+    lines = (tmp_path / "log.txt").read_text().splitlines(keepends=True)
+    lines[1:1] = ["5\n", "{}\n", "half a li\n"]  # one damaged line costs no other
+    lines += ['{"epoch": 3, "tr']  # a kill in the midst of a line
+    (tmp_path / "log.txt").write_text("".join(lines))
     RunLog(tmp_path, first_epoch=2).close()
     assert [row["epoch"] for row in utils.read_log(tmp_path / "log.txt")] == [0, 1]
 
