@@ -166,7 +166,7 @@ def create_training(model, precision, updates, args):
 
 
 def announce(log, model, task, loader, precision, args):
-    """The first lines of a run's log, args.json, and a picture of the views."""
+    """The first lines of a run's log, and args.json."""
     batch = args.batch_size * utils.get_world_size()
     log.settings(
         utils.describe_run(args, effective_batch=batch * args.update_freq, precision=precision.name)
@@ -182,8 +182,6 @@ def announce(log, model, task, loader, precision, args):
         )
     if task is None:
         log.say("no zero-shot validation: --val-dataset none, or a method without text")
-    if utils.is_main():
-        log.picture("views", picture_of_views(loader))
 
 
 def main(args):
@@ -208,8 +206,11 @@ def main(args):
     resume = utils.from_main(own if os.path.exists(own) else args.resume)
     start_epoch, best_acc1 = checkpoint.restore(resume, model, training) if resume else (0, 0.0)
 
+    # The picture first: where --root is wrong it fails before anything is written.
+    picture = picture_of_views(loader) if utils.is_main() else None
     log = utils.open_log(args.output_dir, start_epoch, start_epoch * updates)
     announce(log, model, task, loader, precision, args)
+    log.picture("views", picture)
     if resume:
         log.say(f"resumed {resume} after {start_epoch} of {args.epochs} epochs")
 

@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from conftest import run_script, train_flags, write_coco
@@ -202,6 +203,7 @@ def test_a_progress_bar_on_a_terminal(tiny, tmp_path, monkeypatch, capsys):
         (["--val-dataset", "food"], "'food' is not in the catalog; choose from digits"),
         (["--catalog", "none.json"], "catalog none.json: No such file"),
         (["--root", "nowhere"], "--root 'nowhere' is not a folder"),
+        (["--root", "."], "image ./train2017/.*: No such file"),
         (["--metadata", "none.json"], "metadata none.json: No such file .*check --metadata"),
         (["--resume", "none.pt"], "checkpoint 'none.pt' is absent; check --resume"),
         (["--batch-size", "17"], "--batch-size 17 on 1 ranks is more than the 16 images"),
@@ -231,13 +233,14 @@ def test_the_command_prints_one_line_and_exits_with_2(tiny, tmp_path):
     assert run.returncode == 2 and run.stdout == ""
     assert run.stderr.startswith("error: unknown model") and run.stderr.count("\n") == 1
 
-    metadata = write_coco(tmp_path / "broken", images=8)
-    (tmp_path / "broken/train2017/000000000003.jpg").write_bytes(b"broken")
+    metadata = write_coco(tmp_path / "broken", images=12)
+    last = np.random.default_rng((0, 0)).permutation(12)[-1]  # a worker meets it
+    (tmp_path / f"broken/train2017/{last:012d}.jpg").write_bytes(b"broken")
     flags += ["--root", tmp_path / "broken", "--metadata", metadata, "--model", "CLIP_VITTINY8"]
     run = run_script("main.py", flags)
     assert run.returncode == 2
     assert run.stderr.strip().splitlines()[-1].startswith("error: image ")
-    assert "train2017/000000000003.jpg cannot be read" in run.stderr
+    assert f"train2017/{last:012d}.jpg cannot be read" in run.stderr
     assert "Traceback" not in run.stderr
 
 
