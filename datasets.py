@@ -355,8 +355,9 @@ def load_catalog(path=CATALOG):
     if not isinstance(catalog, dict):
         raise InputError(f"catalog {path} is no object of named sets; see dataset_catalog.json")
     for name, entry in catalog.items():
-        if not isinstance(entry, dict) or not {"type", "path"} <= entry.keys():
-            raise InputError(f"catalog {path}: entry {name!r} needs at least a type and a path")
+        texts = isinstance(entry, dict) and all(isinstance(v, str) for v in entry.values())
+        if not texts or not {"type", "path"} <= entry.keys():
+            raise InputError(f"catalog {path}: entry {name!r} needs a type and a path, as texts")
         entry["path"] = os.path.join(folder, os.path.expanduser(entry["path"]))
     return catalog
 

@@ -86,11 +86,13 @@ def open_task(name, image_size, catalog, labels, templates):
     ):
         if name not in table:
             raise InputError(f"{name!r} is not in {what}; choose from {', '.join(table)}")
+    if not isinstance(labels[name], list) or not isinstance(templates[name], list):
+        raise InputError(f"labels and templates of {name!r} must be lists of texts")
+    if not all(isinstance(template, str) and "{}" in template for template in templates[name]):
+        raise InputError(f"templates of {name!r}: each must be a text with {{}} for the class")
     dataset = datasets.get_downstream_dataset(
         catalog, name, is_train=False, transform=CenterCrop(image_size), labels=labels[name]
     )
-    if not all(isinstance(template, str) and "{}" in template for template in templates[name]):
-        raise InputError(f"templates of {name!r}: each must be a text with {{}} for the class")
     split = datasets.split_name(catalog[name], is_train=False)
     return Task(name, dataset, split, labels[name], templates[name])
 

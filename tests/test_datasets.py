@@ -419,7 +419,7 @@ def test_bad_catalogs(tmp_path):
     with pytest.raises(InputError, match="mine: .*No such file.*absent"):
         open_mine(catalog_of(tmp_path, type="imagefolder", test="absent"), ["a"])
     (tmp_path / "catalog.json").write_text('{"mine": {"type": "imagefolder"}}')
-    with pytest.raises(InputError, match="entry 'mine' needs at least a type and a path"):
+    with pytest.raises(InputError, match="entry 'mine' needs a type and a path"):
         datasets.load_catalog(tmp_path / "catalog.json")
 
 

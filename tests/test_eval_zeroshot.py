@@ -160,6 +160,15 @@ def test_bad_input(tiny, trained, tmp_path):
     (tmp_path / "labels.json").write_text('{"digits": ["one", "two"]}')
     with pytest.raises(InputError, match="has 10 classes, but labels.json has 2"):
         call(tiny, trained, tmp_path, "--labels", tmp_path / "labels.json")
+    (tmp_path / "labels.json").write_text('{"digits": "zero to nine"}')
+    with pytest.raises(InputError, match="'digits' must be lists of texts"):
+        call(tiny, trained, tmp_path, "--labels", tmp_path / "labels.json")
+    (tmp_path / "templates.json").write_text('{"digits": ["a digit"]}')
+    with pytest.raises(InputError, match="each must be a text with {}"):
+        call(tiny, trained, tmp_path, "--templates", tmp_path / "templates.json")
+    (tmp_path / "catalog.json").write_text('{"digits": {"type": "imagefolder", "path": 5}}')
+    with pytest.raises(InputError, match="needs a type and a path, as texts"):
+        call(tiny, trained, tmp_path, "--catalog", tmp_path / "catalog.json")
     (tmp_path / "catalog.json").write_text('{"digits": {"type": "imagefolder", "path": "none"}}')
     with pytest.raises(InputError, match="no set of the catalog is present"):
         call(tiny, trained, tmp_path, "--catalog", tmp_path / "catalog.json")
