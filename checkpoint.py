@@ -50,7 +50,7 @@ def save_run(args, model, training, epoch, best_acc1, is_best):
         "optimizer": training.optimizer.state_dict(),
         "scaler": training.precision.scaler.state_dict(),
         "best_acc1": best_acc1,
-        "args": {key: plain(value) for key, value in vars(args).items()},
+        "args": vars(args),
     }
     latest = os.path.join(args.output_dir, "checkpoint.pt")
     save(latest, state)
@@ -58,10 +58,6 @@ def save_run(args, model, training, epoch, best_acc1, is_best):
         best = os.path.join(args.output_dir, "checkpoint_best.pt")
         with open(latest, "rb") as source:
             utils.write_atomically(best, lambda file: shutil.copyfileobj(source, file))
-
-
-def plain(value):
-    return str(value) if isinstance(value, pathlib.PurePath) else value
 
 
 def restore(path, model, training):
