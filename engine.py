@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 
-from utils import InputError, Meters, get_rank, get_world_size, reduce_sum
+from utils import InputError, Meters, gather_objects, get_rank, get_world_size, reduce_sum
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -38,12 +38,12 @@ class Precision:
 
 
 def to_device(batch, device):
-    """Moves a tensor, or the tensors of a dict, tuple or list."""
+    """Moves a tensor, or the tensors within dicts, tuples and lists; the rest stays as it is."""
     if isinstance(batch, dict):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
         return [to_device(value, device) for value in batch]
-    return batch.to(device, non_blocking=True)
+    return batch.to(device, non_blocking=True) if torch.is_tensor(batch) else batch
 
 
 @dataclass
@@ -51,6 +51,7 @@ class Training:
     """What an update reads and changes."""
 
     model: nn.Module
+    prepare: callable  # batch on the device -> what loss_fn takes; outside autocast
     loss_fn: callable  # batch -> {"loss": ..., ...}; calls the model
     optimizer: torch.optim.Optimizer
     schedule: np.ndarray  # the learning rate of each update of the run
@@ -75,7 +76,7 @@ def update(training, micro_batches, step):
     t.optimizer.zero_grad(set_to_none=True)
     sums = {}
     for i, batch in enumerate(micro_batches, start=1):
-        batch = to_device(batch, t.device)
+        batch = t.prepare(to_device(batch, t.device))
         is_ddp = isinstance(t.model, DistributedDataParallel)
         with t.model.no_sync() if is_ddp and i < t.update_freq else nullcontext():
             with t.precision.autocast():
@@ -89,16 +90,47 @@ def update(training, micro_batches, step):
     return sums
 
 
-def train_one_epoch(training, loader, epoch, log, print_freq=10):
+class BadSamples:
+    """Counts the samples of an epoch that had to be replaced, over all ranks, and names them.
+
+    Batches list the reasons under "bad". Raises InputError, on every rank at once, above
+    `fraction` of the epoch's `samples`.
+    """
+
+    def __init__(self, samples, fraction, log):
+        self.samples, self.fraction, self.log = samples, fraction, log
+        self.new, self.count = [], 0
+
+    def take_from(self, batches):
+        for batch in batches:
+            self.new += batch.pop("bad", [])
+
+    def check(self, device):
+        new = int(reduce_sum(torch.tensor(len(self.new), device=device)))
+        if not new:
+            return
+        reasons, self.new = gather_objects(self.new), []
+        for reason in reasons:
+            self.log.say_once(f"replaced by the next sample: {reason}")
+        self.count += new
+        if self.count > self.fraction * self.samples:
+            raise InputError(
+                f"{self.count} of the epoch's {self.samples} samples cannot be read, more than "
+                f"--max-bad-fraction {self.fraction:g}; the latest: {reasons[-1]}"
+            )
+
+
+def train_one_epoch(training, loader, epoch, log, print_freq=10, max_bad_fraction=0.01):
     """An epoch of updates; returns (the epoch's means over all ranks, its speed and size).
 
     Metrics stay on the device and are read every print_freq updates. Raises InputError on every
-    rank at once when the loss is not finite.
+    rank at once when the loss is not finite, or too many samples cannot be read.
     """
     updates = len(loader) // training.update_freq
     first = epoch * updates
     meters, batches = Meters(), iter(loader)
     samples = loader.batch_size * training.update_freq * get_world_size()
+    bad = BadSamples(updates * samples, max_bad_fraction, log)
     started, waited, seen = time.perf_counter(), 0.0, 0
     training.model.train()
     with log.progress(updates, f"epoch {epoch}") as progress:
@@ -106,10 +138,12 @@ def train_one_epoch(training, loader, epoch, log, print_freq=10):
             asked = time.perf_counter()
             micro_batches = list(islice(batches, training.update_freq))
             waited += time.perf_counter() - asked
+            bad.take_from(micro_batches)
             meters.update(update(training, micro_batches, first + i))
             seen += samples
             if (i + 1) % print_freq and i + 1 < updates:
                 continue
+            bad.check(training.device)
             means = meters.read()
             if not np.isfinite(means["loss"]):
                 raise InputError(
@@ -121,7 +155,7 @@ def train_one_epoch(training, loader, epoch, log, print_freq=10):
             progress(i + 1, means, {**speed, "elapsed": elapsed})
             values = {**means, **speed, "lr": training.schedule[first + i]}
             log.scalars({f"train/{key}": value for key, value in values.items()}, first + i)
-    return meters.averages(), {**speed, "pairs": seen}
+    return meters.averages(), {**speed, "pairs": seen, "bad_samples": bad.count}
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@
     python main.py --device cpu ...  # one process, any machine
 """
 
+import itertools
 import os
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.utils import make_grid
 
+import captions
 import checkpoint
 import datasets
 import engine
@@ -20,7 +22,7 @@ import losses
 import models
 import utils
 from tokenizer import SimpleTokenizer
-from transforms import to_float
+from transforms import to_float, to_unit
 from utils import InputError, natural, not_negative, number, positive, positive_int
 
 MIN_SSL_BATCH = 64  # samples per step below which the SimCLR head's batch statistics mislead
@@ -29,11 +31,13 @@ MIN_SSL_BATCH = 64  # samples per step below which the SimCLR head's batch stati
 def get_args_parser():
     parser = utils.ArgumentParser("main.py", "Pre-training of CLIP, SimCLR and SLIP models")
     add = parser.add_argument_group("Data").add_argument
-    add("--dataset", default="yfcc15m", help=f"one of {', '.join(datasets.SOURCES)}")
+    add("--dataset", default="yfcc15m", help=f"one of {', '.join(captions.SOURCES)}")
     add("--root", default="", help="folder of the images")
-    add("--metadata", default="yfcc15m.pkl", help="file of image names and captions")
+    add("--metadata", default="yfcc15m.pkl", help="captions: .arrow, or the set's archived format")
     add("--csv-img-key", default="filepath", help="image column of --dataset csv")
     add("--csv-caption-key", default="title", help="caption column of --dataset csv")
+    add("--augment", choices=("cpu", "device"), help="where; by default device on CUDA, else cpu")
+    add("--max-bad-fraction", default=0.01, type=number(float, 0, 1), help="of unreadable images")
     add("--val-dataset", default="imagenet", help="set scored zero-shot as it trains, or none")
     add("--catalog", default=datasets.CATALOG, help="where the labelled sets lie (JSON)")
     add("--output-dir", default="./", help="folder of checkpoints and logs")
@@ -99,9 +103,10 @@ def open_validation(model, args):
 def open_loader(model, tokenizer, device, args):
     """The loader of one rank: whole updates of whole batches, shuffled anew every epoch."""
     columns = (args.csv_img_key, args.csv_caption_key)
-    captions = datasets.load_captions(args.dataset, args.metadata, columns)
+    pairs = utils.in_turns(lambda: captions.load_captions(args.dataset, args.metadata, columns))
+    augment = args.augment or ("device" if device.type == "cuda" else "cpu")
     dataset = datasets.CaptionDataset(
-        captions, args.root, model.views, model.image_size, tokenizer, args.seed
+        pairs, args.root, model.views, model.image_size, tokenizer, args.seed, augment
     )
     world_size = utils.get_world_size()
     batches = len(dataset) // (args.batch_size * world_size)
@@ -134,9 +139,16 @@ def open_loader(model, tokenizer, device, args):
 
 def picture_of_views(loader, columns=8):
     """A grid (3, height, width) of the first samples: a row for each image view."""
-    samples = [loader.dataset[key] for key, _ in zip(loader.sampler, range(columns), strict=False)]
-    views = [view for view in samples[0] if view != "text"]
-    return make_grid([sample[view] for view in views for sample in samples], nrow=len(samples))
+    keys = itertools.islice(loader.sampler, columns)
+    batch = datasets.collate([loader.dataset[key] for key in keys])
+    views = [to_unit(batch[v], batch["steps"].get(v, ())) for v in loader.dataset.image_views]
+    return make_grid(torch.cat(views), nrow=len(views[0]))
+
+
+def prepare(batch):
+    """A batch on its device -> the model's arguments: images augmented and normalised."""
+    steps = batch.pop("steps")
+    return {v: x if v == "text" else to_float(x, steps.get(v, ())) for v, x in batch.items()}
 
 
 def create_training(model, precision, updates, args):
@@ -147,11 +159,11 @@ def create_training(model, precision, updates, args):
         ddp = DistributedDataParallel(model, [torch.cuda.current_device()] if is_cuda else None)
 
     def loss_fn(batch):
-        views = {view: x if view == "text" else to_float(x) for view, x in batch.items()}
-        return criterion(ddp(**views))
+        return criterion(ddp(**batch))
 
     return engine.Training(
         model=ddp,
+        prepare=prepare,
         loss_fn=loss_fn,
         optimizer=torch.optim.AdamW(
             utils.param_groups(model, args.wd), args.lr, args.betas, args.eps, fused=True
@@ -182,6 +194,17 @@ def announce(log, model, task, loader, precision, args):
         )
     if task is None:
         log.say("no zero-shot validation: --val-dataset none, or a method without text")
+
+
+def advise(log, data_wait, loader):
+    """One line, once, where training waits for its data."""
+    if data_wait > 0.1:
+        on_device = loader.dataset.on_device
+        log.say_once(
+            f"over 10% of the time is spent waiting for data ({data_wait:.0%} in the epoch): try "
+            f"--workers above {loader.num_workers}, {'' if on_device else '--augment device, '}"
+            "smaller images or faster storage for --root"
+        )
 
 
 def main(args):
@@ -217,7 +240,10 @@ def main(args):
     for epoch in range(start_epoch, args.epochs):
         utils.seed_everything(args.seed, epoch, utils.get_rank())
         loader.sampler.epoch = epoch
-        means, speed = engine.train_one_epoch(training, loader, epoch, log, args.print_freq)
+        means, speed = engine.train_one_epoch(
+            training, loader, epoch, log, args.print_freq, args.max_bad_fraction
+        )
+        advise(log, speed["data_wait"], loader)
         stats = {f"train_{key}": value for key, value in means.items()}
 
         utils.broadcast_buffers(model)

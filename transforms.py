@@ -1,48 +1,93 @@
 """Image views: what a picture becomes before a model sees it.
 
-A view draws its parameters from the generator it is given, so a sample depends on that alone, then
-applies PIL operations. Views return uint8 (3, S, S); `to_float` normalises a batch on its device.
+A view draws all it needs from the generator it is given, so a sample depends on that alone: a crop,
+and for SimCLR the steps of its colour and blur augmentation. The picture is then decoded once and
+cropped to uint8. The steps are applied by PIL in the loader's workers, or in batches on the device.
 The parameters' distributions are torchvision's and the paper's (arXiv:2112.12750, section 4).
+Shapes: B batch, S side of a view.
 """
 
 import io
 import math
+from collections import defaultdict
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision.transforms.functional as TF
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, UnidentifiedImageError
 
 from utils import InputError
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, per channel
 STD = (0.229, 0.224, 0.225)
+DRAFT_MARGIN = 3  # a picture may be decoded smaller, if every crop keeps this many times its side
 
 
-def decode_image(data, name):
-    """Encoded bytes -> an RGB PIL image. Raises InputError, naming the file, if that fails."""
+# ---------------------------------------------------------------------------------------------
+# Decoding and cropping
+
+
+@contextmanager
+def reading(name):
     try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
+        yield
+    except UnidentifiedImageError as error:
+        raise InputError(f"image {name} is empty, or no image; replace or remove it") from error
     except Exception as error:  # decoders of many formats raise of many kinds
         raise InputError(f"image {name} cannot be read: {error}; replace or remove it") from error
 
 
+def decode_image(data, name):
+    """Encoded bytes -> an RGB PIL image. Raises InputError, naming the file, if that fails."""
+    with reading(name):
+        return Image.open(io.BytesIO(data)).convert("RGB")
+
+
 def to_uint8(image):
-    """A PIL image -> (3, H, W) uint8."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    """A PIL image -> (3, H, W) uint8, stored as PIL does, channels last."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-@lru_cache
-def mean_and_std(device):
-    """(3, 1, 1) each; made once a device, since making them waits for a GPU."""
-    return [torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD)]
+class EncodedImage:
+    """A picture whose header is read, `size` is (width, height); decoded once its crops are known.
+
+    Raises InputError, naming the file, where it is damaged, truncated or no image.
+    """
+
+    def __init__(self, data, name):
+        self.data, self.name = data, name
+        with reading(name):
+            self.image = Image.open(io.BytesIO(data))
+        self.size = self.image.size
+
+    def decode(self, shrink):
+        """(3, H, W) uint8; of a JPEG, `shrink` 2, 4 or 8 decodes a picture that much smaller."""
+        with reading(self.name):
+            if shrink > 1:
+                self.image.draft(None, [side // shrink for side in self.size])
+            return to_uint8(self.image.convert("RGB"))
+
+    def crops(self, boxes, size):
+        """Each box (top, left, height, width), resized: a list of (3, S, S) uint8."""
+        smallest = min(min(height, width) for _, _, height, width in boxes)
+        wanted = (8, 4, 2) if self.image.format == "JPEG" else ()
+        shrink = next((k for k in wanted if smallest >= k * DRAFT_MARGIN * size), 1)
+        pixels = self.decode(shrink)
+        return [crop(pixels, [round(x / shrink) for x in box], size) for box in boxes]
 
 
-def to_float(images):
-    """(B, 3, S, S) uint8 -> float32, normalised by ImageNet's mean and deviation."""
-    mean, std = mean_and_std(images.device)
-    return (images.float() / 255 - mean) / std
+def crop(pixels, box, size):
+    """(3, H, W) uint8 -> (3, S, S): PIL's antialiased bilinear resize of the box, to 1/255."""
+    top, left, height, width = box
+    part = pixels[None, :, top : top + height, left : left + width]
+    return F.interpolate(part, (size, size), mode="bilinear", antialias=True)[0]
+
+
+# ---------------------------------------------------------------------------------------------
+# Drawing
 
 
 def draw_crop(rng, width, height, scale):
@@ -61,58 +106,173 @@ def draw_crop(rng, width, height, scale):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-class RandomCrop:
-    """The image view of CLIP and SLIP: a random crop of most of the picture, resized."""
-
-    def __init__(self, size, scale=(0.5, 1.0)):
-        self.size, self.scale = size, scale
-
-    def __call__(self, image, rng):
-        box = draw_crop(rng, *image.size, self.scale)
-        return to_uint8(TF.resized_crop(image, *box, [self.size, self.size]))
+def draw_image(rng, width, height):
+    """The image view of CLIP and SLIP: a crop of most of the picture, and no steps."""
+    return draw_crop(rng, width, height, (0.5, 1.0)), []
 
 
-JITTER = {  # ColorJitter(0.4, 0.4, 0.4, 0.1): the operation and the range of its factor
-    "brightness": (TF.adjust_brightness, (0.6, 1.4)),
-    "contrast": (TF.adjust_contrast, (0.6, 1.4)),
-    "saturation": (TF.adjust_saturation, (0.6, 1.4)),
-    "hue": (TF.adjust_hue, (-0.1, 0.1)),
+def draw_augmentation(rng, width, height):
+    """The self-supervised view of SimCLR and SLIP, after MoCo v3: a crop and its steps.
+
+    A step is (slot, operation, value), in the order of slots: colour jitter in slots 0 to 3, in
+    random order, then grayscale, blur and flip.
+    """
+    box = draw_crop(rng, width, height, (0.08, 1.0))
+    order = [str(name) for name in rng.permutation(list(JITTER))]
+    steps = [(slot, name, rng.uniform(*JITTER[name])) for slot, name in enumerate(order)]
+    if rng.random() >= 0.8:
+        steps = []
+    if rng.random() < 0.2:
+        steps.append((4, "grayscale", 0.0))
+    if rng.random() < 0.5:
+        steps.append((5, "blur", rng.uniform(0.1, 2.0)))  # deviation in pixels
+    if rng.random() < 0.5:
+        steps.append((6, "flip", 0.0))
+    return box, steps
+
+
+# The views a method may name (models.CLIP.views); "text" is the caption.
+IMAGE_VIEWS = {"image": draw_image, "aug1": draw_augmentation, "aug2": draw_augmentation}
+JITTER = {  # ColorJitter(0.4, 0.4, 0.4, 0.1): the range of each operation's factor
+    "brightness": (0.6, 1.4),
+    "contrast": (0.6, 1.4),
+    "saturation": (0.6, 1.4),
+    "hue": (-0.1, 0.1),
 }
 
 
-def draw_augmentation(rng):
-    """The parameters of SimCLR's colour and blur augmentation after MoCo v3; None: left out."""
-    order = [str(name) for name in rng.permutation(list(JITTER))]
-    jitter = {name: rng.uniform(*JITTER[name][1]) for name in order}
-    return {
-        "jitter": jitter if rng.random() < 0.8 else None,  # applied in this dict's order
-        "grayscale": rng.random() < 0.2,
-        "blur": rng.uniform(0.1, 2.0) if rng.random() < 0.5 else None,  # radius in pixels
-        "flip": rng.random() < 0.5,
-    }
+# ---------------------------------------------------------------------------------------------
+# The steps on the CPU, by PIL
+
+PIL_STEPS = {  # (PIL image, value) -> PIL image
+    "brightness": TF.adjust_brightness,
+    "contrast": TF.adjust_contrast,
+    "saturation": TF.adjust_saturation,
+    "hue": TF.adjust_hue,
+    "grayscale": lambda image, _: TF.to_grayscale(image, num_output_channels=3),
+    "blur": lambda image, radius: image.filter(ImageFilter.GaussianBlur(radius)),
+    "flip": lambda image, _: TF.hflip(image),
+}
 
 
-def augment(image, jitter, grayscale, blur, flip):
-    """Applies drawn parameters to a PIL image."""
-    for name, factor in (jitter or {}).items():
-        image = JITTER[name][0](image, factor)
-    if grayscale:
-        image = TF.to_grayscale(image, num_output_channels=3)
-    if blur is not None:
-        image = image.filter(ImageFilter.GaussianBlur(blur))
-    return TF.hflip(image) if flip else image
+def augment(pixels, steps):
+    """Applies the steps to (3, S, S) uint8 by PIL."""
+    if not steps:
+        return pixels
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    for _, name, value in steps:
+        image = PIL_STEPS[name](image, value)
+    return to_uint8(image)
 
 
-class RandomAugment:
-    """The self-supervised view of SimCLR and SLIP."""
+# ---------------------------------------------------------------------------------------------
+# The steps on the device: (B, 3, S, S) in [0, 1], a value a sample (B, 1, 1, 1)
 
-    def __init__(self, size, scale=(0.08, 1.0)):
-        self.size, self.scale = size, scale
 
-    def __call__(self, image, rng):
-        box = draw_crop(rng, *image.size, self.scale)
-        image = TF.resized_crop(image, *box, [self.size, self.size])
-        return to_uint8(augment(image, **draw_augmentation(rng)))
+def blend(images, other, factor):
+    return (factor * images + (1 - factor) * other).clamp(0, 1)
+
+
+def luminance(images):
+    """ITU-R 601's, (B, 1, S, S)."""
+    red, green, blue = images.unbind(1)
+    return (0.2989 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
+
+
+def adjust_brightness(images, factor):
+    return (factor * images).clamp(0, 1)
+
+
+def adjust_contrast(images, factor):
+    return blend(images, luminance(images).mean((2, 3), keepdim=True), factor)
+
+
+def adjust_saturation(images, factor):
+    return blend(images, luminance(images), factor)
+
+
+def adjust_hue(images, shift):
+    """Turns the hue by `shift` of a full circle, in HSV."""
+    red, green, blue = images.unbind(1)
+    value, minimum = images.amax(1), images.amin(1)
+    chroma = value - minimum
+    span = chroma.clamp(min=1e-12)
+    hue = torch.where(
+        value == red,
+        (green - blue) / span,
+        torch.where(value == green, 2 + (blue - red) / span, 4 + (red - green) / span),
+    )
+    hue = (hue + 6 * shift[:, 0]).remainder(6)
+    # Channel n is the value, less the chroma times a trapezoid of the hue.
+    ramps = [(n + hue).remainder(6) for n in (5, 3, 1)]
+    return torch.stack([value - chroma * torch.minimum(k, 4 - k).clamp(0, 1) for k in ramps], 1)
+
+
+def blur(images, sigma):
+    """Gaussian blur of deviation `sigma` pixels, mirrored at the edges, as two matrix products."""
+    size = images.shape[-1]
+    i = torch.arange(size, device=images.device, dtype=images.dtype)
+    inner = (i > 0) & (i < size - 1)  # columns that have a mirror image beyond each edge
+    there, here = i[None], i[:, None]
+    weights = sum(
+        torch.exp(-0.5 * (distance / sigma[:, 0]) ** 2) * is_there
+        for distance, is_there in (
+            (here - there, 1),
+            (here + there, inner | (i == size - 1)),
+            (here + there - 2 * (size - 1), inner | (i == 0)),
+        )
+    )
+    weights = (weights / weights.sum(-1, keepdim=True))[:, None]  # (B, 1, S, S)
+    return weights @ images @ weights.mT
+
+
+DEVICE_STEPS = {
+    "brightness": adjust_brightness,
+    "contrast": adjust_contrast,
+    "saturation": adjust_saturation,
+    "hue": adjust_hue,
+    "grayscale": lambda images, _: luminance(images).expand_as(images),
+    "blur": blur,
+    "flip": lambda images, _: images.flip(-1),
+}
+
+
+def group_steps(drawn):
+    """The steps of B samples -> for each operation in turn (its name, sample numbers, values)."""
+    groups = defaultdict(list)
+    for sample, steps in enumerate(drawn):
+        for slot, name, value in steps:
+            groups[slot, name].append((sample, value))
+    return [
+        (name, torch.tensor(samples), torch.tensor(values, dtype=torch.float32))
+        for (_, name), pairs in sorted(groups.items())
+        for samples, values in [zip(*pairs, strict=True)]
+    ]
+
+
+@lru_cache
+def mean_and_std(device):
+    """(3, 1, 1) each; made once a device, since making them waits for a GPU."""
+    return [torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD)]
+
+
+def to_unit(images, steps=()):
+    """(B, 3, S, S) uint8 -> float32 in [0, 1], grouped steps applied."""
+    images = images.float() / 255
+    for name, samples, values in steps:
+        changed = DEVICE_STEPS[name](images[samples], values.view(-1, 1, 1, 1))
+        images.index_copy_(0, samples, changed)
+    return images
+
+
+def to_float(images, steps=()):
+    """The same, normalised by ImageNet's mean and deviation: what a model takes."""
+    mean, std = mean_and_std(images.device)
+    return (to_unit(images, steps) - mean) / std
+
+
+# ---------------------------------------------------------------------------------------------
+# Evaluation
 
 
 class CenterCrop:
@@ -123,7 +283,3 @@ class CenterCrop:
 
     def __call__(self, image):
         return to_uint8(TF.center_crop(TF.resize(image, self.resize), [self.size, self.size]))
-
-
-# The views a method may name (models.CLIP.views); "text" is the caption.
-IMAGE_VIEWS = {"image": RandomCrop, "aug1": RandomAugment, "aug2": RandomAugment}

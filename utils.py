@@ -12,6 +12,7 @@ import random
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -96,11 +97,15 @@ def make_folder(path):
 def write_atomically(path, write):
     """Calls write(file) on a binary file beside `path`, flushes it to disk, then renames it."""
     temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def write_json(path, value):
@@ -133,7 +138,9 @@ def init_distributed(device="auto", dist_url="env://"):
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
         backend = "nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method=dist_url, rank=rank, world_size=world_size)
+        # Converting the metadata of 15 million pairs may take ten minutes, while the others wait.
+        timeout = timedelta(minutes=30)
+        dist.init_process_group(backend, dist_url, timeout, world_size, rank)
     return torch.device(device)
 
 
@@ -170,6 +177,36 @@ def from_main(value):
     if get_world_size() > 1:
         dist.broadcast_object_list(values)
     return values[0]
+
+
+def in_turns(function):
+    """Every rank's own function(), first on rank 0, then on each node's first rank, then elsewhere.
+
+    What the first leaves on a disk, the others find there. An error waits until all had their turn.
+    """
+    is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    mine = 0 if is_main() else 1 if is_first else 2
+    result = error = None
+    for turn in range(3):
+        if turn == mine:
+            try:
+                result = function()
+            except InputError as raised:
+                error = raised
+        if get_world_size() > 1:
+            dist.barrier()
+    if error:
+        raise error
+    return result
+
+
+def gather_objects(values):
+    """The lists of all ranks, one after another."""
+    if get_world_size() == 1:
+        return values
+    gathered = [None] * get_world_size()
+    dist.all_gather_object(gathered, values)
+    return [value for part in gathered for value in part]
 
 
 def broadcast_buffers(model):
@@ -318,9 +355,15 @@ class RunLog:
             text = "".join(json.dumps(row) + "\n" for row in kept)
             write_atomically(self.file, lambda file: file.write(text.encode()))
         self.writer = SummaryWriter(output_dir, purge_step=first_update)
+        self.said = set()
 
     def say(self, text):
         print(text, flush=True)
+
+    def say_once(self, text):
+        if text not in self.said:
+            self.said.add(text)
+            self.say(text)
 
     def settings(self, settings):
         write_json(self.output_dir / "args.json", settings)
@@ -371,7 +414,7 @@ class SilentLog:
     def ignore(self, *args):
         pass
 
-    say = settings = epoch = scalars = picture = close = ignore
+    say = say_once = settings = epoch = scalars = picture = close = ignore
 
 
 def open_log(*args):

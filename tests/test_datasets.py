@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import save_image, write_folders
+from conftest import save_image, write_coco, write_folders
 from PIL import Image
 from torch.utils.data import DataLoader
 
 import datasets
 import utils
-from datasets import CaptionDataset, EpochSampler, load_captions
+from captions import load_captions
+from datasets import CaptionDataset, EpochSampler
 from tokenizer import SimpleTokenizer
 from transforms import CenterCrop
 from utils import InputError
@@ -23,246 +24,123 @@ from utils import InputError
 VIEWS = ("image", "text", "aug1", "aug2")
 
 
-def picture(path, seed=0):
-    save_image(path, seed)
-    return path
+def open_pairs(root, views=VIEWS, seed=0, augment="cpu"):
+    captions = load_captions("coco", root / "captions.json")
+    return CaptionDataset(captions, str(root), views, 32, SimpleTokenizer(), seed, augment)
 
 
-def make_yfcc15m(root):
-    picture(root / "456.jpg")
-    (root / "images/00").mkdir(parents=True)
-    with zipfile.ZipFile(root / "images/00/123.zip", "w") as archive:
-        archive.write(root / "456.jpg", "456.jpg")
-    (root / "m.pkl").write_bytes(pickle.dumps([(123456, "a title", "")]))
-    return "m.pkl", ("images/00/123.zip/456.jpg", ["a title", ""])
-
-
-def make_coco(root):
-    picture(root / "train2017/000000000042.jpg")
-    rows = [{"image_id": 42, "caption": "a"}, {"image_id": 42, "caption": "b"}]
-    (root / "m.json").write_text(json.dumps({"annotations": rows}))
-    return "m.json", ("train2017/000000000042.jpg", ["a", "b"])
-
-
-def make_cc3m(root):
-    picture(root / "sub/1.jpg")
-    rows = np.array([{"image_id": "sub/1.jpg", "captions": ["a", "b"]}], dtype=object)
-    np.save(root / "m.npy", rows, allow_pickle=True)
-    return "m.npy", ("sub/1.jpg", ["a", "b"])
-
-
-def make_cc12m(root):
-    picture(root / "sub/1.jpg")
-    row = {"image_name": "sub/1.jpg", "image_id": np.int64(1), "captions": "only one"}
-    np.save(root / "m.npy", np.array([row], dtype=object), allow_pickle=True)
-    return "m.npy", ("sub/1.jpg", ["only one"])
-
-
-def make_redcaps(root):
-    picture(root / "birds/abc.jpg")
-    row = {"image_id": "abc", "subreddit": "birds", "caption": "itap of a bird"}
-    (root / "m.json").write_text(json.dumps([row]))
-    return "m.json", ("birds/abc.jpg", ["itap of a bird"])
-
-
-def make_csv(root):
-    picture(root / "1.jpg")
-    (root / "m.csv").write_text('id\tfilepath\ttitle\n7\t1.jpg\t"two, words"\n')
-    return "m.csv", ("1.jpg", ["two, words"])
-
-
-MAKERS = {
-    "yfcc15m": make_yfcc15m,
-    "coco": make_coco,
-    "cc3m": make_cc3m,
-    "cc12m": make_cc12m,
-    "redcaps": make_redcaps,
-    "csv": make_csv,
-}
-
-
-def open_pairs(name, metadata, root, views=VIEWS, seed=0):
-    captions = load_captions(name, metadata)
-    return CaptionDataset(captions, str(root), views, 32, SimpleTokenizer(), seed)
-
-
-@pytest.mark.parametrize("name", datasets.SOURCES)
-def test_every_source_reads_its_files(name, tmp_path):
-    metadata, expected = MAKERS[name](tmp_path)
-    dataset = open_pairs(name, tmp_path / metadata, tmp_path)
-    assert len(dataset) == 1
-    assert dataset.captions[0] == expected
-    sample = dataset[0, 0]
-    assert set(sample) == set(VIEWS)
-    assert sample["text"].shape == (77,) and sample["text"].dtype == torch.int64
-    for view in ("image", "aug1", "aug2"):
-        assert sample[view].shape == (3, 32, 32) and sample[view].dtype == torch.uint8
-
-
-@pytest.mark.parametrize("separator", [",", "\t", ";", "|"])
-@pytest.mark.parametrize("newline", ["\n", "\r\n"])
-def test_csv_separator_is_found(tmp_path, separator, newline):
-    lines = [
-        ["caption", "url", "image"],
-        ["a\u2028dog\x0c", "x", "1.jpg"],
-        ['"a\n  cat"', "y", "2.jpg"],
-    ]
-    text = newline.join(separator.join(line) for line in lines)
-    (tmp_path / "m.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
-    captions = load_captions("csv", tmp_path / "m.csv", ("image", "caption"))
-    assert [captions[0], captions[1]] == [("1.jpg", ["a\u2028dog\x0c"]), ("2.jpg", ["a\n  cat"])]
-
-
-def test_numpy_1_object_arrays_are_read(tmp_path):
-    """Pickles of NumPy 1 name numpy.core; protocol 2 spells bytes by _codecs.encode."""
-    rows = np.array([{"image_id": "1.jpg", "captions": ["a"]}], dtype=object)
-    old = pickle.dumps(rows, protocol=2).replace(b"numpy._core.", b"numpy.core.")
-    with open(tmp_path / "m.npy", "wb") as file:
-        header = {"descr": "|O", "fortran_order": False, "shape": (1,)}
-        np.lib.format.write_array_header_1_0(file, header)
-        file.write(old)
-    assert b"numpy.core." in old and b"_codecs" in old
-    assert load_captions("cc3m", tmp_path / "m.npy")[0] == ("1.jpg", ["a"])
-
-
-class Crafted:
-    """Pickles as a call of an allowed NumPy name, with arguments and a state of one's choice."""
-
-    def __init__(self, function, arguments, state=None):
-        self.call = (function, arguments) if state is None else (function, arguments, state)
-
-    def __reduce__(self):
-        return self.call
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        Crafted(np.dtype, ("V16", False, True), (3, "|", None, ("a",), {"a": ("O", 0)}, 16, 1, 0)),
-        Crafted(np.ndarray, ((1,), np.dtype("O"), b"A" * 16)),
-        Crafted(np.float64(0).__reduce__()[0], (np.dtype("O"), b"A" * 8)),
-        np.zeros((2, 2)),
-        np.array([{"captions": "a"}], dtype=object),
-    ],
-)
-def test_numpys_own_objects_are_never_built(tmp_path, value):
-    """Fed with a hostile state, NumPy's dtype and ndarray read memory that is not theirs."""
-    (tmp_path / "m.pkl").write_bytes(pickle.dumps([(1, value, "b")]))
-    with pytest.raises(InputError, match="does not parse|row 0"):
-        load_captions("yfcc15m", tmp_path / "m.pkl")
-
-
-class Payload:
-    def __init__(self, target):
-        self.target = str(target)
-
-    def __reduce__(self):
-        return os.mkdir, (self.target,)
-
-
-@pytest.mark.parametrize("name, suffix", [("yfcc15m", "pkl"), ("cc3m", "npy"), ("cc12m", "npy")])
-def test_hostile_metadata_is_refused_unexecuted(tmp_path, name, suffix):
-    target, metadata = tmp_path / "executed", tmp_path / f"m.{suffix}"
-    rows = np.array([{"image_id": Payload(target), "captions": ["a"]}], dtype=object)
-    if suffix == "npy":
-        np.save(metadata, rows, allow_pickle=True)
-    else:
-        metadata.write_bytes(pickle.dumps([(1, Payload(target), "b")]))
-    with pytest.raises(InputError, match=r"m\.... refused: it names posix.mkdir"):
-        load_captions(name, metadata)
-    assert not target.exists()
-
-
-@pytest.mark.parametrize(
-    "name, content, match",
-    [
-        ("nope", b"", "unknown dataset 'nope'; choose from yfcc15m, coco"),
-        ("coco", None, "No such file or directory; check --metadata"),
-        ("coco", b"{not json", "does not parse"),
-        ("coco", b'{"images": []}', "does not parse.*annotations"),
-        ("coco", b'{"annotations": []}', "holds no image"),
-        ("coco", b'{"annotations": 3}', "no list of rows"),
-        (
-            "coco",
-            b'{"annotations": [{"image_id": 1, "caption": "a"}, {"image_id": 2}]}',
-            "row 1: no 'caption'",
-        ),
-        ("coco", b'{"annotations": [{"image_id": "x", "caption": "a"}]}', "row 0: invalid literal"),
-        ("coco", b'{"annotations": [{"image_id": 1, "caption": 5}]}', "row 0"),
-        ("coco", b'{"annotations": [{"image_id": 1, "caption": "\\ud800"}]}', "row 0.*surrogates"),
-        ("redcaps", b'[{"image_id": 1, "caption": "a"}]', "row 0: no 'subreddit'"),
-        ("redcaps", b"[7]", "row 0"),
-        ("yfcc15m", pickle.dumps([(1, "a", "b"), (2, "a")]), "row 1"),
-        ("yfcc15m", pickle.dumps([(1, "a", None)]), "row 0: 'NoneType'"),
-        ("yfcc15m", pickle.dumps([(1, "a", "b")])[:-4], "does not parse"),
-        ("yfcc15m", b"", "does not parse"),
-        ("cc3m", b"not npy", "does not parse"),
-        ("csv", b"a,b\n1,2\n", "no columns 'filepath' and 'title' in its header 'a,b'"),
-        ("csv", b"filepath,title\n1.jpg\n", "row 0"),
-        ("csv", b"\xff\xfe\x00", "does not parse"),
-        ("csv", b"filepath,title", "holds no image"),
-        ("csv", b'filepath,title\n1.jpg,"a\n2.jpg,b\n', "row 0: unexpected end of data"),
-        ("csv", b'filepath,title\n1.jpg,a\n2.jpg,"b" c\n', "row 1"),
-    ],
-)
-def test_bad_metadata_is_one_line_that_names_file_and_row(tmp_path, name, content, match):
-    path = tmp_path / "metadata"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(InputError, match=match) as error:
-        load_captions(name, path)
-    assert "\n" not in str(error.value)
-
-
-def test_bad_images_are_named(tmp_path):
-    metadata, _ = make_coco(tmp_path)
-    dataset = open_pairs("coco", tmp_path / metadata, tmp_path)
-    path = tmp_path / "train2017/000000000042.jpg"
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(InputError, match="000000000042.jpg cannot be read"):
-        dataset[0, 0]
-    path.unlink()
-    with pytest.raises(InputError, match="000000000042.jpg: No such file"):
-        dataset[0, 0]
-    with pytest.raises(InputError, match="--root 'nowhere' is not a folder"):
-        open_pairs("coco", tmp_path / metadata, "nowhere")
-
-
-def test_bad_archives_are_named(tmp_path):
-    (tmp_path / "a.zip").write_bytes(b"no zip")
-    with pytest.raises(InputError, match="a.zip/1.jpg: File is not a zip file"):
-        datasets.read_file(tmp_path, "a.zip/1.jpg")
-    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
-        archive.writestr("2.jpg", b"x")
-    with pytest.raises(InputError, match="b.zip/1.jpg.*no item named"):
-        datasets.read_file(tmp_path, "b.zip/1.jpg")
-    with pytest.raises(InputError, match="c.zip/1.jpg: No such file"):
-        datasets.read_file(tmp_path, "c.zip/1.jpg")
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_sample_depends_on_seed_epoch_and_index_alone(tiny, workers):
-    dataset = open_pairs("coco", tiny / "captions.json", tiny, seed=3)
-    sampler = EpochSampler(len(dataset), 4, 4, rank=0, world_size=1, seed=3)
-    sampler.epoch = 5
-    loader = DataLoader(
-        dataset, 4, sampler=sampler, num_workers=workers, collate_fn=datasets.collate
+def loader_of(dataset, workers=0, batch_size=4, epoch=5, rank=0, world_size=1):
+    batches = len(dataset) // (batch_size * world_size)
+    sampler = EpochSampler(len(dataset), batch_size, batches, rank, world_size, seed=3)
+    sampler.epoch = epoch
+    return DataLoader(
+        dataset, batch_size, sampler=sampler, num_workers=workers, collate_fn=datasets.collate
     )
+
+
+def equal(a, b):
+    """Whether two batches hold the same, bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+@pytest.mark.parametrize("augment", ["cpu", "device"])
+def test_a_sample_depends_on_seed_epoch_and_index_alone(tiny, augment):
+    """Not on the number of workers, nor on which rank has it."""
+    dataset = open_pairs(tiny, seed=3, augment=augment)
+    loader = loader_of(dataset)
     batches = list(loader)
-    assert batches[0]["text"].shape == (4, 16)
-    for number, (epoch, index) in enumerate(sampler):
+    assert batches[0]["text"].shape == (4, 16) and bool(batches[0]["steps"]) == (
+        augment == "device"
+    )
+    for workers in (2, 4):
+        assert all(map(equal, batches, loader_of(dataset, workers)))
+    for rank in (0, 1):
+        halves = loader_of(dataset, 2 * rank, 2, rank=rank, world_size=2)
+        for whole, half in zip(batches, halves, strict=True):
+            rows = slice(2 * rank, 2 * rank + 2)
+            assert equal({v: whole[v][rows] for v in VIEWS}, {v: half[v] for v in VIEWS})
+    for number, (epoch, indices) in enumerate(loader.sampler):
         assert epoch == 5
-        expected, batch = dataset[5, index], batches[number // 4]
+        expected, batch = dataset[5, indices[:1]], batches[number // 4]
         for view in ("image", "aug1", "aug2"):
             assert torch.equal(batch[view][number % 4], expected[view])
         assert torch.equal(batch["text"][number % 4], expected["text"][:16])
-    assert not torch.equal(dataset[5, 0]["image"], dataset[6, 0]["image"])
-    assert not torch.equal(dataset[5, 0]["aug1"], dataset[5, 0]["aug2"])
+    assert not torch.equal(dataset[5, [0]]["image"], dataset[6, [0]]["image"])
+    assert not torch.equal(dataset[5, [0]]["aug1"], dataset[5, [0]]["aug2"])
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-60])
+
+
+def emptied(path):
+    path.write_bytes(b"")
+
+
+def no_image(path):
+    path.write_bytes(b"<html>404 Not Found</html>")
+
+
+@pytest.mark.parametrize("spoil", [truncated, emptied, no_image, os.unlink])
+def test_a_broken_image_is_replaced_by_the_next_sample_of_the_epoch(tmp_path, spoil):
+    write_coco(tmp_path, 8)
+    dataset = open_pairs(tmp_path)
+    keys = list(loader_of(dataset).sampler)
+    first, second, third = keys[2][1][:3]
+    assert second == keys[3][1][0] and third == keys[4][1][0]
+    expected = dataset[5, [third]]
+    for index in (first, second):
+        spoil(tmp_path / f"train2017/{index:012d}.jpg")
+    sample = dataset[keys[2]]
+    reasons = sample.pop("bad")
+    assert len(reasons) == 2 and f"{first:012d}.jpg" in reasons[0]
+    assert equal(sample, {k: v for k, v in expected.items() if k != "bad"})
+    batches = [list(loader_of(dataset, workers)) for workers in (0, 2)]
+    assert equal(*batches)
+    assert sum(len(batch["bad"]) for batch in batches[0]) == 3  # the second, too, has its turn
+    for index in range(8):
+        (tmp_path / f"train2017/{index:012d}.jpg").unlink(missing_ok=True)
+    with pytest.raises(InputError, match=r"8 samples in a row cannot be read; check --root; image"):
+        dataset[keys[2]]
+
+
+def test_a_broken_archive_is_replaced(tmp_path):
+    """Members of zips: truncated archive, damaged member, absent member."""
+    save_image(tmp_path / "x.jpg", 0)
+    rows = []
+    for number, name in enumerate(("whole", "cut", "damaged", "lacking")):
+        path = tmp_path / f"images/00/{number:03d}.zip"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.write(tmp_path / "x.jpg", "000.jpg" if name != "lacking" else "001.jpg")
+        data = bytearray(path.read_bytes())
+        if name == "damaged":
+            data[200] ^= 0xFF
+        path.write_bytes(data[:-30] if name == "cut" else data)
+        rows.append((number * 1000, name, ""))
+    (tmp_path / "m.pkl").write_bytes(pickle.dumps(rows))
+    captions = load_captions("yfcc15m", tmp_path / "m.pkl")
+    dataset = CaptionDataset(captions, str(tmp_path), VIEWS, 32, SimpleTokenizer())
+    assert dataset[0, [0]]["bad"] == []
+    for index, reason in ((1, "end is missing"), (2, "checksum"), (3, "no item named")):
+        sample = dataset[0, [index, 0]]
+        assert reason in sample["bad"][0] and len(sample["bad"]) == 1
+        assert torch.equal(sample["aug1"], dataset[0, [0]]["aug1"])
+
+
+def test_the_root_is_a_folder(tiny):
+    captions = load_captions("coco", tiny / "captions.json")
+    with pytest.raises(InputError, match="--root 'nowhere' is not a folder"):
+        CaptionDataset(captions, "nowhere", VIEWS, 32, SimpleTokenizer())
 
 
 def test_captions_are_drawn_evenly(tiny):
-    dataset = open_pairs("coco", tiny / "captions.json", tiny, views=("text",))
-    short = sum(dataset[epoch, 0]["text"].argmax() < 5 for epoch in range(200))
+    dataset = open_pairs(tiny, views=("image", "text"))
+    short = sum(dataset[epoch, [0]]["text"].argmax() < 5 for epoch in range(200))
     assert 60 < short < 140
 
 
@@ -397,9 +275,8 @@ def test_mnist_and_stl10(tmp_path, monkeypatch):
 
 
 def test_datasets_travel_to_spawned_workers(tiny, tmp_path):
-    pairs = pickle.loads(pickle.dumps(open_pairs("coco", tiny / "captions.json", tiny)))
-    expected = open_pairs("coco", tiny / "captions.json", tiny)[0, 3]
-    assert all(torch.equal(value, expected[key]) for key, value in pairs[0, 3].items())
+    pairs = pickle.loads(pickle.dumps(open_pairs(tiny)))
+    assert equal(pairs[0, [3]], open_pairs(tiny)[0, [3]])
     write_folders(tmp_path / "mine/val", classes=2, each=1)
     labelled = open_mine(catalog_of(tmp_path, type="imagefolder"), ["a", "b"])
     assert pickle.loads(pickle.dumps(labelled))[1][1] == 1

@@ -1,0 +1,354 @@
+"""Strangers' files, read safely: pickles and .npy as plain data, compressed text, zip and tar.
+
+Nothing in a file is ever executed, no claimed size is believed beyond a limit, and what does not
+fit raises an InputError that names the file.
+"""
+
+import bz2
+import csv
+import gzip
+import os
+import pickle
+import re
+import resource
+import sqlite3
+import struct
+import tarfile
+import zipfile
+import zlib
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import ijson
+import numpy as np
+import pyarrow as pa
+
+from utils import InputError
+
+# What parsers of text, tables and archives raise when a file is damaged or of another kind.
+BAD_INPUT = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError)
+BAD_INPUT += (RecursionError, TypeError, ValueError, csv.Error, ijson.JSONError, sqlite3.Error)
+BAD_INPUT += (tarfile.TarError, zipfile.BadZipFile, zlib.error, pa.ArrowException)
+
+MAX_LINE = 2**24  # characters of a line of text
+MAX_IMAGE = 2**28  # bytes of an image, packed or not
+
+
+# ---------------------------------------------------------------------------------------------
+# Pickles and .npy, as plain data
+
+
+def latin1(text, encoding):
+    """How protocol-2 pickles spell bytes: the one use of _codecs.encode that is let through."""
+    if encoding != "latin1":
+        raise InputError(f"refused: it names the codec {encoding!r}")
+    return text.encode("latin1")
+
+
+class PlainDtype:
+    """Stands for numpy.dtype: NumPy's own, fed with a hostile state, reads memory it should not."""
+
+    def __init__(self, code, *flags):
+        if code[:1] not in tuple("ObiufSU") or not code[1:].isdigit():
+            raise ValueError(f"dtype {code!r} is not of plain numbers or text")
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state):
+        self.order = state[1] if state[1] in ("<", ">") else "="
+
+    def numpy(self):
+        return np.dtype(self.order + self.code)
+
+
+class PlainArray(list):
+    """Stands for numpy.ndarray: the elements of an array of one dimension."""
+
+    def __init__(self, *shape_and_code):
+        super().__init__()
+
+    def __setstate__(self, state):
+        _, shape, dtype, _, data = state
+        self[:] = data if isinstance(data, list) else np.frombuffer(data, dtype.numpy()).tolist()
+        if tuple(shape) != (len(self),):
+            raise ValueError(f"an array of shape {shape} holds {len(self)} elements")
+
+
+def plain_array(kind, shape, code):
+    return PlainArray()
+
+
+def plain_scalar(dtype, data):
+    return np.frombuffer(data, dtype.numpy())[0].item()
+
+
+PLAIN_GLOBALS = {("_codecs", "encode"): latin1}
+PLAIN_GLOBALS |= {("numpy", "ndarray"): PlainArray, ("numpy", "dtype"): PlainDtype}
+for package in ("numpy.core", "numpy._core"):  # before and since NumPy 2
+    PLAIN_GLOBALS[f"{package}.multiarray", "_reconstruct"] = plain_array
+    PLAIN_GLOBALS[f"{package}.multiarray", "scalar"] = plain_scalar
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Builds lists, dicts, numbers and strings, also from NumPy's arrays; nothing else."""
+
+    def find_class(self, module, name):
+        if (module, name) not in PLAIN_GLOBALS:
+            raise InputError(f"refused: it names {module}.{name}, which is code and not data")
+        return PLAIN_GLOBALS[module, name]
+
+    def persistent_load(self, identifier):
+        raise InputError("refused: it holds a persistent id, which is not plain data")
+
+
+@contextmanager
+def memory_limit(size):
+    """Bounds what the code within may allocate, in bytes: a hostile length is a MemoryError."""
+    status = Path("/proc/self/statm")
+    if not status.exists():  # not Linux
+        yield
+        return
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    bound = int(status.read_text().split()[0]) * resource.getpagesize() + size
+    allowed = [bound, *(limit for limit in limits if limit != resource.RLIM_INFINITY)]
+    resource.setrlimit(resource.RLIMIT_AS, (min(allowed), limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def read_pickle(file):
+    """The plain data in a pickle. Its objects may take 32 times the file's size, and 1 GiB."""
+    with memory_limit(32 * os.fstat(file.fileno()).st_size + 2**30):
+        return PlainUnpickler(file).load()
+
+
+def read_npy(file):
+    """The array in a .npy file; object arrays hold plain data only."""
+    npy = np.lib.format
+    is_first = npy.read_magic(file) == (1, 0)
+    read_header = npy.read_array_header_1_0 if is_first else npy.read_array_header_2_0
+    if read_header(file)[2].hasobject:
+        return read_pickle(file)
+    file.seek(0)
+    with memory_limit(2 * os.fstat(file.fileno()).st_size + 2**30):
+        return np.load(file, allow_pickle=False)
+
+
+def read_metadata(path, parse):
+    """parse(binary file), with every failure as an InputError that names the file."""
+    try:
+        with open(path, "rb") as file:
+            return parse(file)
+    except OSError as error:
+        raise InputError(f"metadata {path}: {error.strerror or error}; check the path") from error
+    except InputError as error:
+        raise InputError(f"metadata {path} {error}") from error
+    except MemoryError as error:
+        raise InputError(f"metadata {path} claims more memory than its size allows") from error
+    except Exception as error:  # a damaged pickle can raise anything
+        raise InputError(
+            f"metadata {path} does not parse ({type(error).__name__}: {error}); is it complete, "
+            "and of the kind that the command expects?"
+        ) from error
+
+
+# ---------------------------------------------------------------------------------------------
+# Text, plain or compressed, read as it streams
+
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open}
+
+
+class Files:
+    """Files read one after another: which one is open (`path`), and the share of all bytes read."""
+
+    def __init__(self, paths):
+        self.paths = [os.fspath(path) for path in paths]
+        self.path, self.raw, self.before = self.paths[0], None, 0
+        try:
+            self.size = sum(os.path.getsize(path) for path in self.paths)
+        except OSError as error:
+            raise InputError(f"{error.filename}: {error.strerror}; check the path") from error
+
+    def __iter__(self):
+        """Each file, opened as bytes; .gz and .bz2 unpacked."""
+        for path in self.paths:
+            self.path = path
+            with open(path, "rb") as self.raw:
+                opener = OPENERS.get(os.path.splitext(path)[1])
+                yield opener(self.raw, "rb") if opener else self.raw
+                self.before += self.raw.tell()
+                self.raw = None
+
+    def share(self):
+        done = self.before + (self.raw.tell() if self.raw and not self.raw.closed else 0)
+        return min(done / max(self.size, 1), 1.0)
+
+    def signature(self):
+        """Changes with the files' names, sizes and times of change."""
+        stats = [(os.path.abspath(path), os.stat(path)) for path in self.paths]
+        return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+
+    def lines(self):
+        for file in self:
+            yield from read_lines(file)
+
+    def json_rows(self, prefix):
+        """The elements below `prefix` (ijson's: "item" for a list), parsed one by one."""
+        for file in self:
+            yield from ijson.items(file, prefix, use_float=True)
+
+
+def read_lines(file):
+    """Lines of a binary file as text. Raises ValueError for one without an end, or not UTF-8."""
+    for line in iter(lambda: file.readline(MAX_LINE), b""):
+        if len(line) == MAX_LINE:
+            raise ValueError(f"a line has over {MAX_LINE} bytes")
+        yield line.decode("utf-8-sig" if line.startswith(b"\xef\xbb\xbf") else "utf-8")
+
+
+# ---------------------------------------------------------------------------------------------
+# Images, in folders, zips and tars
+
+
+def open_bytes(path):
+    return open(path, "rb", buffering=0)
+
+
+class UnusualZip(Exception):
+    """A zip with features that are left to zipfile."""
+
+
+class Zip:
+    """Reads members of a zip without parsing its directory: it looks for the name's bytes there.
+
+    So one of YFCC's archives of a thousand images opens in a fraction of zipfile's time, which
+    counts, as there are far more of them than can be kept open.
+    """
+
+    ENTRY = struct.Struct("<4s6H3L5H2L")  # of the directory, in front of the name
+
+    def __init__(self, path):
+        self.file = open_bytes(path)
+        self.size = os.fstat(self.file.fileno()).st_size
+        start = max(self.size - 65_557, 0)  # the end record and the longest comment
+        tail = self.pread(65_557, start)
+        end = tail.rfind(b"PK\5\6")
+        if end < 0 or len(tail) - end < 22:
+            raise zipfile.BadZipFile("it is no zip, or its end is missing")
+        length, offset = struct.unpack_from("<LL", tail, end + 12)
+        if offset + length != start + end:
+            raise UnusualZip
+        self.directory = self.pread(length, offset)
+
+    def pread(self, length, offset):
+        return os.pread(self.file.fileno(), min(length, self.size), offset)
+
+    def find(self, name):
+        """The directory's entry for a member's name, in bytes."""
+        at = -1
+        while (at := self.directory.find(name, at + 1)) >= 0:
+            if at >= self.ENTRY.size:
+                entry = self.ENTRY.unpack_from(self.directory, at - self.ENTRY.size)
+                if entry[0] == b"PK\1\2" and entry[10] == len(name):
+                    return entry
+        raise KeyError(f"there is no item named {name.decode()!r} in the archive")
+
+    def read(self, name):
+        entry = self.find(name.encode())
+        flags, method, crc, packed, unpacked, offset = (entry[i] for i in (3, 4, 7, 8, 9, 16))
+        if flags & 1 or method not in (0, 8) or 0xFFFFFFFF in (packed, unpacked, offset):
+            raise UnusualZip
+        if unpacked > MAX_IMAGE:
+            raise ValueError(f"it unpacks to {unpacked} bytes, more than an image has")
+        head = self.pread(30, offset)
+        if len(head) < 30 or head[:4] != b"PK\3\4":
+            raise zipfile.BadZipFile("it is not where the archive's directory says")
+        data = self.pread(packed, offset + 30 + sum(struct.unpack_from("<HH", head, 26)))
+        if method == 8:
+            data = zlib.decompressobj(-15).decompress(data, unpacked + 1)
+        if len(data) != unpacked or zlib.crc32(data) != crc:
+            raise zipfile.BadZipFile("it is damaged: its checksum differs")
+        return data
+
+
+class SlowZip:
+    """The same by zipfile, for what Zip does not know: encryption, other methods, zip64."""
+
+    def __init__(self, path):
+        self.file = zipfile.ZipFile(path)
+
+    def read(self, name):
+        if self.file.getinfo(name).file_size > MAX_IMAGE:
+            raise ValueError("it unpacks to more bytes than an image has")
+        return self.file.read(name)
+
+
+@lru_cache(maxsize=128)
+def open_archive(kind, path, process):
+    """An archive kept open; `process` keeps forked workers off a handle they would share."""
+    return kind(path)
+
+
+def read_zip(path, name):
+    try:
+        return open_archive(Zip, path, os.getpid()).read(name)
+    except UnusualZip:
+        return open_archive(SlowZip, path, os.getpid()).read(name)
+
+
+def read_tar(path, name):
+    """A member of an uncompressed tar, `name` ending on "@OFFSET+SIZE" (make_dataset.py's)."""
+    place = re.fullmatch(r".*@(\d+)\+(\d+)", name)
+    if not place:
+        raise ValueError("its place in the tar, @OFFSET+SIZE, is missing from its name")
+    offset, size = map(int, place.groups())
+    if size > MAX_IMAGE:
+        raise ValueError(f"it has {size} bytes, more than an image has")
+    file = open_archive(open_bytes, path, os.getpid())
+    data = os.pread(file.fileno(), size, offset)
+    if len(data) != size:
+        raise EOFError("the tar ends before it")
+    return data
+
+
+ARCHIVES = {".zip/": read_zip, ".tar/": read_tar}
+
+
+def read_plain(path):
+    with open_bytes(path) as file:
+        if os.fstat(file.fileno()).st_size > MAX_IMAGE:
+            raise ValueError(f"it has over {MAX_IMAGE} bytes")
+        return file.read()
+
+
+def read_file(root, path):
+    """The bytes of root/path, where path may lead into an archive ("images/12/345.zip/678.jpg").
+
+    Raises InputError, naming the file, if it is absent, damaged or too large.
+    """
+    try:
+        for mark, read in ARCHIVES.items():
+            archive, inside, name = path.partition(mark)
+            if inside:
+                return read(os.path.join(root, archive + mark[:-1]), name)
+        return read_plain(os.path.join(root, path))
+    except OSError as error:
+        reason = error.strerror or error
+    except (LookupError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+        reason = error.args[0] if error.args else error
+    except (zlib.error, struct.error, NotImplementedError, OverflowError) as error:
+        reason = error
+    raise InputError(f"image {root}/{path}: {reason}; check the path and the file")
+
+
+def has_file(root, path):
+    """Whether there is such a file; a member of an archive is read, which checks it, too."""
+    if not any(mark in path for mark in ARCHIVES):
+        return os.path.isfile(os.path.join(root, path))
+    try:
+        read_file(root, path)
+    except InputError:
+        return False
+    return True
