@@ -1,6 +1,7 @@
 """Data: the samples of pre-training, and the catalog of labelled sets for evaluation."""
 
 import os
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +21,14 @@ class CaptionDataset(Dataset):
 
     The key of a sample is (epoch, indices): the first index whose image can be read is taken, and
     "bad" lists why the others before it cannot. What a sample becomes depends on (seed, epoch, that
-    index) alone. Image views are (3, S, S) uint8, "text" is (77,) int64. With augment "device" the
+    index) alone. Image views are (3, S, S) uint8, "text" is a caption. With augment "device" the
     views are only cropped, and "steps" holds the operations that are left for each.
     """
 
-    def __init__(self, captions, root, views, image_size, tokenizer, seed=0, augment="cpu"):
+    def __init__(self, captions, root, views, image_size, seed=0, augment="cpu"):
         if not os.path.isdir(root):
             raise InputError(f"--root {root!r} is not a folder; give the folder of the images")
-        self.captions, self.root, self.tokenizer, self.seed = captions, root, tokenizer, seed
+        self.captions, self.root, self.seed = captions, root, seed
         self.image_views = [view for view in views if view in IMAGE_VIEWS]
         self.image_size, self.with_text = image_size, "text" in views
         self.on_device = augment == "device"
@@ -47,7 +48,7 @@ class CaptionDataset(Dataset):
                 bad.append(str(error))
                 continue
             if self.with_text:
-                sample["text"] = self.tokenizer(captions[rng.integers(len(captions))])
+                sample["text"] = captions[rng.integers(len(captions))]
             return sample | {"bad": bad}
         raise InputError(f"{len(bad)} samples in a row cannot be read; check --root; {bad[0]}")
 
@@ -63,15 +64,23 @@ class CaptionDataset(Dataset):
         return {view: augment(pixels, steps[view]) for view, pixels in views.items()}
 
 
-def collate(samples):
-    """A batch of samples: captions cut to the longest, "steps" grouped by view, "bad" one list."""
-    bad = [reason for sample in samples for reason in sample.pop("bad")]
-    steps = [sample.pop("steps", {}) for sample in samples]
-    batch = default_collate(samples)
-    if "text" in batch:
-        batch["text"] = trim(batch["text"])
-    batch["steps"] = {view: group_steps([s[view] for s in steps]) for view in steps[0]}
-    return batch | {"bad": bad}
+class Collate:
+    """A batch of samples: captions as (B, L) int64, "steps" grouped by view, "bad" one list.
+
+    Captions are tokenized here, not one by one between images, which would cost twice the time,
+    and cut to the longest.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, samples):
+        columns = {key: [sample[key] for sample in samples] for key in samples[0]}
+        bad, steps = columns.pop("bad"), columns.pop("steps", [{}])
+        text = {"text": trim(self.tokenizer(columns.pop("text")))} if "text" in columns else {}
+        views = {view: default_collate(images) for view, images in columns.items()}
+        grouped = {view: group_steps([s[view] for s in steps]) for view in steps[0]}
+        return views | text | {"steps": grouped, "bad": list(chain.from_iterable(bad))}
 
 
 class EpochSampler(Sampler):

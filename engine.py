@@ -51,12 +51,12 @@ class Training:
     """What an update reads and changes."""
 
     model: nn.Module
-    prepare: callable  # batch on the device -> what loss_fn takes; outside autocast
     loss_fn: callable  # batch -> {"loss": ..., ...}; calls the model
     optimizer: torch.optim.Optimizer
     schedule: np.ndarray  # the learning rate of each update of the run
     precision: Precision
     update_freq: int = 1  # micro-batches an update
+    prepare: callable = lambda batch: batch  # on the device, before loss_fn; not in autocast
     after_update: callable = lambda: None
 
     @property
@@ -103,7 +103,8 @@ class BadSamples:
 
     def take_from(self, batches):
         for batch in batches:
-            self.new += batch.pop("bad", [])
+            if isinstance(batch, dict):
+                self.new += batch.pop("bad", [])
 
     def check(self, device):
         new = int(reduce_sum(torch.tensor(len(self.new), device=device)))

@@ -106,7 +106,7 @@ def open_loader(model, tokenizer, device, args):
     pairs = utils.in_turns(lambda: captions.load_captions(args.dataset, args.metadata, columns))
     augment = args.augment or ("device" if device.type == "cuda" else "cpu")
     dataset = datasets.CaptionDataset(
-        pairs, args.root, model.views, model.image_size, tokenizer, args.seed, augment
+        pairs, args.root, model.views, model.image_size, args.seed, augment
     )
     world_size = utils.get_world_size()
     batches = len(dataset) // (args.batch_size * world_size)
@@ -130,7 +130,7 @@ def open_loader(model, tokenizer, device, args):
         dataset,
         args.batch_size,
         sampler=sampler,
-        collate_fn=datasets.collate,
+        collate_fn=datasets.Collate(tokenizer),
         num_workers=args.workers,
         persistent_workers=args.workers > 0,
         pin_memory=device.type == "cuda",
@@ -140,7 +140,7 @@ def open_loader(model, tokenizer, device, args):
 def picture_of_views(loader, columns=8):
     """A grid (3, height, width) of the first samples: a row for each image view."""
     keys = itertools.islice(loader.sampler, columns)
-    batch = datasets.collate([loader.dataset[key] for key in keys])
+    batch = loader.collate_fn([loader.dataset[key] for key in keys])
     views = [to_unit(batch[v], batch["steps"].get(v, ())) for v in loader.dataset.image_views]
     return make_grid(torch.cat(views), nrow=len(views[0]))
 

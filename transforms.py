@@ -9,11 +9,13 @@ Shapes: B batch, S side of a view.
 
 import io
 import math
+import warnings
 from collections import defaultdict
 from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
@@ -23,6 +25,9 @@ from utils import InputError
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, per channel
 STD = (0.229, 0.224, 0.225)
+# Pixels are read from Pillow's memory, and never written.
+warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+
 DRAFT_MARGIN = 3  # a picture may be decoded smaller, if every crop keeps this many times its side
 
 
@@ -47,8 +52,18 @@ def decode_image(data, name):
 
 
 def to_uint8(image):
-    """A PIL image -> (3, H, W) uint8, stored as PIL does, channels last."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    """A PIL image -> (3, H, W) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def pixels_of(image):
+    """A PIL image's own memory, uncopied: (4, H, W) uint8, the fourth channel without meaning."""
+    try:
+        memory = pa.array(image).buffers()[-1]
+    except ValueError:  # Pillow keeps a very large image in several blocks
+        return to_uint8(image)
+    pixels = np.frombuffer(memory, np.uint8).reshape(image.height, image.width, 4)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 class EncodedImage:
@@ -64,11 +79,13 @@ class EncodedImage:
         self.size = self.image.size
 
     def decode(self, shrink):
-        """(3, H, W) uint8; of a JPEG, `shrink` 2, 4 or 8 decodes a picture that much smaller."""
+        """As pixels_of; of a JPEG, `shrink` 2, 4 or 8 decodes a picture that much smaller."""
         with reading(self.name):
             if shrink > 1:
                 self.image.draft(None, [side // shrink for side in self.size])
-            return to_uint8(self.image.convert("RGB"))
+            self.image.load()
+            is_rgb = self.image.mode == "RGB"  # else convert() would only copy
+            return pixels_of(self.image if is_rgb else self.image.convert("RGB"))
 
     def crops(self, boxes, size):
         """Each box (top, left, height, width), resized: a list of (3, S, S) uint8."""
@@ -80,10 +97,10 @@ class EncodedImage:
 
 
 def crop(pixels, box, size):
-    """(3, H, W) uint8 -> (3, S, S): PIL's antialiased bilinear resize of the box, to 1/255."""
+    """(3 or 4, H, W) uint8 -> (3, S, S): PIL's antialiased bilinear resize of the box, to 1/255."""
     top, left, height, width = box
     part = pixels[None, :, top : top + height, left : left + width]
-    return F.interpolate(part, (size, size), mode="bilinear", antialias=True)[0]
+    return F.interpolate(part, (size, size), mode="bilinear", antialias=True)[0, :3]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -159,7 +176,7 @@ def augment(pixels, steps):
     """Applies the steps to (3, S, S) uint8 by PIL."""
     if not steps:
         return pixels
-    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
     for _, name, value in steps:
         image = PIL_STEPS[name](image, value)
     return to_uint8(image)

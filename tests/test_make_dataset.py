@@ -2,7 +2,8 @@
 
 import make_dataset
 import utils
-from datasets import LABELS, load_captions
+from captions import load_captions
+from datasets import LABELS
 
 
 def test_digits(tmp_path, capsys):
