@@ -1,10 +1,12 @@
 """Views: their parameters' distributions against torchvision's, and their determinism."""
 
 import io
+import itertools
 
 import numpy as np
 import pytest
 import torch
+import torchvision.transforms.functional as TF
 from PIL import Image
 from torchvision import transforms as tv
 
@@ -16,13 +18,63 @@ PICTURE = Image.fromarray(
 ).resize((64, 48), Image.Resampling.BICUBIC)
 
 
-@pytest.mark.parametrize("view", [transforms.RandomCrop, transforms.RandomAugment])
-def test_a_view_depends_on_its_generator_alone(view):
-    make = view(32)
-    first, same, other = (make(PICTURE, np.random.default_rng(seed)) for seed in (1, 1, 2))
-    assert first.shape == (3, 32, 32) and first.dtype == torch.uint8
-    assert torch.equal(first, same)
-    assert not torch.equal(first, other)
+def views(data, seed, augment):
+    """The three views of an encoded picture: uint8 after PIL's steps, or crops and their steps."""
+    image, rng = transforms.EncodedImage(data, "x"), np.random.default_rng(seed)
+    drawn = [draw(rng, *image.size) for draw in transforms.IMAGE_VIEWS.values()]
+    crops = image.crops([box for box, _ in drawn], 32)
+    steps = [steps for _, steps in drawn]
+    return [augment(crop, s) for crop, s in zip(crops, steps, strict=True)]
+
+
+def test_a_view_depends_on_its_generator_alone():
+    first, same, other = (views(encoded(), seed, transforms.augment) for seed in (1, 1, 2))
+    for a, b, c in zip(first, same, other, strict=True):
+        assert a.shape == (3, 32, 32) and a.dtype == torch.uint8 and a.is_contiguous()
+        assert torch.equal(a, b)
+        assert not torch.equal(a, c)
+
+
+@pytest.mark.parametrize("box", [(0, 0, 48, 64), (5, 7, 20, 31), (10, 3, 9, 9)])
+def test_crops_are_pillows(box):
+    """Also where Pillow's memory is shared, and its fourth channel is left out."""
+    image = transforms.EncodedImage(encoded("PNG"), "x")
+    (ours,) = image.crops([box], 24)
+    theirs = np.array(TF.resized_crop(PICTURE, *box, [24, 24])).astype(int)
+    difference = np.abs(ours.permute(1, 2, 0).numpy().astype(int) - theirs)
+    assert difference.max() <= 1 and difference.mean() < 0.02
+
+
+def photograph(width, height):
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+    fine = rng.integers(-8, 9, (height, width, 3))
+    pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
+    buffer = io.BytesIO()
+    Image.fromarray((pixels + fine).clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+PHOTO = photograph(120, 90)
+
+
+def test_a_large_jpeg_is_decoded_smaller_where_it_does_not_show(monkeypatch):
+    data = photograph(1600, 1200)
+    boxes = [(100, 200, 900, 1000), (1, 3, 800, 801)]
+    decoded = []
+    pixels_of = transforms.pixels_of
+    monkeypatch.setattr(
+        transforms, "pixels_of", lambda image: decoded.append(image.size) or pixels_of(image)
+    )
+    small = transforms.EncodedImage(data, "x").crops(boxes, 64)
+    monkeypatch.setattr(transforms, "DRAFT_MARGIN", 100)
+    full = transforms.EncodedImage(data, "x").crops(boxes, 64)
+    assert decoded == [(400, 300), (1600, 1200)]
+    for a, b in zip(small, full, strict=True):
+        difference = (a.int() - b.int()).abs()
+        assert difference.float().mean() < 1 and difference.max() <= 8
+    with_detail = transforms.EncodedImage(data, "x").crops([*boxes, (0, 0, 190, 190)], 64)
+    assert decoded[-1] == (1600, 1200) and len(with_detail) == 3
 
 
 @pytest.mark.parametrize("size", [(64, 48), (500, 20)])
@@ -47,35 +99,124 @@ def test_crops_stay_inside():
             assert top + h <= height and left + w <= width
 
 
+def check_statistics(drawn, steps_of):
+    """The paper's probabilities and ranges; drawn: what was applied to each of n samples."""
+    n = len(drawn)
+
+    def values(name):
+        return np.array([v for d in drawn for step, v in steps_of(d) if step == name])
+
+    for name, p in (("hue", 0.8), ("grayscale", 0.2), ("blur", 0.5), ("flip", 0.5)):
+        assert abs(len(values(name)) - n * p) < 5 * (n * p * (1 - p)) ** 0.5, name
+    for name, (low, high) in {**transforms.JITTER, "blur": (0.1, 2.0)}.items():
+        found = values(name)
+        assert low <= found.min() and found.max() <= high
+        for q in (0.1, 0.25, 0.5, 0.75, 0.9):  # uniform
+            assert np.quantile(found, q) == pytest.approx(
+                low + q * (high - low), abs=0.025 * (high - low)
+            )
+
+
 def test_augmentation_is_drawn_with_the_papers_probabilities():
-    rng, n = np.random.default_rng(0), 20_000
-    drawn = [transforms.draw_augmentation(rng) for _ in range(n)]
-    for key, p in (("jitter", 0.8), ("grayscale", 0.2), ("blur", 0.5), ("flip", 0.5)):
-        count = sum(d[key] not in (None, False) for d in drawn)
-        assert abs(count - n * p) < 5 * (n * p * (1 - p)) ** 0.5, key
-    jitter = [d["jitter"] for d in drawn if d["jitter"]]
-    for name, (_, (low, high)) in transforms.JITTER.items():
-        values = np.array([j[name] for j in jitter])
-        assert low <= values.min() and values.max() <= high
-        assert values.mean() == pytest.approx((low + high) / 2, abs=0.01 * (high - low))
-        assert values.std() == pytest.approx((high - low) / 12**0.5, rel=0.02)
-        first = sum(next(iter(j)) == name for j in jitter) / len(jitter)
-        assert first == pytest.approx(0.25, abs=0.02)  # each operation comes first as often
-    blur = np.array([d["blur"] for d in drawn if d["blur"]])
-    assert blur.min() >= 0.1 and blur.max() <= 2.0 and blur.mean() == pytest.approx(1.05, abs=0.02)
+    rng = np.random.default_rng(0)
+    drawn = [transforms.draw_augmentation(rng, 64, 48)[1] for _ in range(20_000)]
+    check_statistics(drawn, lambda steps: [(name, value) for _, name, value in steps])
+    jittered = [steps for steps in drawn if steps and steps[0][0] == 0]
+    for name in transforms.JITTER:
+        for place in range(4):  # each operation is in each place as often
+            share = sum(steps[place][1] == name for steps in jittered) / len(jittered)
+            assert share == pytest.approx(0.25, abs=0.02)
+    assert all(a[0] < b[0] for steps in drawn for a, b in itertools.pairwise(steps))
 
 
-def test_augment_applies_what_was_drawn():
-    none = {"jitter": None, "grayscale": False, "blur": None, "flip": False}
-    assert transforms.augment(PICTURE, **none) == PICTURE
-    flipped = transforms.augment(PICTURE, **{**none, "flip": True})
-    assert flipped == PICTURE.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    gray = np.array(transforms.augment(PICTURE, **{**none, "grayscale": True}))
-    assert (gray[..., 0] == gray[..., 1]).all() and (gray[..., 0] == gray[..., 2]).all()
-    blurred = np.array(transforms.augment(PICTURE, **{**none, "blur": 2.0}), dtype=float)
-    assert np.diff(blurred, axis=0).std() < np.diff(np.array(PICTURE, dtype=float), axis=0).std()
-    dark = transforms.augment(PICTURE, **{**none, "jitter": {"brightness": 0.6}})
-    assert np.array(dark).mean() == pytest.approx(0.6 * np.array(PICTURE).mean(), abs=1)
+def test_batches_apply_the_same_steps_to_the_same_samples():
+    """What group_steps hands to the device is what was drawn, over 20,000 samples."""
+    rng = np.random.default_rng(1)
+    drawn = [transforms.draw_augmentation(rng, 64, 48)[1] for _ in range(20_000)]
+    grouped = [[] for _ in drawn]
+    for name, samples, values in transforms.group_steps(drawn):
+        for sample, value in zip(samples.tolist(), values.tolist(), strict=True):
+            grouped[sample].append((name, value))
+    check_statistics(grouped, lambda steps: steps)
+    for ours, steps in zip(grouped, drawn, strict=True):
+        assert [name for name, _ in ours] == [name for _, name, _ in steps]
+        assert [v for _, v in ours] == pytest.approx([v for *_, v in steps])
+
+
+TORCHVISION = {  # on float tensors (3, S, S)
+    "brightness": TF.adjust_brightness,
+    "contrast": TF.adjust_contrast,
+    "saturation": TF.adjust_saturation,
+    "hue": TF.adjust_hue,
+    "grayscale": lambda image, _: TF.rgb_to_grayscale(image, 3),
+    "blur": lambda image, sigma: TF.gaussian_blur(image, 2 * round(5 * sigma) + 3, sigma),
+    "flip": lambda image, _: TF.hflip(image),
+}
+VALUES = {"hue": (-0.1, -0.03, 0.0, 0.1), "blur": (0.1, 0.7, 1.3, 2.0)}
+
+
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+ON_CUDA = pytest.param("cuda", marks=[pytest.mark.cuda, NO_CUDA])
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_CUDA])
+@pytest.mark.parametrize("name", transforms.DEVICE_STEPS)
+def test_each_step_on_the_device_equals_torchvisions(name, device):
+    values = VALUES.get(name, (0.6, 0.9, 1.0, 1.4))
+    images = torch.rand(4, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    images[1] = images[1, :1]  # gray: no hue
+    images[2, :, :20], images[3, 0] = 0.0, 1.0
+    expected = [TORCHVISION[name](x, v) for x, v in zip(images, values, strict=True)]
+    factors = torch.tensor(values, device=device).view(-1, 1, 1, 1)
+    ours = transforms.DEVICE_STEPS[name](images.to(device), factors).cpu()
+    assert (ours - torch.stack(expected)).abs().max() <= 1 / 255
+
+
+def test_a_batch_on_the_device_equals_its_samples_by_torchvision():
+    """Whole sequences of steps, each sample's own, against torchvision one after another."""
+    rng = np.random.default_rng(3)
+    pixels = torch.stack(
+        [views(photograph(120, 90), i, lambda crop, _: crop)[1] for i in range(24)]
+    )
+    drawn = [transforms.draw_augmentation(rng, 120, 90)[1] for _ in pixels]
+    ours = transforms.to_unit(pixels, transforms.group_steps(drawn))
+    for image, steps, result in zip(pixels, drawn, ours, strict=True):
+        image = image.float() / 255
+        for _, name, value in steps:
+            image = TORCHVISION[name](image, value)
+        assert (result - image).abs().max() <= 1 / 255
+
+
+def test_the_cpus_steps_are_the_devices_to_pillows_rounding():
+    rng = np.random.default_rng(4)
+    pixels = torch.stack([views(PHOTO, i, lambda crop, _: crop)[1] for i in range(48)])
+    drawn = [transforms.draw_augmentation(rng, 120, 90)[1] for _ in pixels]
+    for left_out, bound in (({"blur", "hue"}, 4), ({"blur"}, 20)):  # Pillow's hue has 8 bits
+        steps = [[step for step in s if step[1] not in left_out] for s in drawn]
+        device = transforms.to_unit(pixels, transforms.group_steps(steps)) * 255
+        cpu = torch.stack([transforms.augment(x, s) for x, s in zip(pixels, steps, strict=True)])
+        difference = (device - cpu).abs()
+        assert difference.max() <= bound and difference.mean() < 1.5
+
+
+@pytest.mark.parametrize("top, expected", [(0, 11), (32, 21)])
+def test_pillows_blur_is_an_approximation(top, expected):
+    """By up to 11/255 at a straight edge and 21/255 at a corner: README's row on --augment."""
+    edge = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    edge[:, top:, 32:] = 255
+    worst = 0.0
+    for sigma in np.linspace(0.1, 2.0, 39):
+        steps = [(5, "blur", float(sigma))]
+        device = transforms.to_unit(edge[None], transforms.group_steps([steps]))[0] * 255
+        worst = max(worst, (device - transforms.augment(edge, steps)).abs().max().item())
+    assert worst == pytest.approx(expected, abs=1)
+
+
+def test_no_steps_leave_a_view_as_it_is():
+    crop = views(encoded(), 0, lambda crop, _: crop)[0]
+    assert transforms.augment(crop, []) is crop
+    flipped = transforms.augment(crop, [(6, "flip", 0.0)])
+    assert torch.equal(flipped, crop.flip(-1))
 
 
 def test_evaluation_view_and_normalisation_equal_torchvisions():
@@ -104,5 +245,7 @@ def test_any_picture_becomes_rgb(format, mode):
 
 @pytest.mark.parametrize("data", [b"", b"not an image", encoded()[:-200], encoded("PNG")[:300]])
 def test_an_image_that_cannot_be_read_is_named(data):
-    with pytest.raises(InputError, match=r"image a/b\.jpg cannot be read"):
+    with pytest.raises(InputError, match=r"image a/b\.jpg (cannot be read|is empty, or no image)"):
         transforms.decode_image(data, "a/b.jpg")
+    with pytest.raises(InputError, match=r"image a/b\.jpg (cannot be read|is empty, or no image)"):
+        transforms.EncodedImage(data, "a/b.jpg").crops([(0, 0, 4, 4)], 8)
