@@ -24,7 +24,7 @@ import pyarrow.parquet
 from tqdm import tqdm
 
 import utils
-from files import BAD_INPUT, Files, read_metadata, read_npy, read_pickle
+from files import BAD_INPUT, Files, first_line, read_metadata, read_npy, read_pickle
 from utils import InputError
 
 TEXT = pa.large_string()
@@ -183,7 +183,7 @@ def each(files, rows, pick, skip=0):
             return
         except BAD_INPUT as error:
             where = number - first if files.path == path else 0
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             reason = f"no {reason}" if isinstance(error, KeyError) else reason
             raise InputError(
                 f"metadata {files.path}, row {where}: {reason}; the file is damaged, or a field is "

@@ -136,6 +136,13 @@ def read_npy(file):
         return np.load(file, allow_pickle=False)
 
 
+def first_line(error):
+    """What a parser says, less the excerpt of the file that some add."""
+    text = error.args[0] if error.args and isinstance(error.args[0], bytes) else str(error)
+    text = text.decode(errors="replace") if isinstance(text, bytes) else text
+    return text.strip().partition("\n")[0].strip() or type(error).__name__
+
+
 def read_metadata(path, parse):
     """parse(binary file), with every failure as an InputError that names the file."""
     try:
@@ -149,7 +156,7 @@ def read_metadata(path, parse):
         raise InputError(f"metadata {path} claims more memory than its size allows") from error
     except Exception as error:  # a damaged pickle can raise anything
         raise InputError(
-            f"metadata {path} does not parse ({type(error).__name__}: {error}); is it complete, "
+            f"metadata {path} does not parse ({first_line(error)}); is it complete, "
             "and of the kind that the command expects?"
         ) from error
 

@@ -9,7 +9,6 @@ Shapes: B batch, S side of a view.
 
 import io
 import math
-import warnings
 from collections import defaultdict
 from contextlib import contextmanager
 from functools import lru_cache
@@ -25,9 +24,6 @@ from utils import InputError
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, per channel
 STD = (0.229, 0.224, 0.225)
-# Pixels are read from Pillow's memory, and never written.
-warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
-
 DRAFT_MARGIN = 3  # a picture may be decoded smaller, if every crop keeps this many times its side
 
 
@@ -59,11 +55,10 @@ def to_uint8(image):
 def pixels_of(image):
     """A PIL image's own memory, uncopied: (4, H, W) uint8, the fourth channel without meaning."""
     try:
-        memory = pa.array(image).buffers()[-1]
+        pixels = pa.array(image).flatten()
     except ValueError:  # Pillow keeps a very large image in several blocks
         return to_uint8(image)
-    pixels = np.frombuffer(memory, np.uint8).reshape(image.height, image.width, 4)
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return torch.from_dlpack(pixels).view(image.height, image.width, 4).permute(2, 0, 1)
 
 
 class EncodedImage:
