@@ -11,6 +11,7 @@ import os
 import pathlib
 import pickle
 import shutil
+import zipfile
 
 import numpy as np
 import torch
@@ -89,6 +90,14 @@ def restore_optimizer(optimizer, saved, path):
     optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
 
 
+def unpacked_size(path):
+    """Bytes that a checkpoint's zip claims to hold; torch.save packs nothing, so never more."""
+    if not zipfile.is_zipfile(path):
+        return 0
+    with zipfile.ZipFile(path) as archive:
+        return sum(member.file_size for member in archive.infolist())
+
+
 def load(path):
     """The checkpoint's dict on the CPU, args as a Namespace, keys without "module.".
 
@@ -97,8 +106,13 @@ def load(path):
     if not os.path.isfile(path):
         raise InputError(f"checkpoint {str(path)!r} is absent; check --resume")
     try:
+        size = unpacked_size(path)
+        if size > os.path.getsize(path):
+            raise InputError(f"checkpoint {path} is refused: it claims to unpack to {size} bytes")
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except pickle.UnpicklingError as error:
         # PyTorch wraps the reason in advice to load the file unsafely; the reason is the context.
         reason = str(error.__context__ or error).splitlines()[0].split(" was not an allowed")[0]

@@ -1,11 +1,14 @@
 """Caption sources from real files, plain-data reading, and the Arrow file they become."""
 
 import json
+import operator
 import os
 import pickle
 import zipfile
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from conftest import save_image
 
@@ -135,24 +138,61 @@ def test_numpys_own_objects_are_never_built(tmp_path, value):
 
 
 class Payload:
-    def __init__(self, target):
-        self.target = str(target)
+    """Pickles as the call of a function."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
 
     def __reduce__(self):
-        return os.mkdir, (self.target,)
+        return self.call
 
 
-@pytest.mark.parametrize("name, suffix", [("yfcc15m", "pkl"), ("cc3m", "npy"), ("cc12m", "npy")])
-def test_hostile_metadata_is_refused_unexecuted(tmp_path, name, suffix):
+class Nested:
+    """A function that unpickling would have to make first."""
+
+    def __call__(self):
+        pass
+
+    def __reduce__(self):
+        return operator.attrgetter, ("mkdir",)
+
+
+PAYLOADS = {
+    "posix.system": lambda target: Payload(os.system, f"touch {target}"),
+    "posix.mkdir": lambda target: Payload(os.mkdir, target),
+    "builtins.eval": lambda target: Payload(eval, f"open({target!r}, 'w')"),
+    "operator.attrgetter": lambda target: Payload(Nested(), target),
+    "builtins.print": lambda target: np.array([Payload(print, target)], dtype=object),
+}
+
+
+@pytest.mark.parametrize("name", PAYLOADS)
+@pytest.mark.parametrize("dataset, suffix", [("yfcc15m", "pkl"), ("cc3m", "npy"), ("cc12m", "npy")])
+def test_hostile_metadata_is_refused_unexecuted(tmp_path, name, dataset, suffix):
     target, metadata = tmp_path / "executed", tmp_path / f"m.{suffix}"
-    rows = np.array([{"image_id": Payload(target), "captions": ["a"]}], dtype=object)
+    payload = {"image_id": PAYLOADS[name](str(target)), "captions": ["a"]}
     if suffix == "npy":
-        np.save(metadata, rows, allow_pickle=True)
+        np.save(metadata, np.array([payload], dtype=object), allow_pickle=True)
     else:
-        metadata.write_bytes(pickle.dumps([(1, Payload(target), "b")]))
-    with pytest.raises(InputError, match=r"m\.... refused: it names posix.mkdir"):
-        load_captions(name, metadata)
+        metadata.write_bytes(pickle.dumps([(1, payload, "b")]))
+    with pytest.raises(InputError, match=rf"m\.... refused: it names {name}"):
+        load_captions(dataset, metadata)
     assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    "content, match",
+    [
+        (b"\x80\x04]r\xff\xff\xff\x7f.", "more memory than its size allows"),  # memo of 2**31
+        (b"\x80\x04\x8e" + (2**40).to_bytes(8, "little") + b"abc.", "memory|does not parse"),
+        (b"\x80\x02U\x01aQ.", "persistent id"),
+        (b"\x80\x02\x82\x01.", "does not parse"),  # an extension code
+    ],
+)
+def test_hostile_sizes_and_opcodes(tmp_path, content, match):
+    (tmp_path / "m.pkl").write_bytes(content)
+    with pytest.raises(InputError, match=match):
+        load_captions("yfcc15m", tmp_path / "m.pkl")
 
 
 @pytest.mark.parametrize(
@@ -194,3 +234,66 @@ def test_bad_metadata_is_one_line_that_names_file_and_row(tmp_path, name, conten
     with pytest.raises(InputError, match=match) as error:
         load_captions(name, path)
     assert "\n" not in str(error.value)
+
+
+# --- the Arrow file -----------------------------------------------------------------------------
+
+
+def write_rows(path, number):
+    path.write_bytes(pickle.dumps([(i, f"title {i}", "x" * (i % 7)) for i in range(number)]))
+
+
+def test_the_archived_format_is_converted_once(tmp_path):
+    write_rows(tmp_path / "m.pkl", 70_000)  # more than one batch
+    pairs = load_captions("yfcc15m", tmp_path / "m.pkl")
+    (cache,) = tmp_path.glob("*.arrow")
+    assert len(pairs) == 70_000 and not list(tmp_path.glob("*.part"))
+    for i in (0, 65_535, 65_536, 69_999):
+        name = f"{i:08d}"
+        image = f"images/{name[:2]}/{name[2:5]}.zip/{name[5:]}.jpg"
+        assert pairs[i] == (image, [f"title {i}", "x" * (i % 7)])
+    for i in (-1, 70_000):
+        with pytest.raises(IndexError):
+            pairs[i]
+
+    written = cache.stat().st_mtime_ns
+    assert load_captions("yfcc15m", tmp_path / "m.pkl")[5] == pairs[5]
+    assert load_captions("csv", cache)[5] == pairs[5]  # given itself, whatever --dataset says
+    assert cache.stat().st_mtime_ns == written
+    write_rows(tmp_path / "m.pkl", 3)  # changed: converted again
+    assert len(load_captions("yfcc15m", tmp_path / "m.pkl")) == 3
+    assert pickle.loads(pickle.dumps(pairs))[69_999] == pairs[69_999]
+
+
+def test_columns_of_a_table_have_caches_of_their_own(tmp_path):
+    (tmp_path / "m.csv").write_text("image,a,b\n1.jpg,x,y\n")
+    assert load_captions("csv", tmp_path / "m.csv", ("image", "a"))[0] == ("1.jpg", ["x"])
+    assert load_captions("csv", tmp_path / "m.csv", ("image", "b"))[0] == ("1.jpg", ["y"])
+
+
+def test_a_read_only_folder_has_its_cache_at_home(tmp_path, monkeypatch):
+    write_rows(tmp_path / "m.pkl", 3)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert len(load_captions("yfcc15m", tmp_path / "m.pkl")) == 3
+    assert list((tmp_path / "home/.cache/slip").glob("m.pkl.*.arrow"))
+    assert not list(tmp_path.glob("*.arrow"))
+
+
+def test_an_arrow_file_of_other_columns(tmp_path):
+    table = pa.table({"image": ["1.jpg"], "captions": ["a"]})
+    with pa.ipc.new_file(tmp_path / "m.arrow", table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(InputError, match="m.arrow: its columns are not image, captions"):
+        load_captions("csv", tmp_path / "m.arrow")
+    with pytest.raises(InputError, match="n.arrow.*No such file"):
+        load_captions("csv", tmp_path / "n.arrow")
+
+
+def test_parquet_tables(tmp_path):
+    table = pa.table({"url": ["a", "b"], "text": ["x", "y"], "other": [1, 2]})
+    pa.parquet.write_table(table, tmp_path / "m.parquet")
+    pairs = load_captions("csv", tmp_path / "m.parquet", ("url", "text"))
+    assert [pairs[0], pairs[1]] == [("a", ["x"]), ("b", ["y"])]
+    with pytest.raises(InputError, match="m.parquet, row 0: no 'title'"):
+        load_captions("csv", tmp_path / "m.parquet", ("url", "title"))

@@ -92,6 +92,20 @@ def test_a_hostile_checkpoint_is_refused_unexecuted(tmp_path, wrap, function):
     assert not target.exists()
 
 
+def test_a_packed_checkpoint_is_refused(tmp_path):
+    """One that unpacks to far more than its file: torch.save never compresses."""
+    torch.save({"state_dict": {"a": torch.zeros(2**22)}, "args": {}}, tmp_path / "c.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "c.pt") as sound,
+        zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for name in sound.namelist():
+            bomb.writestr(name, sound.read(name))
+    assert (tmp_path / "bomb.pt").stat().st_size < 10**5
+    with pytest.raises(InputError, match=r"bomb.pt is refused: it claims to unpack to \d{8} bytes"):
+        checkpoint.load(tmp_path / "bomb.pt")
+
+
 @pytest.mark.parametrize(
     "content, match",
     [
