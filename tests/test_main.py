@@ -247,23 +247,32 @@ def test_the_command_prints_one_line_and_exits_with_2(tiny, tmp_path):
     assert f"train2017/{last:012d}.jpg is empty, or no image" in error
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_unreadable_images_are_replaced_counted_and_named_once(tmp_path, ranks):
-    metadata = write_coco(tmp_path, images=16)
+def with_unreadable_images(root, output_dir, *extra):
+    metadata = write_coco(root, images=16)
     for i in (3, 5):
-        (tmp_path / f"train2017/{i:012d}.jpg").write_bytes(b"")
-    flags = train_flags(tmp_path, tmp_path / "out", "--workers", 1, val="none", epochs=2)
-    flags += ["--metadata", metadata, "--batch-size", 4 // ranks, "--max-bad-fraction", 0.2]
-    run = run_script("main.py", flags, ranks)
-    assert run.returncode == 0, run.stderr
-    assert [row["bad_samples"] for row in rows(tmp_path / "out")] == [2, 2]
-    assert run.stdout.count("replaced by the next sample: image") == 2
-    assert all(run.stdout.count(f"{i:012d}.jpg is empty") == 1 for i in (3, 5))
-    stopped = run_script("main.py", [*flags[:-1], 0.1, "--output-dir", tmp_path / "b"], ranks)
-    assert stopped.returncode != 0  # 2, or torchrun's own code
-    assert "2 of the epoch's 16 samples cannot be read, more than --max-bad-fraction 0.1" in (
-        stopped.stderr
-    )
+        (root / f"train2017/{i:012d}.jpg").write_bytes(b"")
+    flags = train_flags(root, output_dir, "--metadata", metadata, val="none", epochs=2)
+    return [*flags, *map(str, extra)]
+
+
+def test_unreadable_images_are_replaced_counted_and_named_once(tmp_path, capsys):
+    flags = with_unreadable_images(tmp_path, tmp_path / "a", "--max-bad-fraction", 0.2)
+    main.main(main.get_args_parser().parse_args(flags))
+    assert [row["bad_samples"] for row in rows(tmp_path / "a")] == [2, 2]
+    out = capsys.readouterr().out
+    assert out.count("replaced by the next sample: image") == 2
+    assert all(out.count(f"{i:012d}.jpg is empty") == 1 for i in (3, 5))
+    flags += ["--max-bad-fraction", "0.1", "--output-dir", str(tmp_path / "b")]
+    with pytest.raises(InputError, match="2 of the epoch's 16 samples cannot be read, more than"):
+        main.main(main.get_args_parser().parse_args(flags))
+
+
+def test_two_ranks_stop_together_at_too_many_unreadable_images(tmp_path):
+    flags = with_unreadable_images(tmp_path, tmp_path / "a", "--batch-size", 2, "--workers", 1)
+    run = run_script("main.py", flags, ranks=2)
+    assert run.returncode != 0  # torchrun's own code
+    assert "samples cannot be read, more than --max-bad-fraction 0.01" in run.stderr
+    assert run.stderr.count("error: ") == 1 and run.stderr.count("error (rank 1): ") == 1
 
 
 def test_a_checkpoint_of_another_model(tiny, tmp_path):
