@@ -261,7 +261,9 @@ def write_captions(output, source, key="", folder=None):
         if not counts[KEPT]:
             raise InputError(f"metadata {source.files.path} holds no image; {describe(counts)}")
         facts = {"key": key, "rows": consumed, "counts": counts}
-        write_arrow(output, (batch for part in parts for batch in read_batches(part)), facts)
+        merged = folder / "merged.arrow"  # its name is this process's own, unlike the output's
+        write_arrow(merged, (batch for part in parts for batch in read_batches(part)), facts)
+        os.replace(merged, output)
     except InputError:
         shutil.rmtree(folder)
         raise

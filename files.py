@@ -172,7 +172,7 @@ class Files:
 
     def __init__(self, paths):
         self.paths = [os.fspath(path) for path in paths]
-        self.path, self.raw, self.before = self.paths[0], None, 0
+        self.path, self.raw, self.before = next(iter(self.paths), None), None, 0
         try:
             self.size = sum(os.path.getsize(path) for path in self.paths)
         except OSError as error:

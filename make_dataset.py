@@ -97,9 +97,16 @@ def open_yfcc15m(args):
 # RedCaps, CC3M and CC12M
 
 
+def files_in(folder, suffix):
+    found = sorted(Path(folder).glob(f"*{suffix}"))
+    if not found:
+        raise InputError(f"there is no {suffix} file in {folder}; check the folder")
+    return Files(found)
+
+
 def open_redcaps(args):
     """Per-subreddit files, each {"annotations": [...]}."""
-    files = Files(sorted(Path(args.annotations).glob("*.json")))
+    files = files_in(args.annotations, ".json")
     return Source(files, files.json_rows("annotations.item"), pick_redcaps)
 
 
@@ -155,7 +162,7 @@ def shard_images(folder, shard):
 def open_img2dataset(args):
     """The output of img2dataset, as files or webdataset: a parquet file for each shard."""
     folder = Path(args.img2dataset)
-    files = Files(sorted(folder.glob("*.parquet")))
+    files = files_in(folder, ".parquet")
     rows = parquet_rows(files, ["key", "caption", "status"])
 
     def pick(row):
@@ -201,8 +208,9 @@ def convert(args):
     source = args.open_source(args)
     if args.root:
         source = only_present(source, args.root)
-    settings = {k: v for k, v in vars(args).items() if isinstance(v, str)}
-    counts = write_captions(args.output, source, key=settings)
+    settings = {k: v for k, v in vars(args).items() if isinstance(v, str) and k != "output"}
+    inputs = Files([path for path in settings.values() if os.path.isfile(path)])
+    counts = write_captions(args.output, source, key=[settings, inputs.signature()])
     print(f"{args.output}: {describe(counts)}")
 
 

@@ -275,6 +275,25 @@ def test_two_ranks_stop_together_at_too_many_unreadable_images(tmp_path):
     assert run.stderr.count("error: ") == 1 and run.stderr.count("error (rank 1): ") == 1
 
 
+class Said(list):
+    say_once = list.append
+
+
+def test_waiting_for_data_gives_one_line_of_advice(tiny):
+    for augment, expected in (
+        ("cpu", "--augment device, "),
+        ("device", "--workers above 0, smaller"),
+    ):
+        args = main.get_args_parser().parse_args(train_flags(tiny, "out", "--augment", augment))
+        model = main.models.create_model("CLIP_VITTINY8")
+        loader = main.open_loader(model, None, torch.device("cpu"), args)
+        said = Said()
+        main.advise(said, 0.09, loader)
+        assert not said
+        main.advise(said, 0.37, loader)
+        assert len(said) == 1 and expected in said[0] and "37%" in said[0]
+
+
 def test_a_checkpoint_of_another_model(tiny, tmp_path):
     train(tiny, tmp_path, model="CLIP_VITTINY8")
     with pytest.raises(InputError, match="of another model .*missing: image_mlp"):

@@ -170,6 +170,15 @@ def test_img2dataset(tmp_path, capsys, is_tar):
     assert found[1][0].startswith(name)
 
 
+def test_absent_inputs(tmp_path):
+    for flag, suffix in (("redcaps --annotations", "json"), ("cc3m --img2dataset", "parquet")):
+        for folder in (tmp_path, tmp_path / "absent"):
+            with pytest.raises(InputError, match=f"there is no .{suffix} file in {folder}"):
+                make(*flag.split(), folder)
+    with pytest.raises(InputError, match="absent.tsv: No such file"):
+        make("yfcc15m", "--subset", tmp_path / "absent.tsv")
+
+
 def test_tables_and_coco(tmp_path, capsys):
     (tmp_path / "t.csv").write_text("filepath,title\na.jpg,hello\nb.jpg,you\n")
     make("csv", "--table", tmp_path / "t.csv", "--output", tmp_path / "t.arrow")
@@ -209,7 +218,7 @@ def test_a_killed_conversion_goes_on_where_it_was(tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(captions, "write_arrow", watched)
     make(*flags)
     assert "400,000 pairs kept, 0 rows dropped" in capsys.readouterr().out
-    assert "000001.arrow" not in written and written[-2:] == ["000006.arrow", "out.arrow"]
+    assert "000001.arrow" not in written and written[-2:] == ["000006.arrow", "merged.arrow"]
     assert rows(output) == [(f"{i}.jpg", [f"title {i}"]) for i in range(400_000)]
     assert not part.exists()
 
