@@ -233,7 +233,7 @@ def timed(function, *args):
 
 
 class RandomReads(Dataset):
-    """An item reads a random pair and tokenizes a caption; it is the worker's own memory in MB."""
+    """An item reads a random pair and tokenizes a caption; it is the worker's memory in MB."""
 
     def __init__(self, pairs):
         self.pairs, self.tokenizer = pairs, SimpleTokenizer()
@@ -241,17 +241,21 @@ class RandomReads(Dataset):
     def __getitem__(self, index):
         _, texts = self.pairs[index]
         self.tokenizer(texts[0])
-        return private_memory() if index % 100 == 0 else 0.0
+        return memory_of_process() if index % 100 == 0 else (0.0, 0.0)
 
 
-def private_memory():
-    """MB that this process shares with no other."""
+def memory_of_process():
+    """MB that are this process's alone, and MB of files' pages that only it has mapped just now.
+
+    The latter are the page cache's: one copy whoever maps them, given back when memory is short.
+    """
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private")) / 1e3
+    fields = {name: value for name, value, *_ in (line.split() for line in lines[1:])}
+    return tuple(int(fields[name]) / 1e3 for name in ("Private_Dirty:", "Private_Clean:"))
 
 
 def read_at_random(metadata, workers, reads):
-    """The largest private memory of a loader worker, in MB, when each has read `reads` pairs."""
+    """The largest memory_of_process of a loader worker when each has read `reads` pairs."""
     pairs = captions.load_captions("yfcc15m", metadata)
     order = np.random.default_rng(0).integers(len(pairs), size=workers * reads)
     loader = DataLoader(
@@ -261,7 +265,7 @@ def read_at_random(metadata, workers, reads):
         num_workers=workers,
         multiprocessing_context="fork",  # as on Linux; a process that was spawned would spawn
     )
-    return max(float(batch.max()) for batch in loader)
+    return np.max([np.max(batch, axis=1) for batch in loader], axis=0)
 
 
 def benchmark_open(args):
@@ -275,10 +279,11 @@ def benchmark_open(args):
         print(f"  conversion                {seconds:8.1f} s, at most {memory:.2f} GB of memory")
         (seconds, number), memory = in_process(timed, open_captions)
         print(f"  opening                   {seconds:8.3f} s, {number:,} pairs")
-        megabytes, _ = in_process(read_at_random, metadata, args.workers, args.reads)
+        (own, mapped), _ = in_process(read_at_random, metadata, args.workers, args.reads)
         print(
-            f"  private memory a worker   {megabytes:8.1f} MB, after {args.reads:,} random pairs "
-            f"in each of {args.workers} workers"
+            f"  private memory a worker   {own:8.1f} MB, after {args.reads:,} random pairs in each "
+            f"of {args.workers} workers\n"
+            f"  file pages mapped alone   {mapped:8.1f} MB, in the cache that all processes share"
         )
 
 
