@@ -19,10 +19,10 @@ TRIES = 20  # samples tried in a row before the images count as absent altogethe
 class CaptionDataset(Dataset):
     """Samples of pre-training: a dict of the views a method takes.
 
-    The key of a sample is (epoch, indices): the first index whose image can be read is taken, and
-    "bad" lists why the others before it cannot. What a sample becomes depends on (seed, epoch, that
-    index) alone. Image views are (3, S, S) uint8, "text" is a caption. With augment "device" the
-    views are only cropped, and "steps" holds the operations that are left for each.
+    The key of a sample is (epoch, indices): the first index whose image can be read is taken. What
+    a sample becomes depends on (seed, epoch, that index) alone. Image views are (3, S, S) uint8,
+    "text" is a caption, "source" says which sample it is, "bad" why the indices before it cannot be
+    read. With augment "device" the views are only cropped, and "steps" holds what is left for each.
     """
 
     def __init__(self, captions, root, views, image_size, seed=0, augment="cpu"):
@@ -47,9 +47,10 @@ class CaptionDataset(Dataset):
             except InputError as error:
                 bad.append(str(error))
                 continue
+            source = {"index": index, "path": path}
             if self.with_text:
-                sample["text"] = captions[rng.integers(len(captions))]
-            return sample | {"bad": bad}
+                sample["text"] = source["caption"] = captions[rng.integers(len(captions))]
+            return sample | {"bad": bad, "source": source}
         raise InputError(f"{len(bad)} samples in a row cannot be read; check --root; {bad[0]}")
 
     def read_views(self, path, rng):
@@ -65,7 +66,8 @@ class CaptionDataset(Dataset):
 
 
 class Collate:
-    """A batch of samples: captions as (B, L) int64, "steps" grouped by view, "bad" one list.
+    """A batch of samples: captions as (B, L) int64, "steps" grouped by view, "bad" and "sources"
+    as lists.
 
     Captions are tokenized here, not one by one between images, which would cost twice the time,
     and cut to the longest.
@@ -76,11 +78,15 @@ class Collate:
 
     def __call__(self, samples):
         columns = {key: [sample[key] for sample in samples] for key in samples[0]}
-        bad, steps = columns.pop("bad"), columns.pop("steps", [{}])
+        notes = {
+            "bad": [*chain.from_iterable(columns.pop("bad"))],
+            "sources": columns.pop("source"),
+        }
+        steps = columns.pop("steps", [{}])
         text = {"text": trim(self.tokenizer(columns.pop("text")))} if "text" in columns else {}
         views = {view: default_collate(images) for view, images in columns.items()}
         grouped = {view: group_steps([s[view] for s in steps]) for view in steps[0]}
-        return views | text | {"steps": grouped, "bad": list(chain.from_iterable(bad))}
+        return views | text | {"steps": grouped} | notes
 
 
 class EpochSampler(Sampler):

@@ -8,8 +8,11 @@ Shapes: B local batch, N global batch, D embedding.
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from utils import gather, get_rank
+
+ROWS = 1024  # of the similarity matrix that exist at once
 
 
 def normalize(embed):
@@ -22,13 +25,42 @@ def local_labels(embed):
     return torch.arange(len(embed), device=embed.device) + len(embed) * get_rank()
 
 
-def symmetric_cross_entropy(logits_a, logits_b, labels):
-    return (F.cross_entropy(logits_a, labels) + F.cross_entropy(logits_b, labels)) / 2
+class RowLoss(nn.Module):
+    """Some rows of a similarity matrix: the sum of their cross-entropies, and how many are right.
+
+    queries (R, D), keys (K, D), labels (R,) the key of each query, hidden (R,) a key that a query
+    must not see, or None.
+    """
+
+    def forward(self, queries, keys, labels, scale, hidden=None):
+        logits = scale * queries @ keys.T
+        if hidden is not None:
+            logits = logits.scatter(1, hidden[:, None], -torch.inf)
+        hits = (logits.detach().argmax(-1) == labels).sum()
+        return F.cross_entropy(logits, labels, reduction="sum"), hits
 
 
-@torch.no_grad()
-def accuracy(logits, labels):
-    return 100 * (logits.argmax(-1) == labels).float().mean()
+class Contrast(nn.Module):
+    """Mean cross-entropy of queries against keys, and accuracy in percent.
+
+    ROWS rows of the matrix at a time, recomputed in backward: memory grows with the keys alone.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.rows = RowLoss()
+
+    def forward(self, queries, keys, labels, scale, hidden=None):
+        total = hits = 0
+        for start in range(0, len(queries), ROWS):
+            part = slice(start, start + ROWS)
+            arguments = queries[part], keys, labels[part], scale
+            arguments += (hidden if hidden is None else hidden[part],)
+            loss, right = checkpoint(
+                self.rows, *arguments, use_reentrant=False, preserve_rng_state=False
+            )
+            total, hits = total + loss, hits + right
+        return total / len(queries), 100 * hits / len(queries)
 
 
 class CLIPLoss(nn.Module):
@@ -41,15 +73,19 @@ class CLIPLoss(nn.Module):
     def __init__(self, gather_with_grad=False):
         super().__init__()
         self.gather_with_grad = gather_with_grad
+        self.contrast = Contrast()
 
     def forward(self, outputs):
         image, text = normalize(outputs["image_embed"]), normalize(outputs["text_embed"])  # (B, D)
         scale, labels = outputs["logit_scale"].to(image.dtype), local_labels(image)
         with torch.autocast(image.device.type, enabled=False):
-            logits_per_image = scale * image @ gather(text, self.gather_with_grad).T  # (B, N)
-            logits_per_text = scale * text @ gather(image, self.gather_with_grad).T  # (B, N)
-        loss = symmetric_cross_entropy(logits_per_image, logits_per_text, labels)
-        return {"loss": loss, "clip_loss": loss, "clip_acc": accuracy(logits_per_image, labels)}
+            all_image, all_text = (
+                gather(x, self.gather_with_grad) for x in (image, text)
+            )  # (N, D)
+            by_image, acc = self.contrast(image, all_text, labels, scale)
+            by_text, _ = self.contrast(text, all_image, labels, scale)
+        loss = (by_image + by_text) / 2
+        return {"loss": loss, "clip_loss": loss, "clip_acc": acc}
 
 
 class SIMCLRLoss(nn.Module):
@@ -61,21 +97,18 @@ class SIMCLRLoss(nn.Module):
     def __init__(self, temperature=0.1):
         super().__init__()
         self.temperature = temperature
+        self.contrast = Contrast()
 
     def forward(self, outputs):
         a, b = normalize(outputs["aug1_embed"]), normalize(outputs["aug2_embed"])  # (B, D)
-        labels = local_labels(a)
+        labels, scale = local_labels(a), 1 / self.temperature
         with torch.autocast(a.device.type, enabled=False):
             all_a, all_b = gather(a, with_grad=True), gather(b, with_grad=True)  # (N, D)
-            logits_a = self.logits(a, all_b, all_a, labels)
-            logits_b = self.logits(b, all_a, all_b, labels)
-        loss = symmetric_cross_entropy(logits_a, logits_b, labels)
-        return {"loss": loss, "ssl_loss": loss, "ssl_acc": accuracy(logits_a, labels)}
-
-    def logits(self, query, other_view, same_view, labels):
-        """(B, 2N): similarities to the other view, then to the own view without oneself."""
-        same = (query @ same_view.T).scatter(1, labels[:, None], -torch.inf)
-        return torch.cat([query @ other_view.T, same], dim=1) / self.temperature
+            own = labels + len(all_a)  # oneself, among the keys
+            of_a, acc = self.contrast(a, torch.cat([all_b, all_a]), labels, scale, own)
+            of_b, _ = self.contrast(b, torch.cat([all_a, all_b]), labels, scale, own)
+        loss = (of_a + of_b) / 2
+        return {"loss": loss, "ssl_loss": loss, "ssl_acc": acc}
 
 
 class SLIPLoss(nn.Module):

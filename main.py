@@ -7,6 +7,7 @@
 
 import itertools
 import os
+from argparse import BooleanOptionalAction
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -59,6 +60,8 @@ def get_args_parser():
     add("--lr-start", default=1e-6, type=not_negative, help="learning rate at the start of warm-up")
     add("--lr-end", default=1e-5, type=not_negative, help="learning rate at the end of the cosine")
     add("--update-freq", default=1, type=positive_int, help="micro-batches per update")
+    add("--accum", default="plain", choices=("plain", "exact"), help="exact: as one large batch")
+    add("--clip-grad-norm", default=0.0, type=not_negative, help="largest gradient norm; 0: any")
     add("--wd", default=0.1, type=not_negative, help="weight decay, not of biases and norms")
     add("--betas", default=(0.9, 0.98), nargs=2, type=number(float, 0, 1), help="AdamW's")
     add("--eps", default=1e-8, type=not_negative, help="AdamW's")
@@ -66,6 +69,8 @@ def get_args_parser():
     add = parser.add_argument_group("System").add_argument
     add("--precision", choices=engine.PRECISIONS, help="by default the device's best")
     add("--disable-amp", action="store_true", help="the same as --precision fp32")
+    add("--compile", action=BooleanOptionalAction, help="torch.compile; by default on CUDA")
+    add("--grad-checkpointing", action="store_true", help="less memory for a third more time")
     add("--device", default="auto", choices=("auto", "cuda", "cpu"))
     add("-j", "--workers", default=10, type=natural, help="loader processes per rank")
     add("--print-freq", default=10, type=positive_int, help="updates between readings of metrics")
@@ -78,10 +83,11 @@ def get_args_parser():
 
 def create_loss(model, args):
     simclr = losses.SIMCLRLoss(args.ssl_temp)
+    with_grad = args.gather_with_grad or args.accum == "exact"
     return {
-        models.CLIP: losses.CLIPLoss(args.gather_with_grad),
+        models.CLIP: losses.CLIPLoss(with_grad),
         models.SIMCLR: simclr,
-        models.SLIP: losses.SLIPLoss(simclr, args.ssl_scale, args.gather_with_grad),
+        models.SLIP: losses.SLIPLoss(simclr, args.ssl_scale, with_grad),
     }[type(model)]
 
 
@@ -153,18 +159,16 @@ def prepare(batch):
 
 def create_training(model, precision, updates, args):
     """Loss, optimizer and schedule; several ranks train through DistributedDataParallel."""
-    criterion, ddp = create_loss(model, args), model
-    if utils.get_world_size() > 1:
-        is_cuda = precision.device.type == "cuda"
-        ddp = DistributedDataParallel(model, [torch.cuda.current_device()] if is_cuda else None)
-
-    def loss_fn(batch):
-        return criterion(ddp(**batch))
-
+    if args.grad_checkpointing:
+        model.checkpoint_gradients()
+    # Of a single micro-batch both gradients are the same, and the plain one is faster.
+    ddp, exact = model, args.accum == "exact" and args.update_freq > 1
+    if utils.get_world_size() > 1 and not exact:
+        ids = [torch.cuda.current_device()] if precision.device.type == "cuda" else None
+        ddp = DistributedDataParallel(model, ids, gradient_as_bucket_view=True)
     return engine.Training(
         model=ddp,
-        prepare=prepare,
-        loss_fn=loss_fn,
+        criterion=create_loss(model, args),
         optimizer=torch.optim.AdamW(
             utils.param_groups(model, args.wd), args.lr, args.betas, args.eps, fused=True
         ),
@@ -173,23 +177,58 @@ def create_training(model, precision, updates, args):
         ),
         precision=precision,
         update_freq=args.update_freq,
+        exact=exact,
+        clip_grad_norm=args.clip_grad_norm,
+        prepare=prepare,
         after_update=getattr(model, "clamp_logit_scale", lambda: None),
     )
 
 
-def announce(log, model, task, loader, precision, args):
+def compile_training(model, training, args):
+    """Compiles the blocks of the towers and the loss; returns why not, where that fails.
+
+    The trial runs the towers on zeros, and leaves random state and batch norm as they were.
+    """
+    device = training.precision.device
+    size = (args.batch_size, 3, model.image_size, model.image_size)
+    views = {view: torch.zeros(size, device=device) for view in model.views}
+    if "text" in views:
+        views["text"] = torch.zeros(args.batch_size, 77, dtype=torch.long, device=device)
+
+    def trial():
+        with engine.kept_buffers(model), torch.random.fork_rng():
+            with training.precision.autocast():
+                features = model.towers(**views)
+            sum(x.float().sum() for x in features.values()).backward()
+            model.zero_grad()
+
+    rows = [m for m in training.criterion.modules() if isinstance(m, losses.RowLoss)]
+    return engine.compile_modules([*model.blocks(), *rows], trial)
+
+
+def announce(log, model, task, loader, training, args):
     """The first lines of a run's log, and args.json."""
+    precision, k = training.precision, args.update_freq
     batch = args.batch_size * utils.get_world_size()
-    log.settings(
-        utils.describe_run(args, effective_batch=batch * args.update_freq, precision=precision.name)
-    )
+    log.settings(utils.describe_run(args, effective_batch=batch * k, precision=precision.name))
     log.say(
-        f"{args.model}: {len(loader.dataset)} images, {len(loader) // args.update_freq} updates "
-        f"an epoch of {batch} x {args.update_freq}, {precision.name} on {precision.device.type}"
+        f"{args.model}: {len(loader.dataset)} images, {len(loader) // k} updates "
+        f"an epoch of {batch} x {k}, {precision.name} on {precision.device.type}"
     )
-    if "aug1" in model.views and batch < MIN_SSL_BATCH:
+    if k > 1 and not training.exact:
         log.say(
-            f"warning: {batch} samples per step over all ranks are few for the batch statistics "
+            f"note: negatives and batch statistics are those of micro-batches of {batch}; "
+            f"--accum exact takes them from all {batch * k} samples of an update"
+        )
+    if training.exact and models.has_batch_norm(model.visual):
+        log.say(
+            f"note: the batch norm inside of {args.model}'s image tower sees {args.batch_size} "
+            "samples at a time, so --accum exact is not exact there; all else is"
+        )
+    contrasted = batch * k if training.exact else batch
+    if "aug1" in model.views and contrasted < MIN_SSL_BATCH:
+        log.say(
+            f"warning: {contrasted} samples over all ranks are few for the batch statistics "
             f"of the SimCLR head; use {MIN_SSL_BATCH} or more"
         )
     if task is None:
@@ -232,7 +271,11 @@ def main(args):
     # The picture first: where --root is wrong it fails before anything is written.
     picture = picture_of_views(loader) if utils.is_main() else None
     log = utils.open_log(args.output_dir, start_epoch, start_epoch * updates)
-    announce(log, model, task, loader, precision, args)
+    announce(log, model, task, loader, training, args)
+    if args.compile if args.compile is not None else device.type == "cuda":
+        reason = compile_training(model, training, args)
+        if reason:
+            log.say(f"warning: torch.compile failed, training goes on without it: {reason}")
     log.picture("views", picture)
     if resume:
         log.say(f"resumed {resume} after {start_epoch} of {args.epochs} epochs")
@@ -264,7 +307,10 @@ def main(args):
 
 
 def validate(model, task, tokenizer, precision, args):
-    return eval_zeroshot.evaluate(model, task, tokenizer, precision, args.batch_size, args.workers)
+    with torch.compiler.set_stance("force_eager"):  # its many shapes are not worth compiling
+        return eval_zeroshot.evaluate(
+            model, task, tokenizer, precision, args.batch_size, args.workers
+        )
 
 
 def evaluate_only(model, task, tokenizer, precision, args):

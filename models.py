@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as dist_grad
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from utils import InputError
 
@@ -108,9 +109,12 @@ class Transformer(nn.Module):
         self.resblocks = nn.Sequential(
             *[ResidualAttentionBlock(width, heads) for _ in range(layers)]
         )
+        self.checkpointing = False
 
     def forward(self, x):
-        return self.resblocks(x)
+        for block in self.resblocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
+        return x
 
 
 # ---------------------------------------------------------------------------------------------
@@ -177,15 +181,67 @@ def input_size(visual):
     return size[0]
 
 
-class CLIP(nn.Module):
+def is_convolutional(visual):
+    """Whether a tower convolves more than to cut patches, or has batch norm inside."""
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in visual.modules())
+    return convolutions > 1 or has_batch_norm(visual)
+
+
+def has_batch_norm(visual):
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in visual.modules())
+
+
+class Method(nn.Module):
+    """An image tower, and heads that are trained on the features of all views.
+
+    `forward` is heads(towers(views)); the two halves serve gradients that are exact over many
+    micro-batches (engine.accumulate_exact).
+    """
+
+    def __init__(self, tower):
+        super().__init__()
+        self.visual = create_visual(tower)
+        self.image_size = input_size(self.visual)
+        self.is_convolutional = is_convolutional(self.visual)
+        if self.is_convolutional:
+            self.visual.to(memory_format=torch.channels_last)
+
+    def towers(self, **images):
+        """Views (B, 3, S, S) -> {view: (B, W) features}; in one pass, but not through batch norm,
+        whose statistics are of one view."""
+        if self.is_convolutional:
+            return {view: self.visual(x) for view, x in images.items()}
+        features = self.visual(torch.cat(list(images.values())))
+        return dict(zip(images, features.chunk(len(images)), strict=True))
+
+    def forward(self, **views):
+        return self.heads(self.towers(**views))
+
+    def blocks(self):
+        """The modules to compile, one by one: blocks that are alike share one compilation."""
+        blocks = getattr(self.visual, "blocks", None)
+        return [self.visual] if self.is_convolutional or blocks is None else list(blocks)
+
+    def checkpoint_gradients(self):
+        """Recomputes the towers' activations block by block in backward: less memory, more time.
+
+        Raises InputError where timm's tower cannot.
+        """
+        try:
+            self.visual.set_grad_checkpointing()
+        except (AssertionError, AttributeError) as error:
+            raise InputError(
+                "--grad-checkpointing: timm's image tower has none; leave it"
+            ) from error
+
+
+class CLIP(Method):
     """An image tower and a text tower trained to agree on pairs (Radford et al., 2021)."""
 
     views = ("image", "text")
 
     def __init__(self, tower, ssl_mlp_dim=None, ssl_emb_dim=None):
-        super().__init__()
-        self.visual = create_visual(tower)
-        self.image_size = input_size(self.visual)
+        super().__init__(tower)
         width, image_width = tower.text_width, output_width(self.visual)
         self.transformer = Transformer(width, tower.text_layers, tower.text_heads)
         self.token_embedding = nn.Embedding(VOCAB_SIZE, width)
@@ -208,22 +264,36 @@ class CLIP(nn.Module):
         nn.init.normal_(self.image_projection, std=len(self.image_projection) ** -0.5)
         nn.init.normal_(self.text_projection, std=width**-0.5)
 
+    def read(self, text):
+        """(B, L) token ids -> (B, W), at the end-of-text token, which has the highest id."""
+        x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]  # (B, L, W)
+        x = self.ln_final(self.transformer(x))
+        return x[torch.arange(len(x), device=x.device), text.argmax(-1)]
+
     def encode_image(self, image):
         """(B, 3, S, S) normalised images -> (B, D), not normalised."""
         return self.visual(image) @ self.image_projection
 
     def encode_text(self, text):
-        """(B, L) token ids -> (B, D), not normalised; the end-of-text token has the highest id."""
-        x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]  # (B, L, W)
-        x = self.ln_final(self.transformer(x))
-        return x[torch.arange(len(x), device=x.device), text.argmax(-1)] @ self.text_projection
+        """(B, L) token ids -> (B, D), not normalised."""
+        return self.read(text) @ self.text_projection
 
-    def forward(self, image, text):
+    def towers(self, text, **images):
+        return {**super().towers(**images), "text": self.read(text)}
+
+    def heads(self, features):
         return {
-            "image_embed": self.encode_image(image),
-            "text_embed": self.encode_text(text),
+            "image_embed": features["image"] @ self.image_projection,
+            "text_embed": features["text"] @ self.text_projection,
             "logit_scale": self.logit_scale.exp(),
         }
+
+    def blocks(self):
+        return [*super().blocks(), *self.transformer.resblocks]
+
+    def checkpoint_gradients(self):
+        super().checkpoint_gradients()
+        self.transformer.checkpointing = True
 
     @torch.no_grad()
     def clamp_logit_scale(self):
@@ -231,27 +301,26 @@ class CLIP(nn.Module):
         self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
 
-class SIMCLR(nn.Module):
+def contrast_views(head, features):
+    """The SimCLR head on one view at a time: batch statistics are those of one view."""
+    return {f"{view}_embed": head(features[view]) for view in ("aug1", "aug2")}
+
+
+class SIMCLR(Method):
     """An image tower trained to agree on two views of an image (Chen et al., 2020)."""
 
     views = ("aug1", "aug2")
 
     def __init__(self, tower, ssl_mlp_dim=4096, ssl_emb_dim=256):
-        super().__init__()
-        self.visual = create_visual(tower)
-        self.image_size = input_size(self.visual)
+        super().__init__(tower)
         self.image_mlp = SIMCLRHead(output_width(self.visual), ssl_mlp_dim, ssl_emb_dim)
 
     def encode_image(self, image):
         """(B, 3, S, S) normalised images -> (B, W), before the head."""
         return self.visual(image)
 
-    def forward(self, aug1, aug2):
-        # One view at a time: batch statistics are those of one view.
-        return {
-            "aug1_embed": self.image_mlp(self.visual(aug1)),
-            "aug2_embed": self.image_mlp(self.visual(aug2)),
-        }
+    def heads(self, features):
+        return contrast_views(self.image_mlp, features)
 
 
 class SLIP(CLIP):
@@ -263,12 +332,8 @@ class SLIP(CLIP):
         super().__init__(tower)
         self.image_mlp = SIMCLRHead(output_width(self.visual), ssl_mlp_dim, ssl_emb_dim)
 
-    def forward(self, image, text, aug1, aug2):
-        return {
-            **super().forward(image, text),
-            "aug1_embed": self.image_mlp(self.visual(aug1)),
-            "aug2_embed": self.image_mlp(self.visual(aug2)),
-        }
+    def heads(self, features):
+        return {**super().heads(features), **contrast_views(self.image_mlp, features)}
 
 
 METHODS = {"CLIP": CLIP, "SIMCLR": SIMCLR, "SLIP": SLIP}

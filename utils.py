@@ -265,35 +265,34 @@ def param_groups(model, weight_decay):
 
 
 class Meters:
-    """Running means of metrics that stay on their device until read, so that no step waits.
+    """Means of metrics that stay on their device until read, so that no step waits.
 
-    `update` takes a dict of scalar tensors (equal keys every time); `read` returns the means over
-    all ranks since the last read, and adds them to the epoch's means in `averages()`.
+    `update` takes a dict of scalar tensors, equal keys every time. `read` returns (the means over
+    all ranks since the last read, the values of each update on this rank, {key: list}), and adds
+    the means to the epoch's in `averages()`.
     """
 
     def __init__(self):
-        self.window, self.steps = {}, 0
-        self.totals, self.total_steps = {}, 0
+        self.window, self.totals, self.steps = [], {}, 0
 
     def update(self, metrics):
-        for key, value in metrics.items():
-            value = value.detach().double()
-            self.window[key] = self.window[key] + value if key in self.window else value
-        self.steps += 1
+        self.keys = list(metrics)
+        self.window.append(torch.stack([value.detach().double() for value in metrics.values()]))
 
     def read(self):
-        if not self.steps:
-            return {}
-        sums = reduce_sum(torch.stack(list(self.window.values()))) / get_world_size()
-        means = {k: v / self.steps for k, v in zip(self.window, sums.tolist(), strict=True)}
-        for key, mean in means.items():
-            self.totals[key] = self.totals.get(key, 0.0) + mean * self.steps
-        self.total_steps += self.steps
-        self.window, self.steps = {}, 0
-        return means
+        if not self.window:
+            return {}, {}
+        values, self.window = torch.stack(self.window), []  # (updates, keys)
+        sums = reduce_sum(values.sum(0)).tolist()
+        for key, total in zip(self.keys, sums, strict=True):
+            self.totals[key] = self.totals.get(key, 0.0) + total / get_world_size()
+        self.steps += len(values)
+        weight = len(values) * get_world_size()
+        means = {key: total / weight for key, total in zip(self.keys, sums, strict=True)}
+        return means, dict(zip(self.keys, values.T.tolist(), strict=True))
 
     def averages(self):
-        return {key: total / self.total_steps for key, total in self.totals.items()}
+        return {key: total / self.steps for key, total in self.totals.items()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -375,6 +374,11 @@ class RunLog:
         self.scalars({f"epoch/{key}": value for key, value in stats.items()}, stats["epoch"])
         self.writer.flush()
 
+    def dump(self, name, value):
+        """Keeps a value as a JSON file beside the log; returns its path."""
+        write_json(self.output_dir / name, value)
+        return str(self.output_dir / name)
+
     def scalars(self, values, step):
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
@@ -414,7 +418,7 @@ class SilentLog:
     def ignore(self, *args):
         pass
 
-    say = say_once = settings = epoch = scalars = picture = close = ignore
+    say = say_once = settings = epoch = dump = scalars = picture = close = ignore
 
 
 def open_log(*args):

@@ -5,12 +5,20 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import engine
+import main
+import models
+import utils
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent
@@ -106,6 +114,54 @@ def run_script(script, flags, ranks=1, cwd=REPOSITORY):
         env=environment,
         timeout=240,
     )
+
+
+def exact_training(name, k, exact=True):
+    """A small training in float64 that leaves the weights as they are."""
+    torch.manual_seed(0)
+    args = main.get_args_parser().parse_args(
+        f"--model {name} --ssl-mlp-dim 32 --ssl-emb-dim 16 --update-freq {k} --lr 1e-12 "
+        f"--lr-end 0 --wd 0 --epochs 1 --warmup-epochs 0 --gather-with-grad "
+        f"--accum {'exact' if exact else 'plain'}".split()
+    )
+    model = models.create_model(name, args.ssl_mlp_dim, args.ssl_emb_dim).double()
+    t = main.create_training(model, engine.Precision("fp32", torch.device("cpu")), 1, args)
+    t.feed.prepare = lambda batch: batch
+    return t
+
+
+def views_of(model, rows, k):
+    """k micro-batches that are this rank's share of `rows` random samples."""
+    generator = torch.Generator().manual_seed(1)
+    size, world_size = (rows, 3, model.image_size, model.image_size), utils.get_world_size()
+    views = {v: torch.randn(size, generator=generator, dtype=torch.float64) for v in model.views}
+    if "text" in views:
+        views["text"] = torch.randint(1, 400, (rows, 16), generator=generator)
+    mine = {v: x.chunk(world_size)[utils.get_rank()].chunk(k) for v, x in views.items()}
+    return [{v: x[i] for v, x in mine.items()} for i in range(k)]
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of the tensors made within that live at once, on the CPU; `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.now, self.peak = set(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
+            if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in self.live:
+                storage = tensor.untyped_storage()
+                self.live.add(id(storage))
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.forget, id(storage), storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return outputs
+
+    def forget(self, key, size):
+        self.live.discard(key)
+        self.now -= size
 
 
 @pytest.fixture(scope="session")

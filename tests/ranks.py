@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import seeded_embeddings
+from conftest import exact_training, seeded_embeddings, views_of
 
 import engine
 import losses
@@ -69,8 +69,21 @@ def slip_gradients():
     images = [mine(torch.randn(12, 3, 32, 32).double()) for _ in range(3)]
     text = mine(torch.randint(1, 400, (12, 16)))
     wrapped = DistributedDataParallel(model) if utils.get_world_size() > 1 else model
-    loss(wrapped(images[0], text, *images[1:]))["loss"].backward()
+    views = dict(zip(("image", "aug1", "aug2"), images, strict=True), text=text)
+    loss(wrapped(**views))["loss"].backward()
     return {k: p.grad for k, p in model.named_parameters()}
+
+
+def accumulated(name, k, exact):
+    """Gradients, metrics and buffers of one update of 48 samples in k micro-batches a rank."""
+    t = exact_training(name, k, exact)
+    model = getattr(t.model, "module", t.model)
+    metrics = engine.update(t, views_of(model, 48, k), 0)
+    return {
+        "gradients": {key: p.grad for key, p in model.named_parameters()},
+        "metrics": metrics,
+        "buffers": dict(model.named_buffers()),
+    }
 
 
 def predictions():
@@ -93,13 +106,16 @@ def meters():
     meter = utils.Meters()
     for value in (1.0, 2.0):
         meter.update({"loss": torch.tensor(value + utils.get_rank())})
-    return meter.read()
+    return meter.read()[0]
 
 
 def main(folder):
     utils.init_distributed("cpu")
     simclr = losses.SIMCLRLoss(0.1)
+    names = ("CLIP_VITTINY8", "SIMCLR_VITTINY8", "SLIP_VITTINY8")
     result = {
+        "exact": {(name, k): accumulated(name, k, True) for name in names for k in (1, 2, 3, 8)},
+        "plain": {("SLIP_VITTINY8", 2): accumulated("SLIP_VITTINY8", 2, False)},
         "clip": loss_and_gradients(losses.CLIPLoss()),
         "simclr": loss_and_gradients(simclr),
         "clip_full": loss_and_gradients(losses.CLIPLoss(gather_with_grad=True), torch.float64),

@@ -12,25 +12,37 @@ from utils import InputError, SilentLog
 CPU = torch.device("cpu")
 
 
-def training(precision="fp32", update_freq=1, lr=0.1, dtype=torch.float32):
+class Rows(nn.Linear):
+    """A model of one view, x."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+def training(precision="fp32", update_freq=1, lr=0.1, dtype=torch.float32, device=CPU, **options):
     torch.manual_seed(0)
-    model = nn.Linear(3, 1).to(dtype)
+    model = Rows(3, 1).to(device, dtype)
     return engine.Training(
         model=model,
-        loss_fn=lambda batch: {"loss": model(batch).square().mean()},
+        criterion=lambda outputs: {"loss": outputs.square().mean()},
         optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
         schedule=np.full(100, lr),
-        precision=engine.Precision(precision, CPU),
+        precision=engine.Precision(precision, device),
         update_freq=update_freq,
+        **options,
     )
+
+
+def loader(data, batch_size):
+    return DataLoader([{"x": row} for row in data], batch_size)
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_micro_batches_add_up_to_the_batch(k):
     data = torch.randn(8, 3, dtype=torch.float64)
     whole, parts = training(dtype=torch.float64), training(update_freq=k, dtype=torch.float64)
-    loss = engine.update(whole, [data], 0)["loss"]
-    other = engine.update(parts, data.chunk(k), 0)["loss"]
+    loss = engine.update(whole, [{"x": data}], 0)["loss"]
+    other = engine.update(parts, [{"x": x} for x in data.chunk(k)], 0)["loss"]
     assert other.item() == pytest.approx(loss.item(), rel=1e-12)
     assert torch.allclose(parts.model.weight, whole.model.weight, rtol=1e-12)
 
@@ -39,17 +51,17 @@ def test_the_schedule_sets_the_rate_of_each_update():
     t = training()
     t.schedule = np.array([0.0, 0.5])
     before = t.model.weight.clone()
-    engine.update(t, [torch.randn(4, 3)], 0)
+    engine.update(t, [{"x": torch.randn(4, 3)}], 0)
     assert torch.equal(t.model.weight, before)
-    engine.update(t, [torch.randn(4, 3)], 1)
+    engine.update(t, [{"x": torch.randn(4, 3)}], 1)
     assert t.optimizer.param_groups[0]["lr"] == 0.5
     assert not torch.equal(t.model.weight, before)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("precision", list(engine.PRECISIONS))
 def test_every_precision_trains_on_the_cpu(precision):
     t, data = training(precision), torch.randn(16, 3)
-    losses = [engine.update(t, [data], step)["loss"].item() for step in range(10)]
+    losses = [engine.update(t, [{"x": data}], step)["loss"].item() for step in range(10)]
     assert losses[-1] < losses[0]
     assert t.model.weight.dtype == torch.float32
     assert t.precision.scaler.is_enabled() == (precision == "fp16")
@@ -63,7 +75,7 @@ def test_the_cpu_defaults_to_fp32():
 
 def test_an_epoch_leaves_out_batches_that_fill_no_update():
     t = training(update_freq=2)
-    means, speed = engine.train_one_epoch(t, DataLoader(torch.randn(20, 3), 4), 0, SilentLog())
+    means, speed = engine.train_one_epoch(t, loader(torch.randn(20, 3), 4), 0, SilentLog())
     assert speed["pairs"] == 16  # five batches of 4, two updates of 2
     assert set(means) == {"loss"}
     assert 0 <= speed["data_wait"] <= 1 and speed["samples_per_sec"] > 0
@@ -73,8 +85,8 @@ def test_a_loss_that_is_not_finite_stops_with_its_step():
     t = training()
     data = torch.randn(8, 3)
     data[5] = torch.nan
-    with pytest.raises(InputError, match=r"loss is nan by update 11 \(epoch 2\)"):
-        engine.train_one_epoch(t, DataLoader(data, 2), 2, SilentLog(), print_freq=2)
+    with pytest.raises(InputError, match=r"loss is nan at update 10 \(epoch 2\) on rank 0"):
+        engine.train_one_epoch(t, loader(data, 2), 2, SilentLog(), print_freq=2)
 
 
 def test_prediction_counts_every_image_once_on_any_number_of_ranks(two_ranks):
@@ -89,12 +101,9 @@ def test_prediction_counts_every_image_once_on_any_number_of_ranks(two_ranks):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("precision", list(engine.PRECISIONS))
 def test_every_precision_trains_on_cuda(precision):
-    device = torch.device("cuda")
-    t = training()
-    t.model.to(device)
-    t.precision = engine.Precision(precision, device)
+    t = training(precision, device=torch.device("cuda"))
     data = torch.randn(16, 3)
-    losses = [engine.update(t, [data], step)["loss"].item() for step in range(10)]
+    losses = [engine.update(t, [{"x": data}], step)["loss"].item() for step in range(10)]
     assert losses[-1] < losses[0]

@@ -80,7 +80,7 @@ def test_forward_and_backward_equal_the_archived_code(name, reference):
 def test_clip_vitb16_runs_forward_and_backward():
     model = create_model("CLIP_VITB16")
     text = SimpleTokenizer()(CAPTIONS[:2])
-    losses.CLIPLoss()(model(torch.randn(2, 3, 224, 224), text))["loss"].backward()
+    losses.CLIPLoss()(model(image=torch.randn(2, 3, 224, 224), text=text))["loss"].backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 

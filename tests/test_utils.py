@@ -72,11 +72,11 @@ def test_meters_average_windows_and_the_epoch():
     meters = Meters()
     for value in (1.0, 2.0):
         meters.update({"loss": torch.tensor(value)})
-    assert meters.read() == {"loss": 1.5}
+    assert meters.read() == ({"loss": 1.5}, {"loss": [1.0, 2.0]})
     meters.update({"loss": torch.tensor(6.0)})
-    assert meters.read() == {"loss": 6.0}
+    assert meters.read() == ({"loss": 6.0}, {"loss": [6.0]})
     assert meters.averages() == {"loss": 3.0}
-    assert meters.read() == {}
+    assert meters.read() == ({}, {})
 
 
 def test_meters_average_over_ranks(two_ranks):

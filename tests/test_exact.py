@@ -1,0 +1,126 @@
+"""Exact accumulation: gradients of micro-batches, on ranks, equal those of the one large batch."""
+
+import pytest
+import timm
+import torch
+from conftest import PeakMemory, exact_training, run_script, views_of
+
+import engine
+import make_dataset
+import models
+import utils
+
+METHODS = ("CLIP_VITTINY8", "SIMCLR_VITTINY8", "SLIP_VITTINY8")
+
+
+@pytest.mark.parametrize("ranks", ["one", "rank0", "rank1"])
+@pytest.mark.parametrize("k", [2, 3, 8])
+@pytest.mark.parametrize("name", METHODS)
+def test_gradients_equal_those_of_the_large_batch(name, k, ranks, two_ranks):
+    expected, got = two_ranks["one"]["exact"][name, 1], two_ranks[ranks]["exact"][name, k]
+    assert got["gradients"].keys() == expected["gradients"].keys()
+    for key, value in expected["gradients"].items():
+        # atol: biases before a batch norm have no effect, their gradient is rounding alone.
+        assert torch.allclose(got["gradients"][key], value, rtol=1e-9, atol=1e-12), key
+
+
+@pytest.mark.parametrize("k", [2, 3, 8])
+@pytest.mark.parametrize("name", METHODS)
+def test_losses_and_statistics_equal_those_of_the_large_batch(name, k, two_ranks):
+    expected, one = two_ranks["one"]["exact"][name, 1], two_ranks["one"]["exact"][name, k]
+    ranks = [two_ranks[rank]["exact"][name, k] for rank in ("rank0", "rank1")]
+    for key, value in expected["metrics"].items():
+        assert one["metrics"][key].item() == pytest.approx(value.item(), rel=1e-12), key
+        mean = sum(rank["metrics"][key].item() for rank in ranks) / 2
+        assert mean == pytest.approx(value.item(), rel=1e-12), key
+    for key, value in expected["buffers"].items():
+        for run in (one, *ranks):
+            assert torch.allclose(run["buffers"][key], value, rtol=1e-12), key
+
+
+def test_plain_accumulation_is_another_gradient(two_ranks):
+    exact, plain = (
+        two_ranks["one"][kind]["SLIP_VITTINY8", 2]["gradients"]["image_projection"]
+        for kind in ("exact", "plain")
+    )
+    assert (exact - plain).norm() > 0.01 * exact.norm()
+
+
+def test_towers_see_the_same_random_state_twice():
+    t = exact_training("SLIP_VITTINY8", 3)
+    torch.manual_seed(0)
+    t.model.visual = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=0, drop_path_rate=0.5, **models.TINY_VIT
+    ).double()
+    t.model.train()
+    towers, seen = t.model.towers, []
+
+    def spy(**views):
+        seen.append(towers(**views))
+        return seen[-1]
+
+    t.model.towers = spy
+    batches = views_of(t.model, 12, 3)
+    engine.update(t, batches, 0)
+    assert len(seen) == 6 and not seen[0]["image"].requires_grad and seen[3]["image"].requires_grad
+    for first, second in zip(seen[:3], seen[3:], strict=True):
+        assert all(torch.equal(first[view], second[view]) for view in first)
+    drawn = towers(**batches[0])["image"]
+    assert not torch.equal(drawn, towers(**batches[0])["image"])  # there is something random
+
+
+def test_batch_norm_inside_a_tower_counts_each_batch_once():
+    t = exact_training("SIMCLR_test_resnet", 2)
+    engine.update(t, views_of(t.model, 8, 2), 0)
+    counts = {k: int(v) for k, v in t.model.named_buffers() if "num_batches_tracked" in k}
+    towers = {v for k, v in counts.items() if k.startswith("visual")}
+    heads = {v for k, v in counts.items() if k.startswith("image_mlp")}
+    assert towers == {4} and heads == {2}  # two views: of two micro-batches, of the whole batch
+
+
+def test_memory_does_not_grow_with_the_number_of_micro_batches():
+    def peak(k, exact):
+        t = exact_training("SLIP_VITTINY8", k)
+        t.exact, t.update_freq = exact, k if exact else 1
+        batches = views_of(t.model, 16 * k, t.update_freq)
+        with PeakMemory() as memory:
+            engine.update(t, batches, 0)
+        return memory.peak
+
+    assert peak(8, exact=True) < 1.15 * peak(2, exact=True)
+    assert peak(8, exact=False) > 2.5 * peak(2, exact=False)  # in one piece it does
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sets") / "digits"
+    make_dataset.main(make_dataset.get_args_parser().parse_args(["digits", "--root", str(root)]))
+    return root
+
+
+def epoch_of_digits(digits, folder, *flags, ranks=1, model="SLIP_VITTINY8"):
+    """Losses of an epoch of two updates of 512, and the epoch's row in the log."""
+    command = f"--dataset coco --root {digits} --model {model} --output-dir {folder} --device cpu "
+    command += f"--metadata {digits}/annotations/captions_train2017.json --val-dataset none "
+    command += "--epochs 1 --warmup-epochs 0 --lr 1e-3 --ssl-mlp-dim 64 --ssl-emb-dim 32 "
+    command += "--workers 0 --print-freq 1"
+    done = run_script("main.py", [*command.split(), *flags], ranks)
+    assert done.returncode == 0, done.stderr
+    return utils.read_log(folder / "log.txt")[0], done.stdout
+
+
+def test_the_digits_in_one_piece_and_in_8_are_trained_alike(digits, tmp_path):
+    whole, _ = epoch_of_digits(digits, tmp_path / "1", "--batch-size", "512")
+    flags = ["--accum", "exact", "--update-freq"]
+    parts, said = epoch_of_digits(digits, tmp_path / "8", "--batch-size", "64", *flags, "8")
+    ranks, _ = epoch_of_digits(digits, tmp_path / "2", "--batch-size", "64", *flags, "4", ranks=2)
+    assert "note: negatives" not in said and "few for the batch statistics" not in said
+    for row in (parts, ranks):
+        assert row["pairs"] == whole["pairs"] == 1024
+        for key in ("train_loss", "train_clip_loss", "train_ssl_loss"):
+            assert row[key] == pytest.approx(whole[key], abs=1e-4), key
+    plain, said = epoch_of_digits(
+        digits, tmp_path / "p", "--batch-size", "64", "--update-freq", "8"
+    )
+    assert "micro-batches of 64; --accum exact takes them from all 512" in said
+    assert abs(plain["train_loss"] - whole["train_loss"]) > 0.1
