@@ -37,6 +37,8 @@ SAFE_GLOBALS = [
     (pathlib.PurePosixPath, "pathlib._local.PosixPath"),  # Python 3.13 and newer
 ]
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+
 
 def save(path, state):
     """Writes beside `path`, flushes, renames: an interrupted save leaves the old file."""
@@ -75,19 +77,29 @@ def restore(path, model, training):
 
 
 def restore_optimizer(optimizer, saved, path):
-    """Loads moments and step counts; weight decay, betas and eps stay those of the flags."""
+    """Loads moments and step counts; weight decay, betas and eps stay those of the flags.
+
+    Moments take their parameter's layout in memory, which fused AdamW relies on.
+    """
     own = optimizer.state_dict()["param_groups"]
     params = [param for group in optimizer.param_groups for param in group["params"]]
     try:
         fits = [len(g["params"]) for g in saved["param_groups"]] == [len(g["params"]) for g in own]
         for i, moments in saved["state"].items():  # fused AdamW trusts these shapes
             fits &= torch.is_tensor(moments["step"])
-            fits &= params[i].shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape
+            fits &= all(params[i].shape == moments[k].shape for k in MOMENTS)
     except (KeyError, IndexError, TypeError, AttributeError):
         fits = False
     if not fits:
         raise InputError(f"checkpoint {path}: its optimizer is of another model; check --model")
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": own})
+    state = {
+        i: {
+            "step": moments["step"],
+            **{k: torch.empty_like(params[i]).copy_(moments[k]) for k in MOMENTS},
+        }
+        for i, moments in saved["state"].items()
+    }
+    optimizer.load_state_dict({"state": state, "param_groups": own})
 
 
 def unpacked_size(path):

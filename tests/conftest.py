@@ -24,6 +24,11 @@ HERE = Path(__file__).parent
 REPOSITORY = HERE.parent
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(scope="session")
 def reference():
     """Figures measured by running the archived code on `seeded_weights` and `seeded_images`."""

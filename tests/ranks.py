@@ -7,9 +7,10 @@ import copy
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
@@ -86,6 +87,41 @@ def accumulated(name, k, exact):
     }
 
 
+class Sourced(Dataset):
+    """Six rows and their names on each rank; one of rank 1 is no number."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        number = 10 * utils.get_rank() + index
+        x = torch.full((3,), float("nan") if number == 12 else 1.0)
+        return {"x": x, "sources": {"path": f"{number}.jpg"}}
+
+
+def collate(items):
+    return {"x": torch.stack([i["x"] for i in items]), "sources": [i["sources"] for i in items]}
+
+
+def nonfinite(folder):
+    """How a training ends whose second batch makes the loss of rank 1 no number."""
+    model = torch.nn.Linear(3, 1)
+    model.forward = lambda x, forward=model.forward: forward(x)
+    training = engine.Training(
+        model=model,
+        criterion=lambda outputs: {"loss": outputs.square().mean()},
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        schedule=np.full(6, 0.1),
+        precision=engine.Precision("fp32", torch.device("cpu")),
+    )
+    loader = DataLoader(Sourced(), 2, collate_fn=collate)
+    log = utils.open_log(folder / "nonfinite")
+    try:
+        engine.train_one_epoch(training, loader, 1, log)
+    except utils.InputError as error:
+        return str(error), str(error).rpartition(" ")[2]
+
+
 def predictions():
     precision = engine.Precision("fp32", torch.device("cpu"))
     return engine.predict(lambda x: x[:, :2], 2, Numbered(), precision, 4, 0)
@@ -122,13 +158,14 @@ def main(folder):
         "simclr_full": loss_and_gradients(copy.deepcopy(simclr), torch.float64),
         "head": head(),
         "slip_gradients": slip_gradients(),
+        "nonfinite": nonfinite(folder),
         "predictions": predictions(),
         "few_predictions": few_predictions(),
         "meters": meters(),
     }
     name = f"rank{utils.get_rank()}" if utils.get_world_size() > 1 else "one"
-    torch.save(result, f"{folder}/{name}.pt")
+    torch.save(result, folder / f"{name}.pt")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(Path(sys.argv[1]))

@@ -178,6 +178,34 @@ def test_an_optimizer_of_another_model_is_told(tmp_path):
             checkpoint.restore_optimizer(optimizer, saved, "c.pt")
 
 
+def test_moments_take_the_layout_of_their_parameter():
+    """Fused AdamW walks memory: moments saved contiguous must follow a channels_last weight."""
+
+    def start():
+        torch.manual_seed(0)
+        conv = torch.nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
+        return conv, torch.optim.AdamW(utils.param_groups(conv, 0.1), 0.1, fused=True)
+
+    def step(conv, optimizer, seed):
+        torch.manual_seed(seed)
+        optimizer.zero_grad()
+        conv(torch.randn(2, 3, 8, 8)).square().sum().backward()
+        optimizer.step()
+
+    (conv, optimizer), (other, resumed) = start(), start()
+    step(conv, optimizer, 1)
+    other.load_state_dict(conv.state_dict())
+    saved = optimizer.state_dict()
+    saved["state"] = {
+        i: {k: v.clone(memory_format=torch.contiguous_format) for k, v in moments.items()}
+        for i, moments in saved["state"].items()
+    }
+    checkpoint.restore_optimizer(resumed, saved, "c.pt")
+    step(conv, optimizer, 2)
+    step(other, resumed, 2)
+    assert torch.equal(other.weight, conv.weight)
+
+
 def test_our_checkpoints_are_plain_data(tmp_path):
     checkpoint.save(tmp_path / "c.pt", {"state_dict": {}, "args": {"model": "x"}})
     assert torch.load(tmp_path / "c.pt", weights_only=True)["args"] == {"model": "x"}

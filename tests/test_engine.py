@@ -1,5 +1,8 @@
 """Updates, accumulation, precision, the stop on a non-finite loss, and sharded prediction."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import engine
+import main
+import models
 from utils import InputError, SilentLog
 
 CPU = torch.device("cpu")
@@ -24,7 +29,7 @@ def training(precision="fp32", update_freq=1, lr=0.1, dtype=torch.float32, devic
     model = Rows(3, 1).to(device, dtype)
     return engine.Training(
         model=model,
-        criterion=lambda outputs: {"loss": outputs.square().mean()},
+        criterion=lambda outputs: {"loss": outputs.to(dtype).square().mean()},
         optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
         schedule=np.full(100, lr),
         precision=engine.Precision(precision, device),
@@ -89,6 +94,41 @@ def test_a_loss_that_is_not_finite_stops_with_its_step():
         engine.train_one_epoch(t, loader(data, 2), 2, SilentLog(), print_freq=2)
 
 
+def test_the_samples_of_a_loss_that_is_not_finite_are_listed(two_ranks):
+    """Rank 1's second batch is bad; ranks read their losses at the third and stop together."""
+    for rank in ("rank0", "rank1"):
+        error, path = two_ranks[rank]["nonfinite"]
+        assert "loss is nan at update 4 (epoch 1) on rank 1; lower --lr" in error
+        assert f"its samples are listed in {path}" in error
+        assert path.endswith("nonfinite-4.json")
+    facts = json.loads(Path(path).read_text())
+    assert {k: facts[k] for k in ("update", "epoch", "rank", "loss")} == {
+        "update": 4,
+        "epoch": 1,
+        "rank": 1,
+        "loss": "nan",
+    }
+    names = [(x["rank"], x["path"]) for x in facts["samples"]]
+    assert names == [(0, "2.jpg"), (0, "3.jpg"), (1, "12.jpg"), (1, "13.jpg")]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_clipping_bounds_the_step_and_logs_the_norm(precision):
+    """Gradients that fp16 scales are measured in their own units."""
+
+    def step(**options):
+        t = training(precision, **options)
+        before = [p.clone() for p in t.model.parameters()]
+        metrics = engine.update(t, [{"x": torch.full((4, 3), 0.1)}], 0)
+        moved = [p - b for p, b in zip(t.model.parameters(), before, strict=True)]
+        return metrics, torch.cat([x.flatten() for x in moved]).norm().item() / 0.1  # SGD's rate
+
+    (metrics, clipped), (_, free) = step(clip_grad_norm=0.05), step()
+    assert clipped == pytest.approx(0.05, rel=1e-3)
+    assert metrics["grad_norm"].item() == pytest.approx(free, rel=1e-3)
+    assert free > 0.1
+
+
 def test_prediction_counts_every_image_once_on_any_number_of_ranks(two_ranks):
     scores, labels = two_ranks["one"]["predictions"]
     assert scores[:, 0].tolist() == list(range(11))
@@ -100,10 +140,39 @@ def test_prediction_counts_every_image_once_on_any_number_of_ranks(two_ranks):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", list(engine.PRECISIONS))
 def test_every_precision_trains_on_cuda(precision):
     t = training(precision, device=torch.device("cuda"))
     data = torch.randn(16, 3)
     losses = [engine.update(t, [{"x": data}], step)["loss"].item() for step in range(10)]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("k, exact", [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_no_step_waits_for_the_device(k, exact, precision):
+    device = torch.device("cuda")
+    args = main.get_args_parser().parse_args(["--update-freq", str(k), "--clip-grad-norm", "1"])
+    args.accum = "exact" if exact else "plain"
+    model = models.create_model("SLIP_VITTINY8", 32, 16).to(device)
+    t = main.create_training(model, engine.Precision(precision, device), 10, args)
+    batch = {v: torch.zeros(8, 3, 32, 32, dtype=torch.uint8) for v in ("image", "aug1", "aug2")}
+    batch["text"] = torch.randint(1, 400, (8, 16))
+    batch = {v: x.pin_memory() for v, x in batch.items()}
+    engine.update(t, [{**batch, "steps": {}} for _ in range(k)], 0)  # allocates, chooses kernels
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine.update(t, [{**batch, "steps": {}} for _ in range(k)], 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+def test_batches_prepared_beside_the_step_arrive_whole():
+    t = training(device=torch.device("cuda"))
+    t.feed.prepare = lambda batch: {"x": (batch["x"] * 2).sqrt().square()}
+    batches = [torch.full((1000, 1000), float(i)).pin_memory() for i in range(20)]
+    totals = [t.feed({"x": x})["x"].mean() for x in batches]
+    assert [round(x.item()) for x in totals] == [2 * i for i in range(20)]

@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
-from conftest import seeded_embeddings
+import torch.nn.functional as F
+from conftest import PeakMemory, seeded_embeddings
 
+import losses
 from losses import CLIPLoss, SIMCLRLoss, SLIPLoss
 
 LOSSES = {
@@ -63,6 +65,54 @@ def test_every_slip_gradient_on_two_ranks_equals_one_process(two_ranks):
             got = two_ranks[rank]["slip_gradients"][key]
             # atol: biases before a batch norm have no effect, their gradient is rounding alone.
             assert torch.allclose(got, value, rtol=1e-9, atol=1e-12), key
+
+
+def plain_clip(outputs):
+    image, text = (F.normalize(outputs[k], dim=-1) for k in ("image_embed", "text_embed"))
+    logits, labels = outputs["logit_scale"] * image @ text.T, torch.arange(len(image))
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def plain_simclr(outputs, temperature=0.1):
+    n = len(outputs["aug1_embed"])
+    both = F.normalize(torch.cat([outputs["aug1_embed"], outputs["aug2_embed"]]), dim=-1)
+    logits = (both @ both.T / temperature).masked_fill(torch.eye(2 * n, dtype=bool), -torch.inf)
+    return F.cross_entropy(logits, torch.arange(2 * n).roll(n))
+
+
+@pytest.mark.parametrize(
+    "loss, plain, names",
+    [
+        (CLIPLoss(), plain_clip, ("image_embed", "text_embed", "logit_scale")),
+        (SIMCLRLoss(), plain_simclr, ("aug1_embed", "aug2_embed")),
+    ],
+)
+def test_rows_at_a_time_equal_the_whole_matrix(loss, plain, names):
+    n = 2 * losses.ROWS + 100
+    generator = torch.Generator().manual_seed(0)
+    rows = {k: torch.randn(n, 8, generator=generator, dtype=torch.float64) for k in names[:2]}
+    rows["logit_scale"] = torch.tensor(10.0, dtype=torch.float64)
+    rows = {k: v.requires_grad_() for k, v in rows.items()}
+    values, gradients = [], []
+    for function in (lambda x: loss(x)["loss"], plain):
+        values.append(function(rows))
+        gradients.append(torch.autograd.grad(values[-1], [rows[k] for k in names]))
+    assert values[0].item() == pytest.approx(values[1].item(), rel=1e-12)
+    for got, expected in zip(*gradients, strict=True):
+        assert (got - expected).norm() <= 1e-12 * expected.norm()
+
+
+@pytest.mark.parametrize("loss", [CLIPLoss(), SIMCLRLoss()])
+def test_memory_grows_linearly_with_the_batch(loss, monkeypatch):
+    monkeypatch.setattr(losses, "ROWS", 64)
+
+    def peak(n):
+        rows = {k: torch.randn(n, 8, requires_grad=True) for k in seeded_embeddings()}
+        with PeakMemory() as memory:
+            loss({**rows, "logit_scale": torch.tensor(10.0)})["loss"].backward()
+        return memory.peak
+
+    assert 3 < peak(2048) / peak(512) < 5  # the whole matrix: 16
 
 
 def test_closed_forms_of_equal_embeddings():

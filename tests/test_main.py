@@ -216,6 +216,7 @@ def test_a_progress_bar_on_a_terminal(tiny, tmp_path, monkeypatch, capsys):
         (["--warmup-epochs", "2"], "--warmup-epochs 2 exceeds --epochs 1"),
         (["--batch-size", "1"], "--batch-size 1 is too few for the SimCLR head"),
         (["--disable-amp", "--precision", "bf16"], "--disable-amp contradicts --precision bf16"),
+        (["--grad-checkpointing", "--model", "CLIP_dla34"], "image tower has none"),
         (["--evaluate", "--val-dataset", "none"], "--evaluate has nothing to score"),
         (["--evaluate"], "checkpoint .*checkpoint.pt' is absent"),
     ],
@@ -319,6 +320,52 @@ def test_convolutional_towers_train(tiny, tmp_path, model):
     assert rows(tmp_path)[0]["train_loss"] > 0
 
 
+def losses_of(tiny, folder, *flags, **options):
+    train(tiny, folder, *flags, val="none", **options)
+    return step_losses(folder)
+
+
+@pytest.mark.parametrize("method", ["CLIP", "SIMCLR"])
+def test_recomputing_activations_changes_no_loss(tiny, tmp_path, method):
+    runs = [
+        losses_of(tiny, tmp_path / name, *flags, model=f"{method}_VITTINY8", epochs=2)
+        for name, flags in (("kept", []), ("recomputed", ["--grad-checkpointing"]))
+    ]
+    assert runs[0] == runs[1]
+
+
+def test_compiled_towers_and_loss_train_alike(tiny, tmp_path, capsys):
+    runs = [
+        losses_of(tiny, tmp_path / flag, flag, model="CLIP_VITTINY8")
+        for flag in ("--no-compile", "--compile")
+    ]
+    assert "torch.compile failed" not in capsys.readouterr().out
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 2  # image, text, loss
+    assert runs[1] == pytest.approx(runs[0], rel=1e-4)
+
+
+def test_a_machine_without_compiler_trains_uncompiled(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/bin/false")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    options = {"model": "CLIP_VITTINY8", "val": "none"}
+    run = run_script("main.py", train_flags(tiny, tmp_path / "a", "--compile", **options))
+    assert run.returncode == 0, run.stderr
+    assert "warning: torch.compile failed, training goes on without it: " in run.stdout
+    eager = losses_of(tiny, tmp_path / "b", model="CLIP_VITTINY8")
+    assert step_losses(tmp_path / "a") == pytest.approx(eager, rel=1e-5)  # on another thread count
+
+
+def test_exact_accumulation_says_what_it_does_not_cover(tiny, tmp_path, capsys):
+    flags = ["--update-freq", 2, "--batch-size", 4, "--accum"]
+    train(tiny, tmp_path, *flags, "exact", model="CLIP_test_resnet", val="none")
+    assert (
+        "batch norm inside of CLIP_test_resnet's image tower sees 4 samp" in capsys.readouterr().out
+    )
+    train(tiny, tmp_path / "plain", *flags, "plain", val="none")
+    said = capsys.readouterr().out
+    assert "micro-batches of 4; --accum exact takes them from all 8 samples of an update" in said
+
+
 def test_ranks_validate_one_model_and_accumulate_as_one(tiny, tmp_path):
     """Two ranks with two micro-batches, and a tower whose batch norm counts on each rank."""
     flags = train_flags(tiny, tmp_path, "--update-freq", 2, model="CLIP_test_resnet")
@@ -332,10 +379,19 @@ def test_ranks_validate_one_model_and_accumulate_as_one(tiny, tmp_path):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
-def test_training_and_resuming_on_cuda(tiny, tmp_path, precision):
-    flags = ["--device", "cuda", "--precision", precision]
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32", "fp32"])
+@pytest.mark.parametrize("flags", [["--no-compile"], ["--accum", "exact", "--update-freq", 2]])
+def test_training_and_resuming_on_cuda(tiny, tmp_path, precision, flags):
+    flags = ["--device", "cuda", "--precision", precision, *flags]
     train(tiny, tmp_path, *flags, epochs=1)
     train(tiny, tmp_path, *flags, epochs=2)
     assert [row["epoch"] for row in rows(tmp_path)] == [0, 1]
+
+
+@pytest.mark.cuda
+def test_compiled_on_cuda_trains_alike(tiny, tmp_path):
+    compiled, eager = (
+        losses_of(tiny, tmp_path / flag, flag, "--device", "cuda", "--precision", "fp32")
+        for flag in ("--compile", "--no-compile")
+    )
+    assert compiled == pytest.approx(eager, rel=1e-3)
