@@ -1,0 +1,285 @@
+"""The measurements of benchmark.py that train nothing: `data` reads images, `open` metadata.
+
+The archived code's way of reading stands here for comparison.
+"""
+
+import multiprocessing
+import os
+import pickle
+import platform
+import random
+import resource
+import tempfile
+import time
+import zipfile
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import PIL
+import torch
+import torchvision
+from PIL import Image, ImageFilter
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision import transforms as tv
+
+import captions
+import models
+from datasets import CaptionDataset, Collate, EpochSampler
+from files import open_archive, read_file
+from tokenizer import SimpleTokenizer
+from transforms import MEAN, STD, decode_image
+
+SIZE = 224  # pixels
+WIDTH, HEIGHT = 500, 375  # of the pictures read
+BATCH = 64
+
+
+def machine():
+    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+    system = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    return f"{system}, {versions}, pillow {PIL.__version__}"
+
+
+def compare(runs, rounds):
+    """Calls each run() -> units per second, in turn, `rounds` times; the median of each."""
+    rates = {name: [] for name in runs}
+    for _ in range(rounds + 1):
+        for name, run in runs.items():
+            rates[name].append(run())
+    return {name: median(values[1:]) for name, values in rates.items()}  # the first warms up
+
+
+def print_rates(rates, base, unit):
+    width = max(map(len, rates))
+    for name, rate in rates.items():
+        print(f"  {name:{width}}  {rate:8.0f} {unit}  {rate / rates[base]:6.2f} x")
+
+
+# ---------------------------------------------------------------------------------------------
+# data: from files to batches
+
+
+def make_picture(seed):
+    """An encoded picture with edges, smooth parts and noise, about as large as a photograph's."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), dtype=int)
+    pixels = (smooth + rng.integers(-12, 13, smooth.shape)).clip(0, 255).astype(np.uint8)
+    file = BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=85)
+    return file.getvalue()
+
+
+def write_pictures(root, number, zips=4):
+    """Pictures, their metadata as .csv, and zips of a thousand of them in YFCC's layout."""
+    pictures = [make_picture(i) for i in range(number)]
+    for i, data in enumerate(pictures):
+        (root / f"{i:05d}.jpg").write_bytes(data)
+    text = "a photograph of a market in an old town, taken on a rainy afternoon in autumn"
+    rows = "".join(f'{i:05d}.jpg,"{text}"\n' for i in range(number))
+    (root / "pairs.csv").write_text(f"filepath,title\n{rows}")
+    (root / "images/00").mkdir(parents=True)
+    for z in range(zips):
+        with zipfile.ZipFile(root / f"images/00/{z:03d}.zip", "w") as archive:
+            for i in range(1000):
+                archive.writestr(f"{i:03d}.jpg", pictures[i % number])
+
+
+class Blur:
+    def __call__(self, image):
+        return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+
+
+class ArchivedDataset(Dataset):
+    """What the archived code does for a sample, {view: tensor}: PIL, float tensors, 77 tokens."""
+
+    def __init__(self, pairs, root, views, tokenizer, size=SIZE):
+        end = [tv.ToTensor(), tv.Normalize(MEAN, STD)]
+        image = tv.Compose([tv.RandomResizedCrop(size, (0.5, 1.0)), *end])
+        jitter = tv.RandomApply([tv.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8)
+        steps = [jitter, tv.RandomGrayscale(0.2), tv.RandomApply([Blur()], 0.5)]
+        crop = tv.RandomResizedCrop(size, (0.08, 1.0))
+        augment = tv.Compose([crop, *steps, tv.RandomHorizontalFlip(), *end])
+        views_of = {"image": image, "aug1": augment, "aug2": augment}
+        self.transforms = {view: views_of[view] for view in views if view != "text"}
+        self.pairs, self.root = pairs, root
+        self.tokenizer = tokenizer if "text" in views else None
+
+    def __getitem__(self, key):
+        _, (index, *_) = key
+        path, texts = self.pairs[index]
+        with open(self.root / path, "rb") as file:
+            image = Image.open(file).convert("RGB")
+        sample = {view: transform(image) for view, transform in self.transforms.items()}
+        return sample | {"text": self.tokenizer(random.choice(texts))} if self.tokenizer else sample
+
+
+class DecodedDataset(Dataset):
+    """Nothing but reading and decoding."""
+
+    def __init__(self, pairs, root):
+        self.pairs, self.root = pairs, root
+
+    def __getitem__(self, key):
+        _, (index, *_) = key
+        path, _ = self.pairs[index]
+        return decode_image(read_file(self.root, path), path).size
+
+
+def load(dataset, collate_fn, workers, samples):
+    """Samples per second; without workers, in this process."""
+    sampler = EpochSampler(samples, BATCH, samples // BATCH, 0, 1)
+    loader = DataLoader(dataset, BATCH, sampler=sampler, num_workers=workers, collate_fn=collate_fn)
+    batches = iter(loader)
+    next(batches)  # workers have started
+    started = time.perf_counter()
+    done = sum(BATCH for _ in batches)
+    return done / (time.perf_counter() - started)
+
+
+def read_archived(root, names):
+    """The archived code opens the archive, and so reads its directory, for every image."""
+    for name in names:
+        archive, _, member = name.partition(".zip/")
+        with zipfile.ZipFile(root / f"{archive}.zip") as file:
+            decode_image(file.read(member), name)
+
+
+def read_ours(root, names, keep=True):
+    for name in names:
+        if not keep:
+            open_archive.cache_clear()
+        decode_image(read_file(root, name), name)
+
+
+def rate_of(read, root, names):
+    started = time.perf_counter()
+    read(root, names)
+    return len(names) / (time.perf_counter() - started)
+
+
+def benchmark_data(args):
+    torch.set_num_threads(1)
+    where = f"{args.workers} loader workers" if args.workers else "one process"
+    print(f"data: {WIDTH} x {HEIGHT} JPEGs, {where}, median of {args.rounds} rounds")
+    print(f"{machine()}\n")
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_pictures(root, args.samples)
+        pairs, tokenizer = captions.load_captions("csv", root / "pairs.csv"), SimpleTokenizer()
+        for method in (models.CLIP, models.SIMCLR, models.SLIP):
+            common = (pairs, root, method.views)
+            runs = {"archived": (ArchivedDataset(*common, tokenizer), default_collate)}
+            for augment in ("cpu", "device"):
+                ours = CaptionDataset(*common, SIZE, augment=augment)
+                runs[f"--augment {augment}"] = ours, Collate(tokenizer)
+            runs["bare decode"] = DecodedDataset(pairs, root), list
+            measure = partial(load, workers=args.workers, samples=args.samples)
+            calls = {k: partial(measure, d, c) for k, (d, c) in runs.items()}
+            print(method.__name__)
+            print_rates(compare(calls, args.rounds), "archived", "samples/s")
+
+        rng = np.random.default_rng(0)
+        names = [
+            f"images/00/{z:03d}.zip/{i:03d}.jpg"
+            for z, i in zip(rng.integers(4, size=400), rng.integers(1000, size=400), strict=True)
+        ]
+        calls = {
+            "archived": partial(rate_of, read_archived, root, names),
+            "archives kept open": partial(rate_of, read_ours, root, names),
+            "each archive new": partial(rate_of, partial(read_ours, keep=False), root, names),
+        }
+        print("Decoded from zips of 1,000 images")
+        print_rates(compare(calls, args.rounds), "archived", "images/s")
+
+
+# ---------------------------------------------------------------------------------------------
+# open: metadata
+
+
+def in_process(function, *args):
+    """function(*args) in a new process, and the peak memory of that process in GB."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(with_memory, function, *args).result()
+
+
+def with_memory(function, *args):
+    return function(*args), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def write_pickle(path, number):
+    """Metadata in YFCC15M's archived form, titles and descriptions of random words."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=n % 8 + 2)) for n in range(20_000)]
+    rows = [
+        (6 * i, " ".join(rng.choices(words, k=4)), " ".join(rng.choices(words, k=12)))
+        for i in range(number)
+    ]
+    with open(path, "wb") as file:
+        pickle.dump(rows, file, protocol=4)
+
+
+def timed(function, *args):
+    """(seconds, what the function returned as a length)"""
+    started = time.perf_counter()
+    result = function(*args)
+    return time.perf_counter() - started, len(result)
+
+
+class RandomReads(Dataset):
+    """An item reads a random pair and tokenizes a caption; it is the worker's memory in MB."""
+
+    def __init__(self, pairs):
+        self.pairs, self.tokenizer = pairs, SimpleTokenizer()
+
+    def __getitem__(self, index):
+        _, texts = self.pairs[index]
+        self.tokenizer(texts[0])
+        return memory_of_process() if index % 100 == 0 else (0.0, 0.0)
+
+
+def memory_of_process():
+    """MB that are this process's alone, and MB of files' pages that only it has mapped just now.
+
+    The latter are the page cache's: one copy whoever maps them, given back when memory is short.
+    """
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    fields = {name: value for name, value, *_ in (line.split() for line in lines[1:])}
+    return tuple(int(fields[name]) / 1e3 for name in ("Private_Dirty:", "Private_Clean:"))
+
+
+def read_at_random(metadata, workers, reads):
+    """The largest memory_of_process of a loader worker when each has read `reads` pairs."""
+    pairs = captions.load_captions("yfcc15m", metadata)
+    order = np.random.default_rng(0).integers(len(pairs), size=workers * reads)
+    loader = DataLoader(
+        RandomReads(pairs),
+        1000,
+        sampler=order.tolist(),
+        num_workers=workers,
+        multiprocessing_context="fork",  # as on Linux; a process that was spawned would spawn
+    )
+    return np.max([np.max(batch, axis=1) for batch in loader], axis=0)
+
+
+def benchmark_open(args):
+    print(f"open: metadata of {args.pairs:,} pairs\n{machine()}\n")
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        metadata = os.path.join(folder, "yfcc15m.pkl")
+        in_process(write_pickle, metadata, args.pairs)
+        print(f"  pickle                    {os.path.getsize(metadata) / 1e9:8.2f} GB")
+        open_captions = partial(captions.load_captions, "yfcc15m", metadata)
+        (seconds, _), memory = in_process(timed, open_captions)
+        print(f"  conversion                {seconds:8.1f} s, at most {memory:.2f} GB of memory")
+        (seconds, number), memory = in_process(timed, open_captions)
+        print(f"  opening                   {seconds:8.3f} s, {number:,} pairs")
+        (own, mapped), _ = in_process(read_at_random, metadata, args.workers, args.reads)
+        print(
+            f"  private memory a worker   {own:8.1f} MB, after {args.reads:,} random pairs in each "
+            f"of {args.workers} workers\n"
+            f"  file pages mapped alone   {mapped:8.1f} MB, in the cache that all processes share"
+        )

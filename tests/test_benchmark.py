@@ -1,0 +1,75 @@
+"""benchmark.py on tiny models: both ways to train are the same training, and figures add up."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from conftest import run_script, train_flags
+
+import benchmark
+import engine
+import utils
+from utils import InputError
+
+
+def measured(tiny, command="step", is_paper=False, *flags):
+    options = argparse.Namespace(command=command, caption_tokens=77)
+    flags = [*train_flags(tiny, "out", *flags), "--dataset", "coco"]
+    return benchmark.MeasuredTraining(options, flags, is_paper)
+
+
+def test_the_archived_way_is_the_same_training(tiny):
+    here, paper = measured(tiny), measured(tiny, "step", True)
+    assert here.gflop == pytest.approx(paper.gflop, rel=0.02)  # the mask is no matrix product
+    batch = next(here.batches)
+    losses = [
+        [engine.update(m.training, [dict(batch)], step)["loss"].item() for step in range(3)]
+        for m in (here, paper)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("command, is_paper", [("step", False), ("train", False), ("train", True)])
+@pytest.mark.parametrize("flags", [[], ["--update-freq", 2, "--accum", "exact"]])
+def test_phases_add_up_to_the_time(tiny, command, is_paper, flags):
+    run = measured(tiny, command, is_paper, *flags)
+    run.round(1)
+    result = run.round(2)
+    assert set(result) == {*benchmark.PHASES, "samples/s"} and min(result.values()) > 0
+    samples = run.args.batch_size * run.args.update_freq
+    seconds = sum(result[phase] for phase in benchmark.PHASES)
+    assert seconds == pytest.approx(samples / result["samples/s"], rel=0.1)
+    assert (
+        utils.get_world_size() == 1 and torch.isfinite(next(run.training.model.parameters())).all()
+    )
+
+
+def test_the_command_compares_and_writes_figures(tmp_path):
+    flags = "step --model SLIP_VITTINY8 --batch-size 8 --device cpu --ssl-mlp-dim 32 --paper "
+    flags += "--updates 1 --rounds 1 --save"
+    run = run_script("benchmark.py", [*flags.split(), tmp_path / "figures"])
+    assert run.returncode == 0, run.stderr
+    saved = json.loads((tmp_path / "figures/step.json").read_text())
+    results = saved["results"]
+    assert set(results) == {"this code", "--paper"}
+    for row in results.values():
+        rate = row["samples/s"] * row["gflop"] / 1e3
+        assert row["TFLOP/s"] == pytest.approx(rate)
+        assert row["percent of matrices"] == pytest.approx(100 * rate / row["matrices"])
+        assert row["copy"] > 0 and row["GB"] > 0
+        assert f"{row['samples/s']:10.2f}" in run.stdout
+    assert (tmp_path / "figures/step.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "flags, match",
+    [
+        (["step", "--model", "SLIP_X"], "unknown model 'SLIP_X'"),
+        (["step", "--batch", "8"], "unknown flags? .*--batch|unrecognized arguments: --batch"),
+        (["data", "--model", "x"], "unknown flags --model x"),
+    ],
+)
+def test_wrong_flags_are_told(flags, match):
+    with pytest.raises(InputError, match=match):
+        benchmark.main(flags)
