@@ -145,8 +145,10 @@ def load(path):
     return {**state, "args": argparse.Namespace(**args), "state_dict": weights}
 
 
-def load_weights(model, state_dict, path):
-    """Strict loading. Raises InputError naming keys that are missing, surplus or of other shape."""
+def load_weights(model, state_dict, path, check="--model"):
+    """Strict loading. Raises InputError naming keys that are missing, surplus or of other shape,
+    and the flag to `check`.
+    """
     own = model.state_dict()
     faults = {
         "missing": [k for k in own if k not in state_dict],
@@ -161,7 +163,7 @@ def load_weights(model, state_dict, path):
             for fault, keys in faults.items()
             if keys
         )
-        raise InputError(f"checkpoint {path} is of another model ({text}); check --model")
+        raise InputError(f"checkpoint {path} is of another model ({text}); check {check}")
     model.load_state_dict(state_dict)
 
 

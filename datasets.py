@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torchvision
-from torch.utils.data import Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from files import read_file, read_metadata, read_npy
 from tokenizer import trim
@@ -112,6 +112,21 @@ class EpochSampler(Sampler):
             yield self.epoch, tuple(order[(place + np.arange(tries)) % self.size].tolist())
 
 
+def open_loader(
+    dataset, batch_size, batches, workers, device, rank=0, world_size=1, seed=0, collate_fn=None
+):
+    """The loader of one rank's shuffled batches, `batches` of them an epoch."""
+    return DataLoader(
+        dataset,
+        batch_size,
+        sampler=EpochSampler(len(dataset), batch_size, batches, rank, world_size, seed),
+        collate_fn=collate_fn,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
+    )
+
+
 # ---------------------------------------------------------------------------------------------
 # Labelled sets for evaluation
 
@@ -133,6 +148,41 @@ def load_catalog(path=CATALOG):
             raise InputError(f"catalog {path}: entry {name!r} needs a type and a path, as texts")
         entry["path"] = os.path.join(folder, os.path.expanduser(entry["path"]))
     return catalog
+
+
+class Views(Dataset):
+    """A labelled set of PIL images as (view(image), label)."""
+
+    def __init__(self, images, view):
+        self.images, self.view = images, view
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        image, label = self.images[index]
+        return self.view(image), label
+
+
+class LabelledViews(Views):
+    """The same for training, by EpochSampler's keys: {"image": view(image, generator), "label"}.
+
+    The generator's numbers depend on (seed, epoch, index) alone.
+    """
+
+    def __init__(self, images, view, seed=0):
+        super().__init__(images, view)
+        self.seed = seed
+
+    def __getitem__(self, key):
+        epoch, (index, *_) = key
+        image, label = self.images[index]
+        rng = np.random.default_rng((self.seed, epoch, index))
+        return {"image": self.view(image, rng), "label": label}
+
+
+def unchanged(image):
+    return image
 
 
 def load_image(path):

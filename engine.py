@@ -238,7 +238,8 @@ def update(training, micro_batches, step):
     """
     t = training
     for group in t.optimizer.param_groups:
-        group["lr"] = float(t.schedule[step])  # a NumPy float is no plain data
+        # A NumPy float would be no plain data in a checkpoint. Layer decay scales the rate.
+        group["lr"] = float(t.schedule[step]) * group.get("lr_scale", 1.0)
     t.optimizer.zero_grad(set_to_none=True)
     metrics = (accumulate_exact if t.exact else accumulate_plain)(t, micro_batches)
     if t.clip_grad_norm:
@@ -349,14 +350,11 @@ def train_one_epoch(training, loader, epoch, log, print_freq=10, max_bad_fractio
     return meters.averages(), {**speed, "pairs": seen, "bad_samples": bad.count}
 
 
-@torch.no_grad()
-def predict(score_fn, width, dataset, precision, batch_size, workers):
-    """score_fn(images on the device) -> (B, width), over a labelled set of n images.
+def share_of(dataset, device, batch_size, workers):
+    """This rank's batches of a labelled set: (row numbers, images and labels on the device).
 
-    Returns (scores (n, width) float64, labels (n,) int64) on the CPU, in the set's order. Ranks
-    share the images; each is counted once, and every rank returns the same, as one process would.
+    Rank r of N has the rows r, r + N, ...: each is seen once, whatever N.
     """
-    device = precision.device
     mine = torch.arange(get_rank(), len(dataset), get_world_size())
     loader = DataLoader(
         Subset(dataset, mine.tolist()),
@@ -364,11 +362,22 @@ def predict(score_fn, width, dataset, precision, batch_size, workers):
         num_workers=min(workers, len(mine)),
         pin_memory=device.type == "cuda",
     )
+    for i, batch in enumerate(loader):
+        yield mine[i * batch_size : (i + 1) * batch_size], *to_device(batch, device)
+
+
+@torch.no_grad()
+def predict(score_fn, width, dataset, precision, batch_size, workers):
+    """score_fn(images on the device) -> (B, width), over a labelled set of n images.
+
+    Returns (scores (n, width) float64, labels (n,) int64) on the CPU, in the set's order. Each
+    image is counted once, and every rank returns the same, as one process would.
+    """
+    device = precision.device
     # Ranks fill in their own rows of zeros, so that the sum over ranks is the whole.
     scores = torch.zeros(len(dataset), width + 1, dtype=torch.float64, device=device)
-    for i, batch in enumerate(loader):
-        rows = mine[i * batch_size : (i + 1) * batch_size].to(device)
-        images, labels = to_device(batch, device)
+    for rows, images, labels in share_of(dataset, device, batch_size, workers):
+        rows = rows.to(device)
         with precision.autocast():
             scores[rows, :-1] = score_fn(images).double()
         scores[rows, -1] = labels.double()

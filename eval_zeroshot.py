@@ -16,51 +16,12 @@ from torch.utils.data import Dataset
 
 import datasets
 import engine
+import metrics
 import utils
 from checkpoint import load_model
 from tokenizer import SimpleTokenizer, trim
 from transforms import CenterCrop, to_float
 from utils import InputError, natural, positive_int
-
-# ---------------------------------------------------------------------------------------------
-# Metrics, in percent: (top (n, K) best classes first, margin (n,) score of class 1 over 0, labels)
-
-
-def top1(top, margin, labels):
-    return 100 * (top[:, 0] == labels).double().mean().item()
-
-
-def top5(top, margin, labels):
-    return 100 * (top == labels[:, None]).any(1).double().mean().item()
-
-
-def mean_per_class(top, margin, labels):
-    """The mean, over the classes that occur, of the accuracy on their images."""
-    hits = (top[:, 0] == labels).double()
-    counts = labels.bincount()
-    return 100 * (labels.bincount(hits)[counts > 0] / counts[counts > 0]).mean().item()
-
-
-def mean_top1_top5(top, margin, labels):
-    return (top1(top, margin, labels) + top5(top, margin, labels)) / 2
-
-
-def roc_auc(top, margin, labels):
-    """Of two classes: how often an image of class 1 has the larger margin."""
-    from sklearn.metrics import roc_auc_score
-
-    return 100 * roc_auc_score(labels, margin)
-
-
-METRICS = {  # every other set: top1
-    "aircraft": mean_per_class,
-    "pets": mean_per_class,
-    "caltech101": mean_per_class,
-    "flowers": mean_per_class,
-    "kinetics700_frames": mean_top1_top5,
-    "hateful_memes": roc_auc,
-}
-
 
 # ---------------------------------------------------------------------------------------------
 # One set
@@ -116,29 +77,27 @@ def build_classifier(model, tokenizer, classes, templates, precision, batch_size
     return F.normalize(sums, dim=-1)
 
 
-def evaluate(model, task, tokenizer, precision, batch_size=256, workers=10):
-    """Zero-shot scores on a task, in percent: its protocol's metric as `accuracy`, acc1, acc5."""
+def rank_images(model, task, tokenizer, precision, batch_size=256, workers=10):
+    """The metrics.Ranking of a task's images by cosine similarity to its classes."""
     model.eval()
     classifier = build_classifier(model, tokenizer, task.classes, task.templates, precision)
-    k = min(5, len(task.classes))
 
     def score(images):
         embed = F.normalize(model.encode_image(to_float(images)).float(), dim=-1)
         with torch.autocast(images.device.type, enabled=False):
-            similarity = embed @ classifier.T  # (B, C)
-        margin = similarity[:, 1:2] - similarity[:, :1]
-        return torch.cat([similarity.topk(k).indices, margin], dim=1)
+            return metrics.rank_classes(embed @ classifier.T)
 
-    scores, labels = engine.predict(score, k + 1, task.dataset, precision, batch_size, workers)
-    top, margin = scores[:, :k].long(), scores[:, k]
-    metric = METRICS.get(task.name, top1)
+    width = metrics.ranking_width(len(task.classes))
+    return metrics.collected(
+        *engine.predict(score, width, task.dataset, precision, batch_size, workers)
+    )
+
+
+def summarize(task, ranking):
+    """Scores on a task, in percent: its protocol's metric as `accuracy`, acc1, acc5, and more."""
     return {
-        "accuracy": metric(top, margin, labels),
-        "metric": metric.__name__,
-        "acc1": top1(top, margin, labels),
-        "acc5": top5(top, margin, labels),
+        **metrics.summarize(task.name, ranking),
         "split": task.split,
-        "images": len(labels),
         "classes": len(task.classes),
         "prompts": len(task.templates),
     }
@@ -150,12 +109,15 @@ def evaluate(model, task, tokenizer, precision, batch_size=256, workers=10):
 
 def get_args_parser():
     parser = utils.ArgumentParser("eval_zeroshot.py", "Zero-shot accuracy of a checkpoint")
-    parser.add_argument("--resume", required=True, help="checkpoint file, ours or a released one")
+    parser.add_argument(
+        "--resume", required=True, nargs="+", help="checkpoint files, ours or released ones"
+    )
     parser.add_argument("--output-dir", default="./", help="where results.json is written")
     parser.add_argument("--datasets", nargs="+", help="sets to score; those present if not given")
     parser.add_argument("--catalog", default=datasets.CATALOG, help="where the sets lie (JSON)")
     parser.add_argument("--labels", default=datasets.LABELS, help="class names (JSON)")
     parser.add_argument("--templates", default=datasets.TEMPLATES, help="prompts (JSON)")
+    parser.add_argument("--prompts", help="prompts of that name for every set: imagenet80, CLIP's")
     parser.add_argument(
         "--batch-size", default=256, type=positive_int, help="images per rank and step"
     )
@@ -180,34 +142,61 @@ def choose_sets(names, catalog):
     return present
 
 
+def folder_of(checkpoint, args):
+    """Where its results.json goes: with several checkpoints, a folder for each, named after it."""
+    if len(args.resume) == 1:
+        return args.output_dir
+    parent, name = os.path.split(os.path.splitext(os.path.abspath(checkpoint))[0])
+    return os.path.join(args.output_dir, f"{os.path.basename(parent)}-{name}")
+
+
+def evaluate_checkpoint(path, tasks_of, device, args):
+    """Scores a checkpoint on all tasks; rank 0 prints them and writes results.json."""
+    model, train_args = load_model(path)
+    if "text" not in model.views:
+        raise InputError(f"{path} holds {train_args.model}: it has no text to prompt")
+    model.to(device)
+    precision, tasks = engine.Precision(args.precision, device), tasks_of(model)
+    folder, tokenizer, results = folder_of(path, args), SimpleTokenizer(), {}
+    if utils.is_main():
+        utils.make_folder(folder)
+        if len(args.resume) > 1:
+            print(f"{path}:")
+    for task in tasks:
+        ranking = rank_images(model, task, tokenizer, precision, args.batch_size, args.workers)
+        if not utils.is_main():
+            continue
+        result = summarize(task, ranking)
+        result |= metrics.details(task.name, ranking, metrics.display_names(task.classes))
+        results[task.name] = result
+        low, high = result["interval"]
+        print(
+            f"{task.name:20s} {result['accuracy']:6.2f} [{low:.2f}, {high:.2f}]  "
+            f"{result['metric']:14s} {result['images']:6d} images of {task.split}",
+            flush=True,
+        )
+        utils.write_json(os.path.join(folder, "results.json"), results)
+
+
 def main(args):
     device = utils.init_distributed(args.device, args.dist_url)
-
-    model, train_args = load_model(args.resume)
-    if "text" not in model.views:
-        raise InputError(f"{args.resume} holds {train_args.model}: it has no text to prompt")
-    model.to(device)
-    precision = engine.Precision(args.precision, device)
 
     catalog = datasets.load_catalog(args.catalog)
     labels = utils.read_json(args.labels, "labels")
     templates = utils.read_json(args.templates, "templates")
     names = choose_sets(args.datasets, catalog)
-    tasks = [open_task(name, model.image_size, catalog, labels, templates) for name in names]
+    if args.prompts and args.prompts not in templates:
+        raise InputError(f"--prompts {args.prompts!r} is none of {', '.join(templates)}")
+    if args.prompts:
+        templates = dict.fromkeys(names, templates[args.prompts])
+    if len({folder_of(path, args) for path in args.resume}) < len(args.resume):
+        raise InputError("--resume: checkpoints of equal folder and name; score them one by one")
 
-    if utils.is_main():
-        utils.make_folder(args.output_dir)
-    tokenizer, results = SimpleTokenizer(), {}
-    for task in tasks:
-        result = evaluate(model, task, tokenizer, precision, args.batch_size, args.workers)
-        results[task.name] = result
-        if utils.is_main():
-            print(
-                f"{task.name:20s} {result['accuracy']:6.2f}  {result['metric']:14s} "
-                f"{result['images']:6d} images of {task.split}",
-                flush=True,
-            )
-            utils.write_json(os.path.join(args.output_dir, "results.json"), results)
+    def tasks_of(model):
+        return [open_task(name, model.image_size, catalog, labels, templates) for name in names]
+
+    for path in args.resume:
+        evaluate_checkpoint(path, tasks_of, device, args)
 
 
 if __name__ == "__main__":

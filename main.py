@@ -11,7 +11,6 @@ from argparse import BooleanOptionalAction
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from torchvision.utils import make_grid
 
 import captions
@@ -129,17 +128,16 @@ def open_loader(model, tokenizer, device, args):
     if "aug1" in model.views and args.batch_size * world_size == 1:
         raise InputError("--batch-size 1 is too few for the SimCLR head's batch norm; raise it")
     batches -= batches % args.update_freq
-    sampler = datasets.EpochSampler(
-        len(dataset), args.batch_size, batches, utils.get_rank(), world_size, args.seed
-    )
-    return DataLoader(
+    return datasets.open_loader(
         dataset,
         args.batch_size,
-        sampler=sampler,
-        collate_fn=datasets.Collate(tokenizer),
-        num_workers=args.workers,
-        persistent_workers=args.workers > 0,
-        pin_memory=device.type == "cuda",
+        batches,
+        args.workers,
+        device,
+        utils.get_rank(),
+        world_size,
+        args.seed,
+        datasets.Collate(tokenizer),
     )
 
 
@@ -308,9 +306,10 @@ def main(args):
 
 def validate(model, task, tokenizer, precision, args):
     with torch.compiler.set_stance("force_eager"):  # its many shapes are not worth compiling
-        return eval_zeroshot.evaluate(
+        ranking = eval_zeroshot.rank_images(
             model, task, tokenizer, precision, args.batch_size, args.workers
         )
+    return eval_zeroshot.summarize(task, ranking)
 
 
 def evaluate_only(model, task, tokenizer, precision, args):

@@ -284,7 +284,22 @@ def to_float(images, steps=()):
 
 
 # ---------------------------------------------------------------------------------------------
-# Evaluation
+# Labelled images
+
+
+class CropAndFlip:
+    """The linear probe's training view: a crop of 8 to 100% of the picture, half of them flipped.
+
+    (PIL image, generator) -> (3, S, S) uint8.
+    """
+
+    def __init__(self, size):
+        self.size = size
+
+    def __call__(self, image, rng):
+        box = draw_crop(rng, *image.size, (0.08, 1.0))
+        pixels = crop(to_uint8(image), box, self.size)
+        return pixels.flip(-1) if rng.random() < 0.5 else pixels
 
 
 class CenterCrop:

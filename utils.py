@@ -113,6 +113,12 @@ def write_json(path, value):
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def update_json(path, entries):
+    """Adds entries to the object in a JSON file, which need not be there yet."""
+    old = read_json(path, "results") if os.path.exists(path) else {}
+    write_json(path, {**(old if isinstance(old, dict) else {}), **entries})
+
+
 # ---------------------------------------------------------------------------------------------
 # Ranks and gathers
 

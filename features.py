@@ -1,0 +1,180 @@
+"""Classifiers on frozen features: each image's features once, on disk, then k-NN or regression.
+
+Memory does not grow with images times classes or images times images: both go through the features
+in chunks. Shapes: n images, W width of a feature, C classes.
+"""
+
+import hashlib
+import os
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import engine
+import metrics
+import utils
+from transforms import to_float
+
+CHUNK = 16384  # images whose features a classifier sees at once
+
+
+# ---------------------------------------------------------------------------------------------
+# Features on disk
+
+
+def file_digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_key(*facts):
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+@torch.no_grad()
+def extract(tower, width, dataset, precision, path, batch_size=256, workers=10):
+    """The features (n, W) and labels (n,) of a set, mapped from `path`.npy and `path`-labels.npy.
+
+    Where the files are absent they are made: each rank writes its own rows, so that all ranks must
+    see the folder. tower: images on the device -> (B, W).
+    """
+    files = {f"{path}.npy": (np.float32, width), f"{path}-labels.npy": (np.int64,)}
+    if not utils.from_main(all(map(os.path.exists, files))):
+        shapes = [(len(dataset), *shape) for _, *shape in files.values()]
+        if utils.is_main():
+            utils.make_folder(os.path.dirname(path))
+            for (file, (dtype, *_)), shape in zip(files.items(), shapes, strict=True):
+                np.lib.format.open_memmap(f"{file}.tmp", "w+", dtype, shape)
+        barrier()
+        features, labels = (np.load(f"{file}.tmp", mmap_mode="r+") for file in files)
+        for rows, images, classes in engine.share_of(
+            dataset, precision.device, batch_size, workers
+        ):
+            with precision.autocast():
+                features[rows] = tower(to_float(images)).float().cpu()
+            labels[rows] = classes.cpu()
+        features.flush()
+        labels.flush()
+        barrier()
+        if utils.is_main():
+            for file in files:
+                os.replace(f"{file}.tmp", file)
+        barrier()
+    features, labels = (np.load(file, mmap_mode="c") for file in files)  # copied when written to
+    return torch.from_numpy(features), torch.from_numpy(labels)
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+# ---------------------------------------------------------------------------------------------
+# k nearest neighbours (Wu et al., 2018, section 3.4: weighted votes)
+
+
+def knn_rankings(train, train_labels, test, test_labels, classes, ks, temperature, device):
+    """{k: metrics.Ranking} of test images by the votes of their k nearest training images.
+
+    A neighbour of cosine similarity s votes for its class with weight exp(s / temperature).
+    """
+    k_max, rows = min(max(ks), len(train)), {k: [] for k in ks}
+    for queries in test.split(1024):
+        queries = F.normalize(queries.to(device), dim=-1)
+        best = queries.new_full((len(queries), 0), 0.0)
+        owners = torch.zeros(len(queries), 0, dtype=torch.long, device=device)
+        for keys, labels in zip(train.split(CHUNK), train_labels.split(CHUNK), strict=True):
+            similarity = queries @ F.normalize(keys.to(device), dim=-1).T
+            best = torch.cat([best, similarity], dim=1)
+            owners = torch.cat([owners, labels.to(device).expand(len(queries), -1)], dim=1)
+            best, order = best.topk(min(k_max, best.shape[1]))
+            owners = owners.gather(1, order)
+        for k in ks:
+            weights = (best[:, :k] / temperature).double().exp()
+            votes = weights.new_zeros(len(queries), classes).scatter_add_(1, owners[:, :k], weights)
+            rows[k].append(metrics.rank_classes(votes).cpu())
+    return {k: metrics.collected(torch.cat(rows[k]), test_labels) for k in ks}
+
+
+# ---------------------------------------------------------------------------------------------
+# Logistic regression (CLIP, arXiv:2103.00020, appendix A.3)
+
+GRID = [10 ** (-6 + i / 8) for i in range(97)]  # values of C: 8 a decade
+
+
+def fit_logistic(features, labels, rows, classes, c, device, weights=None, max_iter=1000):
+    """Weights (C, W + 1), the last column the bias, by L-BFGS on the given rows.
+
+    Minimises mean cross-entropy + |w|^2 / (2 c rows), the bias free: scikit-learn's objective,
+    divided by c times the rows. weights: where to start.
+    """
+    width = features.shape[1]
+    weights = torch.zeros(classes, width + 1, device=device) if weights is None else weights.clone()
+    weights.requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [weights], max_iter=max_iter, history_size=10, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        penalty = weights[:, :-1].square().sum() / (2 * c * len(rows))
+        penalty.backward()
+        total = penalty.detach()
+        for part in rows.split(CHUNK):
+            logits = linear(features[part].to(device), weights)
+            loss = F.cross_entropy(logits, labels[part].to(device), reduction="sum") / len(rows)
+            loss.backward()
+            total = total + loss.detach()
+        return total
+
+    optimizer.step(closure)
+    return weights.detach()
+
+
+def linear(features, weights):
+    return features @ weights[:, :-1].T + weights[:, -1]
+
+
+@torch.no_grad()
+def rank_linear(features, labels, weights):
+    """The metrics.Ranking of images by the classifier of fit_logistic."""
+    rows = [
+        metrics.rank_classes(linear(part.to(weights.device), weights).double()).cpu()
+        for part in features.split(CHUNK)
+    ]
+    return metrics.collected(torch.cat(rows), labels)
+
+
+def search_grid(score, size=97, step=16):
+    """The index of the highest score(index): every 16th first, then the peak's halfway neighbours.
+
+    Of equal scores the lowest index, so the strongest regularisation, is taken.
+    """
+    scores = {i: score(i) for i in range(0, size, step)}
+    while step > 1:
+        step //= 2
+        peak = max(scores, key=lambda i: (scores[i], -i))
+        for i in (peak - step, peak + step):
+            if 0 <= i < size and i not in scores:
+                scores[i] = score(i)
+    return max(scores, key=lambda i: (scores[i], -i))
+
+
+def fit_with_search(features, labels, classes, metric, device, seed=0, max_iter=1000):
+    """(weights, C): C is the best on a fifth of the images held out, the weights are of all.
+
+    metric: metrics.Ranking -> a score to maximise.
+    """
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(features)))
+    held, rows = order[: len(order) // 5], order[len(order) // 5 :]
+    held_features, held_labels = features[held], labels[held]
+
+    def score(i):
+        weights = fit_logistic(features, labels, rows, classes, GRID[i], device, max_iter=max_iter)
+        return metric(rank_linear(held_features, held_labels, weights))
+
+    c = GRID[search_grid(score)]
+    everything = torch.arange(len(features))
+    return fit_logistic(features, labels, everything, classes, c, device, max_iter=max_iter), c

@@ -1,0 +1,305 @@
+"""Classifiers on the frozen image tower of a checkpoint: linear probe, logistic regression, k-NN.
+
+    torchrun --nproc-per-node 8 main_linear.py --pretrained runs/slip/checkpoint_best.pt
+    python main_linear.py --pretrained slip_base_100ep.pt --dataset food101 --classifier knn
+
+The linear probe is the paper's (arXiv:2112.12750, section 4.1, after MoCo v3): SGD on augmented
+images. The others take the features of train and test split once, and keep them on disk.
+Results go to linear.json, logistic.json and knn.json in --output-dir, by set.
+"""
+
+import os
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import datasets
+import engine
+import features
+import metrics
+import models
+import utils
+from transforms import CenterCrop, CropAndFlip, to_float
+from utils import InputError, natural, not_negative, positive, positive_int
+
+
+def get_args_parser():
+    parser = utils.ArgumentParser("main_linear.py", "Classifiers on a frozen image tower")
+    add = parser.add_argument_group("Data").add_argument
+    add("--dataset", default="imagenet", help="set of the catalog, with a train and a test split")
+    add("--catalog", default=datasets.CATALOG, help="where the sets lie (JSON)")
+    add("--labels", default=datasets.LABELS, help="class names (JSON)")
+    add("--output-dir", default="./", help="folder of results, features and the probe")
+
+    add = parser.add_argument_group("Model").add_argument
+    add("--pretrained", required=True, help="checkpoint of the tower, ours or a released one")
+    add("--classifier", default="linear", choices=CLASSIFIERS)
+    add("--k", default=(20, 200), nargs="+", type=positive_int, help="knn: neighbours that vote")
+    add("--temperature", default=0.07, type=positive, help="knn: of the votes")
+
+    add = parser.add_argument_group("Optimization (linear)").add_argument
+    add("--epochs", default=90, type=positive_int)
+    add("-b", "--batch-size", default=128, type=positive_int, help="images per rank")
+    add("--lr", default=0.1, type=positive, help="base learning rate, see --lr-scaling")
+    add("--lr-scaling", default="archived", choices=LR_SCALINGS, help="global: MoCo v3's")
+    add("--momentum", default=0.9, type=not_negative)
+    add("--wd", default=0.0, type=not_negative, help="weight decay")
+
+    add = parser.add_argument_group("System").add_argument
+    add("--precision", choices=engine.PRECISIONS, help="of the tower; by default the device's best")
+    add("--device", default="auto", choices=("auto", "cuda", "cpu"))
+    add("-j", "--workers", default=10, type=natural, help="loader processes per rank")
+    add("--print-freq", default=10, type=positive_int, help="updates between readings of metrics")
+    add("--evaluate", action="store_true", help="linear: score the probe in --output-dir and stop")
+    add("--dist-url", default="env://", help="where the ranks meet")
+    add("--seed", default=0, type=natural)
+    return parser
+
+
+def archived_lr(args, world_size):
+    """The archived code divided the batch of one GPU by the number of GPUs: 0.00625 on 8."""
+    return args.lr * int(args.batch_size / world_size) / 256
+
+
+def global_lr(args, world_size):
+    return args.lr * args.batch_size * world_size / 256
+
+
+LR_SCALINGS = {"archived": archived_lr, "global": global_lr}
+
+
+def open_splits(size, args):
+    """(training set of PIL images, test set of (3, S, S) uint8, class names)"""
+    catalog, labels = datasets.load_catalog(args.catalog), utils.read_json(args.labels, "labels")
+    if args.dataset not in labels:
+        raise InputError(f"{args.dataset!r} is not in the labels; choose from {', '.join(labels)}")
+    names = labels[args.dataset]
+    crop = CenterCrop(size, round(size * 256 / 224))
+    train, test = (
+        datasets.get_downstream_dataset(catalog, args.dataset, is_train, transform, names)
+        for is_train, transform in ((True, datasets.unchanged), (False, crop))
+    )
+    return train, test, metrics.display_names(names)
+
+
+# ---------------------------------------------------------------------------------------------
+# The linear probe
+
+
+class Probe(nn.Module):
+    """A frozen image tower, always in evaluation mode, and a linear head on its features."""
+
+    def __init__(self, tower, width, classes):
+        super().__init__()
+        self.tower = tower.requires_grad_(False)
+        self.head = nn.Linear(width, classes)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.tower.eval()
+        return self
+
+    def classify(self, image):
+        """(B, 3, S, S) normalised -> (B, C) float32."""
+        with torch.no_grad():
+            embed = self.tower(image).float()
+        with torch.autocast(image.device.type, enabled=False):
+            return self.head(embed)
+
+    def forward(self, image, label):
+        return {"logits": self.classify(image), "label": label}
+
+
+def probe_loss(outputs):
+    logits, label = outputs["logits"], outputs["label"]
+    hits = (logits.argmax(-1) == label).float().mean()
+    return {"loss": F.cross_entropy(logits, label), "acc1": 100 * hits}
+
+
+def prepare(batch):
+    return {"image": to_float(batch["image"]), "label": batch["label"]}
+
+
+def create_training(probe, precision, updates, args):
+    """SGD on the head; the rate is constant within an epoch and follows half a cosine over them."""
+    world_size = utils.get_world_size()
+    lr = LR_SCALINGS[args.lr_scaling](args, world_size)
+    if not lr:
+        raise InputError(
+            f"--batch-size {args.batch_size} on {world_size} ranks gives a learning rate of 0 by "
+            "the archived rule; give --lr-scaling global"
+        )
+    cosine = 0.5 * (1 + np.cos(np.pi * np.arange(args.epochs) / args.epochs))
+    model = probe
+    if world_size > 1:
+        ids = [torch.cuda.current_device()] if precision.device.type == "cuda" else None
+        model = DistributedDataParallel(probe, ids)
+    return engine.Training(
+        model=model,
+        criterion=probe_loss,
+        optimizer=torch.optim.SGD(
+            probe.head.parameters(), lr, momentum=args.momentum, weight_decay=args.wd
+        ),
+        schedule=np.repeat(lr * cosine, updates),
+        precision=precision,
+        prepare=prepare,
+    )
+
+
+def test_probe(probe, test, classes, precision, args):
+    probe.eval()
+    rows, labels = engine.predict(
+        lambda images: metrics.rank_classes(probe.classify(to_float(images))),
+        metrics.ranking_width(classes), test, precision, args.batch_size, args.workers,
+    )  # fmt: skip
+    return metrics.collected(rows, labels)
+
+
+def restore(path, probe, optimizer):
+    """Loads an unfinished probe; returns (epochs finished, best accuracy)."""
+    state = checkpoint.load(path)
+    checkpoint.load_weights(probe.head, state["state_dict"], path, check="--dataset")
+    if optimizer:
+        optimizer.load_state_dict(state["optimizer"])
+    return state["epoch"], state["best_acc1"]
+
+
+def check_frozen(tower, path):
+    """Raises RuntimeError if training changed anything but the head."""
+    before = checkpoint.load(path)["state_dict"]
+    for key, value in tower.state_dict().items():
+        if not torch.equal(value.cpu(), before[f"visual.{key}"]):
+            raise RuntimeError(f"the frozen tower was changed: {key}")
+
+
+def train_probe(model, width, splits, precision, args):
+    """The linear probe, resumed where --output-dir holds an unfinished one."""
+    train, test, names = splits
+    probe = Probe(model.visual, width, len(names)).to(precision.device)
+    view = CropAndFlip(model.image_size)
+    updates = len(train) // (args.batch_size * utils.get_world_size())
+    if not updates:
+        raise InputError(
+            f"--batch-size {args.batch_size} on {utils.get_world_size()} ranks is more than the "
+            f"{len(train)} training images of {args.dataset}; lower it"
+        )
+    loader = datasets.open_loader(
+        datasets.LabelledViews(train, view, args.seed),
+        args.batch_size,
+        updates,
+        args.workers,
+        precision.device,
+        utils.get_rank(),
+        utils.get_world_size(),
+        args.seed,
+    )
+    training = create_training(probe, precision, updates, args)
+    folder = os.path.join(args.output_dir, f"linear-{args.dataset}")
+    latest = os.path.join(folder, "checkpoint.pt")
+    is_old = utils.from_main(os.path.exists(latest))
+    if args.evaluate and not is_old:
+        raise InputError(f"--evaluate: {latest} is absent; train the probe first")
+    first, best = restore(latest, probe, training.optimizer) if is_old else (0, 0.0)
+    if args.evaluate:
+        return test_probe(probe, test, len(names), precision, args)
+
+    log = utils.open_log(folder, first, first * updates)
+    log.settings(utils.describe_run(args, lr=training.schedule[0], precision=precision.name))
+    log.say(
+        f"{args.dataset}: {len(train)} images of {len(names)} classes, {updates} updates an epoch; "
+        f"learning rate {training.schedule[0]:g} by the {args.lr_scaling} rule"
+    )
+    ranking = test_probe(probe, test, len(names), precision, args) if first >= args.epochs else None
+    for epoch in range(first, args.epochs):
+        loader.sampler.epoch = epoch
+        means, speed = engine.train_one_epoch(training, loader, epoch, log, args.print_freq)
+        ranking = test_probe(probe, test, len(names), precision, args)
+        summary = metrics.summarize(args.dataset, ranking)
+        best = max(best, summary["accuracy"])
+        stats = {f"train_{k}": v for k, v in means.items()} | speed
+        stats |= {"epoch": epoch, "test_acc1": summary["acc1"], "test_acc5": summary["acc5"]}
+        log.epoch(stats | {"lr": float(training.schedule[epoch * updates])})
+        if utils.is_main():
+            state = {"epoch": epoch + 1, "state_dict": probe.head.state_dict(), "best_acc1": best}
+            state |= {"optimizer": training.optimizer.state_dict(), "args": vars(args)}
+            checkpoint.save(latest, state)
+    log.close()
+    check_frozen(model.visual, args.pretrained)
+    return ranking
+
+
+# ---------------------------------------------------------------------------------------------
+# All classifiers: {name of the result: (its Ranking, further facts)}
+
+
+def classify_linear(model, width, splits, precision, args):
+    ranking = train_probe(model, width, splits, precision, args)
+    return {"linear": (ranking, {"epochs": args.epochs})}
+
+
+def extract_splits(model, width, splits, precision, args):
+    """Features of the train and the test split, both seen as the test split is."""
+    train, test, _ = splits
+    view = CenterCrop(model.image_size, round(model.image_size * 256 / 224))
+    digest, results = features.file_digest(args.pretrained), []
+    for split, data in (("train", datasets.Views(train, view)), ("test", test)):
+        key = features.cache_key(digest, vars(view), len(data), precision.name)
+        path = os.path.join(args.output_dir, "features", f"{args.dataset}-{split}-{key}")
+        results += features.extract(
+            model.visual, width, data, precision, path, args.batch_size, args.workers
+        )
+    return results
+
+
+def classify_logistic(model, width, splits, precision, args):
+    train, train_labels, test, test_labels = extract_splits(model, width, splits, precision, args)
+    weights, c = features.fit_with_search(
+        train, train_labels, len(splits[2]), metrics.METRICS.get(args.dataset, metrics.top1),
+        precision.device, args.seed,
+    )  # fmt: skip
+    return {"logistic": (features.rank_linear(test, test_labels, weights), {"C": c})}
+
+
+def classify_knn(model, width, splits, precision, args):
+    data = extract_splits(model, width, splits, precision, args)
+    rankings = features.knn_rankings(
+        *data, len(splits[2]), args.k, args.temperature, precision.device
+    )
+    facts = {"temperature": args.temperature}
+    return {f"knn-{k}": (ranking, {"k": k, **facts}) for k, ranking in rankings.items()}
+
+
+CLASSIFIERS = {"linear": classify_linear, "logistic": classify_logistic, "knn": classify_knn}
+
+
+def main(args):
+    device = utils.init_distributed(args.device, args.dist_url)
+    utils.seed_everything(args.seed)
+
+    model, _ = checkpoint.load_model(args.pretrained)
+    model.to(device)
+    precision = engine.Precision(args.precision, device)
+    splits = open_splits(model.image_size, args)
+
+    width = models.output_width(model.visual)
+    results = CLASSIFIERS[args.classifier](model, width, splits, precision, args)
+    for name, (ranking, facts) in results.items() if utils.is_main() else ():
+        result = metrics.summarize(args.dataset, ranking) | facts
+        result |= metrics.details(args.dataset, ranking, splits[2])
+        utils.make_folder(args.output_dir)
+        utils.update_json(os.path.join(args.output_dir, f"{name}.json"), {args.dataset: result})
+        (low, high), extra = result["interval"], ", ".join(f"{k} {v:.4g}" for k, v in facts.items())
+        print(
+            f"{args.dataset} {name}: {result['metric']} {result['accuracy']:.2f} "
+            f"[{low:.2f}, {high:.2f}], {result['images']} images, {extra}"
+        )
+
+
+if __name__ == "__main__":
+    utils.run(lambda: main(get_args_parser().parse_args()))
