@@ -167,15 +167,21 @@ def load_weights(model, state_dict, path, check="--model"):
     model.load_state_dict(state_dict)
 
 
+def model_name(state, path):
+    """The name of the model that a loaded checkpoint holds."""
+    name = getattr(state["args"], "model", None)
+    if not isinstance(name, str):
+        raise InputError(f"checkpoint {path} does not say which model it holds")
+    return name
+
+
 def load_model(path):
     """(model in eval mode on the CPU, args of its training run) from a checkpoint file."""
     state = load(path)
-    args = state["args"]
-    if not isinstance(getattr(args, "model", None), str):
-        raise InputError(f"checkpoint {path} does not say which model it holds")
+    args, name = state["args"], model_name(state, path)
     # Checkpoints of CLIP runs may lack the flags of the SimCLR head, which they have no use for.
     model = create_model(
-        args.model, getattr(args, "ssl_mlp_dim", 4096), getattr(args, "ssl_emb_dim", 256)
+        name, getattr(args, "ssl_mlp_dim", 4096), getattr(args, "ssl_emb_dim", 256)
     )
     load_weights(model, state["state_dict"], path)
     return model.eval(), args

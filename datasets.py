@@ -295,6 +295,21 @@ def is_present(entry):
     return os.path.isdir(entry["path"])
 
 
+def open_splits(name, catalog, labels):
+    """(training and test set of PIL images, their classes as labels.json names them).
+
+    catalog, labels: paths of the JSON files. Raises InputError as get_downstream_dataset.
+    """
+    table, catalog = read_json(labels, "labels"), load_catalog(catalog)
+    if name not in table:
+        raise InputError(f"{name!r} is not in {labels}; choose from {', '.join(table)}")
+    train, test = (
+        get_downstream_dataset(catalog, name, is_train, unchanged, table[name])
+        for is_train in (True, False)
+    )
+    return train, test, table[name]
+
+
 def get_downstream_dataset(catalog, name, is_train, transform, labels):
     """A labelled set of the catalog: items are (transform(PIL image), class number).
 

@@ -104,15 +104,14 @@ def knn_rankings(train, train_labels, test, test_labels, classes, ks, temperatur
 GRID = [10 ** (-6 + i / 8) for i in range(97)]  # values of C: 8 a decade
 
 
-def fit_logistic(features, labels, rows, classes, c, device, weights=None, max_iter=1000):
+def fit_logistic(features, labels, rows, classes, c, device, max_iter=1000):
     """Weights (C, W + 1), the last column the bias, by L-BFGS on the given rows.
 
     Minimises mean cross-entropy + |w|^2 / (2 c rows), the bias free: scikit-learn's objective,
-    divided by c times the rows. weights: where to start.
+    divided by c times the rows.
     """
     width = features.shape[1]
-    weights = torch.zeros(classes, width + 1, device=device) if weights is None else weights.clone()
-    weights.requires_grad_()
+    weights = torch.zeros(classes, width + 1, dtype=features.dtype, device=device).requires_grad_()
     optimizer = torch.optim.LBFGS(
         [weights], max_iter=max_iter, history_size=10, line_search_fn="strong_wolfe"
     )

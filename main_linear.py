@@ -49,6 +49,9 @@ def get_args_parser():
     add("--momentum", default=0.9, type=not_negative)
     add("--wd", default=0.0, type=not_negative, help="weight decay")
 
+    add("--crop-min", default=0.08, type=utils.number(float, 0, 1), help="least area of a crop")
+    add("--no-flip", action="store_true", help="for images that have a left and a right, as text")
+
     add = parser.add_argument_group("System").add_argument
     add("--precision", choices=engine.PRECISIONS, help="of the tower; by default the device's best")
     add("--device", default="auto", choices=("auto", "cuda", "cpu"))
@@ -70,20 +73,6 @@ def global_lr(args, world_size):
 
 
 LR_SCALINGS = {"archived": archived_lr, "global": global_lr}
-
-
-def open_splits(size, args):
-    """(training set of PIL images, test set of (3, S, S) uint8, class names)"""
-    catalog, labels = datasets.load_catalog(args.catalog), utils.read_json(args.labels, "labels")
-    if args.dataset not in labels:
-        raise InputError(f"{args.dataset!r} is not in the labels; choose from {', '.join(labels)}")
-    names = labels[args.dataset]
-    crop = CenterCrop(size, round(size * 256 / 224))
-    train, test = (
-        datasets.get_downstream_dataset(catalog, args.dataset, is_train, transform, names)
-        for is_train, transform in ((True, datasets.unchanged), (False, crop))
-    )
-    return train, test, metrics.display_names(names)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -152,7 +141,7 @@ def create_training(probe, precision, updates, args):
     )
 
 
-def test_probe(probe, test, classes, precision, args):
+def score_probe(probe, test, classes, precision, args):
     probe.eval()
     rows, labels = engine.predict(
         lambda images: metrics.rank_classes(probe.classify(to_float(images))),
@@ -181,8 +170,9 @@ def check_frozen(tower, path):
 def train_probe(model, width, splits, precision, args):
     """The linear probe, resumed where --output-dir holds an unfinished one."""
     train, test, names = splits
+    test = datasets.Views(test, CenterCrop(model.image_size, round(model.image_size * 256 / 224)))
     probe = Probe(model.visual, width, len(names)).to(precision.device)
-    view = CropAndFlip(model.image_size)
+    view = CropAndFlip(model.image_size, args.crop_min, not args.no_flip)
     updates = len(train) // (args.batch_size * utils.get_world_size())
     if not updates:
         raise InputError(
@@ -207,7 +197,7 @@ def train_probe(model, width, splits, precision, args):
         raise InputError(f"--evaluate: {latest} is absent; train the probe first")
     first, best = restore(latest, probe, training.optimizer) if is_old else (0, 0.0)
     if args.evaluate:
-        return test_probe(probe, test, len(names), precision, args)
+        return score_probe(probe, test, len(names), precision, args)
 
     log = utils.open_log(folder, first, first * updates)
     log.settings(utils.describe_run(args, lr=training.schedule[0], precision=precision.name))
@@ -215,11 +205,13 @@ def train_probe(model, width, splits, precision, args):
         f"{args.dataset}: {len(train)} images of {len(names)} classes, {updates} updates an epoch; "
         f"learning rate {training.schedule[0]:g} by the {args.lr_scaling} rule"
     )
-    ranking = test_probe(probe, test, len(names), precision, args) if first >= args.epochs else None
+    ranking = (
+        score_probe(probe, test, len(names), precision, args) if first >= args.epochs else None
+    )
     for epoch in range(first, args.epochs):
         loader.sampler.epoch = epoch
         means, speed = engine.train_one_epoch(training, loader, epoch, log, args.print_freq)
-        ranking = test_probe(probe, test, len(names), precision, args)
+        ranking = score_probe(probe, test, len(names), precision, args)
         summary = metrics.summarize(args.dataset, ranking)
         best = max(best, summary["accuracy"])
         stats = {f"train_{k}": v for k, v in means.items()} | speed
@@ -244,11 +236,12 @@ def classify_linear(model, width, splits, precision, args):
 
 
 def extract_splits(model, width, splits, precision, args):
-    """Features of the train and the test split, both seen as the test split is."""
+    """Features of the train and the test split, seen as for zero-shot classification."""
     train, test, _ = splits
-    view = CenterCrop(model.image_size, round(model.image_size * 256 / 224))
+    view = CenterCrop(model.image_size)
     digest, results = features.file_digest(args.pretrained), []
-    for split, data in (("train", datasets.Views(train, view)), ("test", test)):
+    for split, images in (("train", train), ("test", test)):
+        data = datasets.Views(images, view)
         key = features.cache_key(digest, vars(view), len(data), precision.name)
         path = os.path.join(args.output_dir, "features", f"{args.dataset}-{split}-{key}")
         results += features.extract(
@@ -285,20 +278,13 @@ def main(args):
     model, _ = checkpoint.load_model(args.pretrained)
     model.to(device)
     precision = engine.Precision(args.precision, device)
-    splits = open_splits(model.image_size, args)
+    train, test, labels = datasets.open_splits(args.dataset, args.catalog, args.labels)
+    names = metrics.display_names(labels)
 
-    width = models.output_width(model.visual)
-    results = CLASSIFIERS[args.classifier](model, width, splits, precision, args)
+    classify, width = CLASSIFIERS[args.classifier], models.output_width(model.visual)
+    results = classify(model, width, (train, test, names), precision, args)
     for name, (ranking, facts) in results.items() if utils.is_main() else ():
-        result = metrics.summarize(args.dataset, ranking) | facts
-        result |= metrics.details(args.dataset, ranking, splits[2])
-        utils.make_folder(args.output_dir)
-        utils.update_json(os.path.join(args.output_dir, f"{name}.json"), {args.dataset: result})
-        (low, high), extra = result["interval"], ", ".join(f"{k} {v:.4g}" for k, v in facts.items())
-        print(
-            f"{args.dataset} {name}: {result['metric']} {result['accuracy']:.2f} "
-            f"[{low:.2f}, {high:.2f}], {result['images']} images, {extra}"
-        )
+        metrics.report(args.output_dir, name, args.dataset, ranking, names, facts)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,13 @@ A classifier is judged by each image's best classes and, of two classes, by the 
 that is kept of its scores. Shapes: n images, C classes, K = min(5, C) best classes.
 """
 
+import os
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+import utils
 
 RESAMPLES = 1000  # of the bootstrap
 
@@ -127,6 +130,19 @@ def details(name, ranking, class_names, pairs=10):
             for code, number in zip(codes[order].tolist(), numbers[order].tolist(), strict=True)
         ],
     }
+
+
+def report(folder, name, dataset, ranking, class_names, facts):
+    """Prints a classifier's score on a set and adds all that is known of it to folder/name.json."""
+    result = summarize(dataset, ranking) | facts | details(dataset, ranking, class_names)
+    utils.update_json(os.path.join(utils.make_folder(folder), f"{name}.json"), {dataset: result})
+    low, high = result["interval"]
+    extra = "".join(f", {key} {value}" for key, value in facts.items())
+    print(
+        f"{dataset} {name}: {result['metric']} {result['accuracy']:.2f} [{low:.2f}, {high:.2f}], "
+        f"{result['images']} images{extra}",
+        flush=True,
+    )
 
 
 def display_names(classes):

@@ -288,25 +288,27 @@ def to_float(images, steps=()):
 
 
 class CropAndFlip:
-    """The linear probe's training view: a crop of 8 to 100% of the picture, half of them flipped.
+    """The linear probe's training view: a crop of `least` to all of the area, half of them flipped.
 
     (PIL image, generator) -> (3, S, S) uint8.
     """
 
-    def __init__(self, size):
-        self.size = size
+    def __init__(self, size, least=0.08, flip=True):
+        self.size, self.least, self.flip = size, least, flip
 
     def __call__(self, image, rng):
-        box = draw_crop(rng, *image.size, (0.08, 1.0))
+        box = draw_crop(rng, *image.size, (self.least, 1.0))
         pixels = crop(to_uint8(image), box, self.size)
-        return pixels.flip(-1) if rng.random() < 0.5 else pixels
+        return pixels.flip(-1) if self.flip and rng.random() < 0.5 else pixels
 
 
 class CenterCrop:
     """The evaluation view: the shorter side resized to `resize`, then the central square."""
 
-    def __init__(self, size, resize=None):
+    def __init__(self, size, resize=None, bicubic=False):
         self.size, self.resize = size, resize or size
+        self.mode = TF.InterpolationMode.BICUBIC if bicubic else TF.InterpolationMode.BILINEAR
 
     def __call__(self, image):
-        return to_uint8(TF.center_crop(TF.resize(image, self.resize), [self.size, self.size]))
+        image = TF.resize(image, self.resize, self.mode)
+        return to_uint8(TF.center_crop(image, [self.size, self.size]))

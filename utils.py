@@ -241,6 +241,21 @@ def seed_everything(*numbers):
     torch.manual_seed(seed)
 
 
+@contextmanager
+def seeded(seed):
+    """Python, NumPy and PyTorch (CPU) draw from `seed` within, and go on as before after it."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.random.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
 def cosine_scheduler(
     base_value, final_value, epochs, niter_per_ep, warmup_epochs=0, start_warmup_value=0.0
 ):

@@ -105,6 +105,19 @@ def train_flags(tiny, output_dir, *extra, model="SLIP_VITTINY8", epochs=1, val="
     return [*flags.split(), *map(str, extra)]
 
 
+@pytest.fixture(scope="session")
+def probed(tiny, tmp_path_factory):
+    """A folder with a barely trained checkpoint, and a labelled set of two splits."""
+    root = tmp_path_factory.mktemp("probed")
+    main.main(main.get_args_parser().parse_args(train_flags(tiny, root / "run", val="none")))
+    write_folders(root / "digits/train", each=4)
+    write_folders(root / "digits/test", each=3)
+    entry = {"path": "digits", "type": "imagefolder"}
+    absent = {"path": "digits", "type": "imagefolder", "train": "nowhere"}
+    (root / "catalog.json").write_text(json.dumps({"digits": entry, "mnist": absent}))
+    return root
+
+
 def run_script(script, flags, ranks=1, cwd=REPOSITORY):
     """Runs a script as a user does; with several ranks through torchrun."""
     command = [sys.executable]

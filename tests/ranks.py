@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from conftest import exact_training, seeded_embeddings, views_of
 
 import engine
+import features
 import losses
 import models
 import utils
@@ -138,6 +139,18 @@ def few_predictions():
     return engine.predict(lambda x: x[:, :2] + 1, 2, Single(), precision, 4, 2)
 
 
+class Pictures(Numbered):
+    def __getitem__(self, index):
+        return torch.full((3, 2, 2), index, dtype=torch.uint8), index % 3
+
+
+def frozen_features(folder):
+    """Features of 11 images by the ranks together; each has its own folder of one process."""
+    precision = engine.Precision("fp32", torch.device("cpu"))
+    path = str(folder / f"features{utils.get_world_size()}" / "x")
+    return features.extract(lambda x: x[:, :2, 0, 0], 2, Pictures(), precision, path, 4, 0)
+
+
 def meters():
     meter = utils.Meters()
     for value in (1.0, 2.0):
@@ -161,6 +174,7 @@ def main(folder):
         "nonfinite": nonfinite(folder),
         "predictions": predictions(),
         "few_predictions": few_predictions(),
+        "features": frozen_features(folder),
         "meters": meters(),
     }
     name = f"rank{utils.get_rank()}" if utils.get_world_size() > 1 else "one"

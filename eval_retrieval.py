@@ -1,0 +1,197 @@
+"""Image-text retrieval: recall at 1, 5 and 10 in both directions, on COCO, Flickr30k and the like.
+
+    python eval_retrieval.py --resume checkpoint.pt --captions dataset_coco.json --root COCO
+    python eval_retrieval.py --resume checkpoint.pt --captions captions_val2017.json --root val2017
+
+Reads Karpathy's split files and COCO's caption files. As usual in the field an image has its first
+five captions; it is found by its text if it is among the k best images, and its text is found if
+any of the five is among the k best texts. Shapes: n images, m captions, D joint embedding.
+"""
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset
+
+import datasets
+import engine
+import utils
+from checkpoint import load_model
+from tokenizer import SimpleTokenizer, trim
+from transforms import CenterCrop, to_float
+from utils import InputError, natural, positive_int
+
+CHUNK = 1024  # queries that are compared with everything at once
+
+
+def get_args_parser():
+    parser = utils.ArgumentParser("eval_retrieval.py", "Image-text retrieval of a checkpoint")
+    add = parser.add_argument
+    add("--resume", required=True, help="checkpoint file, ours or a released one")
+    add("--captions", required=True, help="Karpathy's split file or a COCO captions file (JSON)")
+    add("--root", required=True, help="folder of the images")
+    add("--split", default="test", help="of Karpathy's file; a COCO file is taken whole")
+    add("--captions-per-image", default=5, type=positive_int, help="the first so many of each")
+    add("--name", help="of the set in retrieval.json; by default the captions file's")
+    add("--output-dir", default="./", help="where retrieval.json is written")
+    add("--batch-size", default=256, type=positive_int, help="images per rank and step")
+    add("-j", "--workers", default=10, type=natural, help="loader processes per rank")
+    add("--precision", choices=engine.PRECISIONS, help="see main.py")
+    add("--device", default="auto", choices=("auto", "cuda", "cpu"))
+    add("--dist-url", default="env://", help="where the ranks meet")
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------
+# Caption files
+
+
+def read_karpathy(table, split):
+    """[(path below the root, captions)] of a split; "train" takes in "restval" as well."""
+    splits = {row["split"] for row in table["images"]}
+    if split not in splits:
+        raise InputError(f"split {split!r} is absent; choose from {', '.join(sorted(splits))}")
+    wanted = {"train", "restval"} if split == "train" else {split}
+    return [
+        (
+            os.path.join(row.get("filepath", ""), row["filename"]),
+            [s["raw"] for s in row["sentences"]],
+        )
+        for row in table["images"]
+        if row["split"] in wanted
+    ]
+
+
+def read_coco(table, split):
+    paths = {row["id"]: row["file_name"] for row in table["images"]}
+    texts = {number: [] for number in paths}
+    for row in table["annotations"]:
+        if row["image_id"] not in texts:
+            raise InputError(f"a caption names image {row['image_id']!r}, which is not listed")
+        texts[row["image_id"]].append(row["caption"])
+    return [(path, texts[number]) for number, path in paths.items()]
+
+
+def read_captions(path, split, per_image):
+    """[(path, captions)] of the images that have captions. Raises InputError for another file."""
+    table = utils.read_json(path, "captions")
+    reader = read_coco if isinstance(table, dict) and "annotations" in table else read_karpathy
+    try:
+        rows = reader(table, split)
+        rows = [(str(image), [str(t) for t in texts[:per_image]]) for image, texts in rows if texts]
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path} is neither Karpathy's nor COCO's: {error!r}; see --help"
+        ) from error
+    if not rows:
+        raise InputError(f"{path} has no image with captions in split {split!r}")
+    return rows
+
+
+class Images(Dataset):
+    """(3, S, S) uint8 views of files, labelled by their number. All must be there."""
+
+    def __init__(self, root, paths, size):
+        absent = [p for p in paths if not os.path.isfile(os.path.join(root, p))]
+        if absent:
+            raise InputError(
+                f"{len(absent)} of {len(paths)} captioned images are absent below --root {root}, "
+                f"the first {absent[0]}; check --root"
+            )
+        self.root, self.paths, self.view = root, paths, CenterCrop(size)
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        return self.view(datasets.load_image(os.path.join(self.root, self.paths[index]))), index
+
+
+# ---------------------------------------------------------------------------------------------
+# Recall
+
+
+def ranks_of_matches(queries, keys, groups, query_groups):
+    """How many keys of other groups are at least as similar to each query as its best match.
+
+    queries (Q, D), keys (K, D) unit rows; groups (K,), query_groups (Q,): what matches has the same
+    number. Chunks of queries keep memory linear. An equal score counts as a miss: embeddings that
+    have all collapsed find nothing.
+    """
+    ranks = []
+    for part, mine in zip(queries.split(CHUNK), query_groups.split(CHUNK), strict=True):
+        scores = part @ keys.T
+        is_match = mine[:, None] == groups
+        best = scores.masked_fill(~is_match, -torch.inf).amax(1, keepdim=True)
+        ranks.append(((scores >= best) & ~is_match).sum(1))
+    return torch.cat(ranks)
+
+
+def recalls(images, texts, owners):
+    """Recall in percent. images (n, D), texts (m, D) unit rows, owners (m,) the image of a text."""
+    numbers = torch.arange(len(images), device=images.device)
+    directions = {
+        "image_to_text": ranks_of_matches(images, texts, owners, numbers),
+        "text_to_image": ranks_of_matches(texts, images, numbers, owners),
+    }
+    return {
+        f"{name}_recall{k}": 100 * (ranks < k).double().mean().item()
+        for name, ranks in directions.items()
+        for k in (1, 5, 10)
+    }
+
+
+@torch.no_grad()
+def embed_texts(model, tokenizer, texts, precision, batch_size=256):
+    """(m, D) unit rows in float64, each as engine.predict keeps images."""
+    rows = []
+    for start in range(0, len(texts), batch_size):
+        tokens = trim(tokenizer(texts[start : start + batch_size])).to(precision.device)
+        with precision.autocast():
+            rows.append(F.normalize(model.encode_text(tokens).float(), dim=-1).double())
+    return torch.cat(rows)
+
+
+def embed_images(model, dataset, precision, batch_size, workers):
+    """(n, D) unit rows in float64, on every rank."""
+
+    def embed(images):
+        return F.normalize(model.encode_image(to_float(images)).float(), dim=-1)
+
+    width = model.image_projection.shape[1]
+    rows, _ = engine.predict(embed, width, dataset, precision, batch_size, workers)
+    return rows.to(precision.device)
+
+
+def main(args):
+    device = utils.init_distributed(args.device, args.dist_url)
+
+    model, train_args = load_model(args.resume)
+    if "text" not in model.views:
+        raise InputError(f"{args.resume} holds {train_args.model}: it has no text to retrieve by")
+    model.to(device)
+    precision, tokenizer = engine.Precision(args.precision, device), SimpleTokenizer()
+
+    rows = read_captions(args.captions, args.split, args.captions_per_image)
+    dataset = Images(args.root, [path for path, _ in rows], model.image_size)
+    captions = [text for _, texts in rows for text in texts]
+    owners = torch.tensor([i for i, (_, texts) in enumerate(rows) for _ in texts], device=device)
+
+    images = embed_images(model, dataset, precision, args.batch_size, args.workers)
+    texts = embed_texts(model, tokenizer, captions, precision)
+    result = recalls(images, texts, owners) | {"images": len(rows), "captions": len(captions)}
+    if utils.is_main():
+        name = args.name or os.path.splitext(os.path.basename(args.captions))[0]
+        utils.make_folder(args.output_dir)
+        utils.update_json(os.path.join(args.output_dir, "retrieval.json"), {name: result})
+        print(f"{name}: {len(rows)} images, {len(captions)} captions; recall at 1, 5, 10")
+        for direction in ("image_to_text", "text_to_image"):
+            numbers = "  ".join(f"{result[f'{direction}_recall{k}']:6.2f}" for k in (1, 5, 10))
+            print(f"  {direction.replace('_', ' ')}  {numbers}")
+
+
+if __name__ == "__main__":
+    utils.run(lambda: main(get_args_parser().parse_args()))

@@ -1,0 +1,349 @@
+"""End-to-end fine-tuning of a checkpoint's ViT on a labelled set, by BeiT's recipe.
+
+    torchrun --nproc-per-node 8 main_finetune.py --pretrained slip_base_100ep.pt --preset base
+    torchrun --nproc-per-node 8 main_finetune.py --pretrained slip_large.pt --preset large
+
+A plain ViT that classifies by its class token (arXiv:2112.12750, section 4.1; Bao et al., 2021),
+with timm's augmentation, Mixup and average of weights. The learning rate is that of the whole
+batch, 1024 in the paper. The result goes to finetune.json in --output-dir, by set.
+"""
+
+import os
+
+import timm.data
+import timm.loss
+import timm.utils
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import datasets
+import engine
+import metrics
+import models
+import utils
+from transforms import MEAN, STD, CenterCrop, to_float
+from utils import InputError, natural, not_negative, positive, positive_int
+
+PRESETS = {
+    "small": {"epochs": 100, "warmup_epochs": 20, "layer_decay": 0.65, "drop_path": 0.0},
+    "base": {"epochs": 100, "warmup_epochs": 20, "layer_decay": 0.65, "drop_path": 0.1},
+    "large": {"epochs": 50, "warmup_epochs": 5, "layer_decay": 0.75, "drop_path": 0.1},
+}
+
+
+def get_args_parser():
+    parser = utils.ArgumentParser("main_finetune.py", "Fine-tuning of a ViT, by BeiT's recipe")
+    add = parser.add_argument_group("Data").add_argument
+    add("--dataset", default="imagenet", help="set of the catalog, with a train and a test split")
+    add("--catalog", default=datasets.CATALOG, help="where the sets lie (JSON)")
+    add("--labels", default=datasets.LABELS, help="class names (JSON)")
+    add("--output-dir", default="./", help="folder of the result, checkpoint and logs")
+
+    add = parser.add_argument_group("Model").add_argument
+    add("--pretrained", required=True, help="checkpoint of the tower, ours or a released one")
+    add("--preset", default="base", choices=PRESETS, help="sets four flags, which it prints")
+    add("--input-size", type=positive_int, help="pixels; by default those of pre-training")
+    add("--drop-path", type=utils.number(float, 0, 1), help="stochastic depth of the last block")
+    add("--model-ema", action="store_true", help="also keep and score an average of the weights")
+    add("--model-ema-decay", default=0.9999, type=utils.number(float, 0, 1))
+
+    add = parser.add_argument_group("Optimization").add_argument
+    add("--epochs", type=positive_int)
+    add("--warmup-epochs", type=natural)
+    add("--batch-size", default=128, type=positive_int, help="images per rank and micro-batch")
+    add("--update-freq", default=1, type=positive_int, help="micro-batches per update")
+    add("--lr", default=4e-3, type=positive, help="peak learning rate of the head")
+    add("--warmup-lr", default=1e-6, type=not_negative, help="at the start of warm-up")
+    add("--min-lr", default=1e-6, type=not_negative, help="at the end of the cosine")
+    add("--layer-decay", type=positive, help="factor of the rate from each block to the one below")
+    add("--weight-decay", default=0.05, type=not_negative)
+    add("--clip-grad", default=0.0, type=not_negative, help="largest gradient norm; 0: any")
+
+    add = parser.add_argument_group("Augmentation").add_argument
+    add("--aa", default="rand-m9-mstd0.5-inc1", help="RandAugment by timm's name, or none")
+    add("--color-jitter", default=0.4, type=not_negative, help="where --aa is none")
+    add("--no-flip", action="store_true", help="for images that have a left and a right, as text")
+    add("--crop-min", default=0.08, type=utils.number(float, 0, 1), help="least area of a crop")
+    add("--reprob", default=0.25, type=not_negative, help="probability of random erasing")
+    add("--mixup", default=0.8, type=not_negative, help="alpha; 0: off")
+    add("--cutmix", default=1.0, type=not_negative, help="alpha; 0: off")
+    add("--smoothing", default=0.1, type=utils.number(float, 0, 1), help="of the labels")
+
+    add = parser.add_argument_group("System").add_argument
+    add("--precision", choices=engine.PRECISIONS, help="by default the device's best")
+    add("--device", default="auto", choices=("auto", "cuda", "cpu"))
+    add("-j", "--workers", default=10, type=natural, help="loader processes per rank")
+    add("--print-freq", default=10, type=positive_int, help="updates between readings of metrics")
+    add("--eval-freq", default=1, type=positive_int, help="epochs between two scorings")
+    add("--evaluate", action="store_true", help="score the checkpoint in --output-dir and stop")
+    add("--dist-url", default="env://", help="where the ranks meet")
+    add("--seed", default=0, type=natural)
+    return parser
+
+
+def parse_args(argv=None):
+    """The flags; those of the preset where they were not given."""
+    args = get_args_parser().parse_args(argv)
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    vars(args).update(PRESETS[args.preset] | given)
+    return args
+
+
+# ---------------------------------------------------------------------------------------------
+# Model
+
+
+class Classifier(nn.Module):
+    """A ViT with a head, as the engine calls it."""
+
+    def __init__(self, vit):
+        super().__init__()
+        self.vit = vit
+
+    def forward(self, image, label):
+        return {"logits": self.vit(image).float(), "label": label}
+
+
+def create_vit(path, classes, args):
+    """(timm's ViT with the weights of a checkpoint's image tower and a new head, its settings).
+
+    Position embeddings are interpolated to --input-size. The head starts at a thousandth of the
+    usual weights, so that training starts from even probabilities.
+    """
+    state = checkpoint.load(path)
+    _, tower = models.parse_name(checkpoint.model_name(state, path))
+    options = dict(tower.options, num_classes=classes, drop_path_rate=args.drop_path)
+    if args.input_size:
+        options["img_size"] = args.input_size
+    try:
+        vit = timm.create_model(tower.timm_name, **options)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise InputError(f"{path} holds {state['args'].model}: {error}") from error
+    if not isinstance(vit, timm.models.VisionTransformer):
+        raise InputError(
+            f"{path} holds {state['args'].model}, whose tower is no ViT: BeiT's recipe is for ViTs"
+        )
+    nn.init.trunc_normal_(vit.head.weight, std=2e-5)
+    nn.init.zeros_(vit.head.bias)
+    weights = {
+        key.removeprefix("visual."): value
+        for key, value in state["state_dict"].items()
+        if key.startswith("visual.")
+    }
+    weights["pos_embed"] = timm.layers.resample_abs_pos_embed(
+        weights["pos_embed"], vit.patch_embed.grid_size, num_prefix_tokens=vit.num_prefix_tokens
+    )
+    own = {f"head.{key}": value for key, value in vit.head.state_dict().items()}
+    checkpoint.load_weights(vit, weights | own, path)
+    return vit
+
+
+def layer_of(name, depth):
+    """0: the embeddings; 1 to depth: the blocks; depth + 1: the final norm and the head."""
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return (
+        0 if name.startswith(("cls_token", "pos_embed", "patch_embed", "norm_pre")) else depth + 1
+    )
+
+
+def layer_groups(vit, weight_decay, layer_decay):
+    """Parameter groups: from each layer to the one below the rate falls by layer_decay, "lr_scale".
+
+    No weight decay of biases, norms, class token and positions.
+    """
+    depth, groups = len(vit.blocks), {}
+    for name, param in vit.named_parameters():
+        layer = layer_of(name, depth)
+        is_plain = param.ndim < 2 or name in vit.no_weight_decay()
+        group = {"lr_scale": layer_decay ** (depth + 1 - layer), "params": []}
+        group["weight_decay"] = 0.0 if is_plain else weight_decay
+        groups.setdefault((layer, is_plain), group)["params"].append(param)
+    return list(groups.values())
+
+
+# ---------------------------------------------------------------------------------------------
+# Data and loss
+
+
+class TimmView:
+    """timm's training augmentation of a PIL image, drawing from the given generator alone."""
+
+    def __init__(self, size, args):
+        self.transform = timm.data.create_transform(
+            size,
+            is_training=True,
+            scale=(args.crop_min, 1.0),
+            hflip=0.0 if args.no_flip else 0.5,
+            color_jitter=args.color_jitter,
+            auto_augment=None if args.aa == "none" else args.aa,
+            interpolation="bicubic",
+            re_prob=args.reprob,
+            re_mode="pixel",
+            mean=MEAN,
+            std=STD,
+        )
+
+    def __call__(self, image, rng):
+        with utils.seeded(int(rng.integers(2**32))):
+            return self.transform(image)
+
+
+def create_criterion(args, classes):
+    """(prepare, criterion): Mixup runs on the device; its labels are probabilities."""
+    mixup = None
+    if args.mixup or args.cutmix:
+        mixup = timm.data.Mixup(
+            args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=classes
+        )
+    soft = timm.loss.SoftTargetCrossEntropy()
+    hard = nn.CrossEntropyLoss(label_smoothing=args.smoothing)
+
+    def prepare(batch):
+        image, label = mixup(batch["image"], batch["label"]) if mixup else batch.values()
+        return {"image": image, "label": label}
+
+    def criterion(outputs):
+        return {"loss": (soft if mixup else hard)(outputs["logits"], outputs["label"])}
+
+    return prepare, criterion
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+def create_training(model, precision, updates, classes, args):
+    vit, device = model.vit, precision.device
+    prepare, criterion = create_criterion(args, classes)
+    ddp, ema = model, None
+    if utils.get_world_size() > 1:
+        ids = [torch.cuda.current_device()] if device.type == "cuda" else None
+        ddp = DistributedDataParallel(model, ids, gradient_as_bucket_view=True)
+    if args.model_ema:
+        ema = timm.utils.ModelEmaV3(vit, decay=args.model_ema_decay)
+    training = engine.Training(
+        model=ddp,
+        criterion=criterion,
+        optimizer=torch.optim.AdamW(
+            layer_groups(vit, args.weight_decay, args.layer_decay),
+            args.lr,
+            (0.9, 0.999),
+            fused=True,
+        ),
+        schedule=utils.cosine_scheduler(
+            args.lr, args.min_lr, args.epochs, updates, args.warmup_epochs, args.warmup_lr
+        ),
+        precision=precision,
+        update_freq=args.update_freq,
+        clip_grad_norm=args.clip_grad,
+        prepare=prepare,
+        after_update=(lambda: ema.update(vit)) if ema else (lambda: None),
+    )
+    return training, ema
+
+
+def score_vit(vit, test, classes, precision, args):
+    vit.eval()
+    rows, labels = engine.predict(
+        lambda images: metrics.rank_classes(vit(to_float(images)).float()),
+        metrics.ranking_width(classes), test, precision, args.batch_size, args.workers,
+    )  # fmt: skip
+    return metrics.collected(rows, labels)
+
+
+def open_training_loader(train, size, device, args):
+    world_size = utils.get_world_size()
+    batches = len(train) // (args.batch_size * world_size)
+    batches -= batches % args.update_freq
+    if not batches:
+        raise InputError(
+            f"--batch-size {args.batch_size} x --update-freq {args.update_freq} on {world_size} "
+            f"ranks is more than the {len(train)} training images of {args.dataset}; lower it"
+        )
+    if (args.mixup or args.cutmix) and args.batch_size % 2:
+        raise InputError(f"--batch-size {args.batch_size} is odd, Mixup takes pairs; make it even")
+    return datasets.open_loader(
+        datasets.LabelledViews(train, TimmView(size, args), args.seed),
+        args.batch_size,
+        batches,
+        args.workers,
+        device,
+        utils.get_rank(),
+        world_size,
+        args.seed,
+    )
+
+
+def restore(path, vit, training, ema):
+    """Loads an unfinished run; returns the epochs finished."""
+    state = checkpoint.load(path)
+    checkpoint.load_weights(vit, state["state_dict"], path, check="--dataset and --input-size")
+    if ema and "ema" in state:
+        ema.module.load_state_dict(state["ema"])
+    checkpoint.restore_optimizer(training.optimizer, state["optimizer"], path)
+    if state["scaler"]:
+        training.precision.scaler.load_state_dict(state["scaler"])
+    return state["epoch"]
+
+
+def save(path, vit, training, ema, epoch, args):
+    state = {"epoch": epoch, "state_dict": vit.state_dict(), "args": vars(args)}
+    state |= {"optimizer": training.optimizer.state_dict()}
+    state |= {"scaler": training.precision.scaler.state_dict()}
+    checkpoint.save(path, state | ({"ema": ema.module.state_dict()} if ema else {}))
+
+
+def main(args):
+    device = utils.init_distributed(args.device, args.dist_url)
+    utils.seed_everything(args.seed)
+
+    train, test, labels = datasets.open_splits(args.dataset, args.catalog, args.labels)
+    names = metrics.display_names(labels)
+    vit = create_vit(args.pretrained, len(names), args).to(device)
+    size = models.input_size(vit)
+    test = datasets.Views(test, CenterCrop(size, round(size * 256 / 224), bicubic=True))
+    precision = engine.Precision(args.precision, device)
+    loader = open_training_loader(train, size, device, args)
+    updates = len(loader) // args.update_freq
+    training, ema = create_training(Classifier(vit), precision, updates, len(names), args)
+
+    folder = os.path.join(args.output_dir, f"finetune-{args.dataset}")
+    latest = os.path.join(folder, "checkpoint.pt")
+    is_old = utils.from_main(os.path.exists(latest))
+    if args.evaluate and not is_old:
+        raise InputError(f"--evaluate: {latest} is absent; train first")
+    start_epoch = restore(latest, vit, training, ema) if is_old else 0
+
+    def score(model):
+        return score_vit(model, test, len(names), precision, args)
+
+    if not args.evaluate:
+        log = utils.open_log(folder, start_epoch, start_epoch * updates)
+        preset = " ".join(f"--{k.replace('_', '-')} {getattr(args, k)}" for k in PRESETS["base"])
+        batch = args.batch_size * args.update_freq * utils.get_world_size()
+        log.settings(utils.describe_run(args, effective_batch=batch, precision=precision.name))
+        log.say(f"--preset {args.preset}: {preset}")
+        log.say(f"{args.dataset}: {len(train)} images, {updates} updates an epoch of {batch}")
+        for epoch in range(start_epoch, args.epochs):
+            utils.seed_everything(args.seed, epoch, utils.get_rank())
+            loader.sampler.epoch = epoch
+            means, speed = engine.train_one_epoch(training, loader, epoch, log, args.print_freq)
+            stats = {f"train_{k}": v for k, v in means.items()} | speed | {"epoch": epoch}
+            if (epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs:
+                stats["test_acc1"] = metrics.top1(score(vit))
+            log.epoch(stats)
+            if utils.is_main():
+                save(latest, vit, training, ema, epoch + 1, args)
+        log.close()
+
+    results = {"finetune": score(vit)} | ({"finetune-ema": score(ema.module)} if ema else {})
+    for name, ranking in results.items() if utils.is_main() else ():
+        facts = {"epochs": args.epochs, "input_size": size, "preset": args.preset}
+        metrics.report(args.output_dir, name, args.dataset, ranking, names, facts)
+
+
+if __name__ == "__main__":
+    utils.run(lambda: main(parse_args()))

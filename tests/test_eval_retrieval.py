@@ -1,0 +1,119 @@
+"""Recall against a brute-force count, both kinds of caption files, the command and its errors."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import PeakMemory, run_script, save_image, train_flags
+
+import eval_retrieval
+import main
+from utils import InputError
+
+
+def embeddings(n=40, per_image=3, width=6):
+    generator = torch.Generator().manual_seed(0)
+    owners = torch.arange(n).repeat_interleave(per_image)
+    images = torch.randn(n, width, generator=generator)
+    texts = images[owners] + torch.randn(n * per_image, width, generator=generator)
+    return F.normalize(images, dim=-1), F.normalize(texts, dim=-1), owners
+
+
+def test_recall_is_a_brute_force_count(monkeypatch):
+    monkeypatch.setattr(eval_retrieval, "CHUNK", 7)
+    images, texts, owners = embeddings()
+    got = eval_retrieval.recalls(images, texts, owners)
+    scores = images @ texts.T
+    for k in (1, 5, 10):
+        hits = [
+            bool((owners[row.argsort(descending=True)[:k]] == i).any())
+            for i, row in enumerate(scores)
+        ]
+        assert got[f"image_to_text_recall{k}"] == pytest.approx(100 * sum(hits) / len(hits))
+        hits = [
+            int(owners[j]) in row.argsort(descending=True)[:k] for j, row in enumerate(scores.T)
+        ]
+        assert got[f"text_to_image_recall{k}"] == pytest.approx(100 * sum(hits) / len(hits))
+    assert 0 < got["text_to_image_recall1"] < got["text_to_image_recall10"] < 100
+
+
+def test_collapsed_embeddings_find_nothing():
+    images, texts, owners = embeddings()
+    got = eval_retrieval.recalls(torch.ones_like(images), torch.ones_like(texts), owners)
+    assert set(got.values()) == {0.0}
+
+
+def test_memory_is_linear():
+    def peak(n):
+        data = embeddings(n, 1)
+        with PeakMemory() as memory:
+            eval_retrieval.recalls(*data)
+        return memory.peak
+
+    assert peak(8192) < 5 * peak(2048)  # all scores at once: 16 times
+
+
+@pytest.fixture(scope="module")
+def retrieval(tiny, tmp_path_factory):
+    """A trained checkpoint, pictures and their captions in both kinds of file."""
+    root = tmp_path_factory.mktemp("retrieval")
+    main.main(
+        main.get_args_parser().parse_args(
+            train_flags(tiny, root / "run", model="CLIP_VITTINY8", val="none")
+        )
+    )
+    karpathy, images, annotations = [], [], []
+    for i in range(9):
+        save_image(root / f"val/{i}.jpg", i)
+        texts = [f"picture {i} number {t}" for t in range(6 if i else 2)]
+        row = {"filepath": "val", "filename": f"{i}.jpg", "split": "test" if i < 8 else "val"}
+        karpathy.append({**row, "sentences": [{"raw": t} for t in texts]})
+        images.append({"id": 100 + i, "file_name": f"{i}.jpg"})
+        annotations += [{"image_id": 100 + i, "caption": t} for t in texts]
+    (root / "karpathy.json").write_text(json.dumps({"images": karpathy}))
+    coco = {"images": images, "annotations": annotations}
+    (root / "coco.json").write_text(json.dumps(coco))
+    return root
+
+
+def flags(retrieval, out, captions="karpathy.json", root="", *extra):
+    flags = ["--resume", retrieval / "run/checkpoint.pt", "--captions", retrieval / captions]
+    flags += ["--root", retrieval / root, "--output-dir", out, "--workers", 0, "--device", "cpu"]
+    return [*map(str, flags), *map(str, extra)]
+
+
+def call(*args):
+    eval_retrieval.main(eval_retrieval.get_args_parser().parse_args(flags(*args)))
+
+
+def test_the_command_on_one_and_two_ranks(retrieval, tmp_path, capsys):
+    call(retrieval, tmp_path / "one")
+    assert "karpathy: 8 images, 37 captions; recall at 1, 5, 10" in capsys.readouterr().out
+    one = json.loads((tmp_path / "one/retrieval.json").read_text())
+    assert (one["karpathy"]["images"], one["karpathy"]["captions"]) == (8, 2 + 7 * 5)
+    two = run_script("eval_retrieval.py", flags(retrieval, tmp_path / "two"), ranks=2)
+    assert two.returncode == 0, two.stderr
+    assert json.loads((tmp_path / "two/retrieval.json").read_text()) == one
+    call(retrieval, tmp_path / "one", "coco.json", "val")
+    both = json.loads((tmp_path / "one/retrieval.json").read_text())
+    assert both["coco"]["images"] == 9 and both["karpathy"] == one["karpathy"]
+
+
+def test_bad_input(retrieval, tmp_path):
+    with pytest.raises(InputError, match="split 'dev' is absent; choose from test, val"):
+        call(retrieval, tmp_path, "karpathy.json", "", "--split", "dev")
+    with pytest.raises(
+        InputError, match=r"9 of 9 captioned images are absent below --root .*0.jpg"
+    ):
+        call(retrieval, tmp_path, "coco.json", "nowhere")
+    (retrieval / "odd.json").write_text('{"a": 1}')
+    with pytest.raises(InputError, match="odd.json is neither Karpathy's nor COCO's"):
+        call(retrieval, tmp_path, "odd.json")
+    (retrieval / "odd.json").write_text('{"images": [], "annotations": [{"image_id": 3}]}')
+    with pytest.raises(InputError, match="a caption names image 3, which is not listed"):
+        call(retrieval, tmp_path, "odd.json")
+    (retrieval / "odd.json").write_text('{"images": [], "annotations": []}')
+    with pytest.raises(InputError, match="has no image with captions"):
+        call(retrieval, tmp_path, "odd.json")
+    assert not (tmp_path / "retrieval.json").exists()

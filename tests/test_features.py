@@ -1,0 +1,131 @@
+"""Features on disk; k-NN and logistic regression against plain ones, in bounded memory."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import PeakMemory
+from sklearn.linear_model import LogisticRegression
+
+import engine
+import features
+import metrics
+
+CPU = torch.device("cpu")
+FP32 = engine.Precision("fp32", CPU)
+
+
+def blobs(n, classes=5, width=8, seed=0, spread=1.0):
+    rng = np.random.default_rng(seed)
+    labels = torch.from_numpy(rng.integers(0, classes, n))
+    centres = torch.from_numpy(np.random.default_rng(9).normal(size=(classes, width)))
+    noise = torch.from_numpy(rng.normal(size=(n, width)))
+    return (centres[labels] + spread * noise).float(), labels
+
+
+class Tiny(torch.utils.data.Dataset):
+    def __len__(self):
+        return 7
+
+    def __getitem__(self, i):
+        return torch.full((3, 2, 2), i, dtype=torch.uint8), i % 3
+
+
+def test_features_are_kept_on_disk_and_taken_once(tmp_path):
+    calls = []
+
+    def tower(images):
+        calls.append(len(images))
+        return images.flatten(1)[:, :4]
+
+    path = tmp_path / "features" / "x"
+    first, labels = features.extract(tower, 4, Tiny(), FP32, str(path), 3, 0)
+    assert calls == [3, 3, 1] and labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    again, _ = features.extract(tower, 4, Tiny(), FP32, str(path), 3, 0)
+    assert len(calls) == 3 and torch.equal(first, again)
+    assert sorted(p.name for p in path.parent.iterdir()) == ["x-labels.npy", "x.npy"]
+
+
+def test_keys_tell_checkpoints_and_views_apart(tmp_path):
+    (tmp_path / "a").write_bytes(b"a")
+    (tmp_path / "b").write_bytes(b"b")
+    digests = [features.file_digest(tmp_path / name) for name in "ab"]
+    keys = {features.cache_key(d, {"size": s}, 10, "fp32") for d in digests for s in (32, 64)}
+    assert len(keys) == 4
+
+
+def test_two_ranks_write_what_one_process_does(two_ranks):
+    one, _ = two_ranks["one"]["features"]
+    for rank in ("rank0", "rank1"):
+        got, labels = two_ranks[rank]["features"]
+        assert torch.equal(got, one) and labels.tolist() == [i % 3 for i in range(11)]
+
+
+def test_votes_equal_a_plain_loop(monkeypatch):
+    monkeypatch.setattr(features, "CHUNK", 16)
+    (train, train_labels), (test, test_labels) = blobs(50), blobs(20, seed=1)
+    rankings = features.knn_rankings(
+        train, train_labels, test, test_labels, 5, (3, 20, 200), 0.07, CPU
+    )
+    for k, ranking in rankings.items():
+        for i, query in enumerate(test):
+            similarity = F.cosine_similarity(query[None], train)
+            votes = torch.zeros(5, dtype=torch.float64)
+            for j in similarity.argsort(descending=True)[:k]:
+                votes[train_labels[j]] += (similarity[j].double() / 0.07).exp()
+            assert torch.equal(votes[ranking.top[i]], votes.sort(descending=True).values), (k, i)
+
+
+@pytest.mark.parametrize("c", [0.01, 1.0, 100.0])
+def test_the_classifier_is_scikit_learns(c):
+    (train, labels), (test, test_labels) = blobs(300), blobs(200, seed=1)
+    weights = features.fit_logistic(train, labels, torch.arange(300), 5, c, CPU)
+    theirs = LogisticRegression(C=c, max_iter=5000, tol=1e-8).fit(train.double(), labels)
+    probabilities = features.linear(test, weights).softmax(-1)
+    expected = torch.from_numpy(theirs.predict_proba(test.double()))
+    assert (probabilities - expected).abs().max() < 2e-3
+    ranking = features.rank_linear(test, test_labels, weights)
+    assert metrics.top1(ranking) == pytest.approx(100 * theirs.score(test.double(), test_labels))
+
+
+def test_chunks_do_not_change_the_classifier(monkeypatch):
+    train, labels = blobs(100)
+    whole = features.fit_logistic(train.double(), labels, torch.arange(100), 5, 1.0, CPU)
+    monkeypatch.setattr(features, "CHUNK", 7)
+    parts = features.fit_logistic(train.double(), labels, torch.arange(100), 5, 1.0, CPU)
+    assert torch.allclose(whole, parts, atol=1e-3)
+
+
+@pytest.mark.parametrize("peak", [0, 5, 40, 63, 96])
+def test_the_search_finds_the_peak_with_few_fits(peak):
+    asked = []
+
+    def score(i):
+        asked.append(i)
+        return -abs(i - peak)
+
+    assert features.search_grid(score) == peak
+    assert len(asked) == len(set(asked)) <= 7 + 4 * 2
+    assert features.GRID[0] == 1e-6 and features.GRID[-1] == 1e6
+    assert features.search_grid(lambda i: 1.0) == 0  # of equals the strongest regularisation
+
+
+def test_memory_is_that_of_chunks(monkeypatch):
+    monkeypatch.setattr(features, "CHUNK", 256)
+
+    def peak(run, n):
+        train, labels = blobs(n, classes=50)
+        with PeakMemory() as memory:
+            run(train, labels)
+        return memory.peak
+
+    def knn(train, labels):
+        features.knn_rankings(train, labels, train[:64], labels[:64], 50, (20,), 0.07, CPU)
+
+    def logistic(train, labels):
+        rows = torch.arange(len(train))
+        features.fit_logistic(train, labels, rows, 50, 1.0, CPU, max_iter=2)
+
+    own = 6144 * (8 * 4 + 8 + 8)  # bytes of 6144 more features, labels and row numbers
+    for run in (knn, logistic):
+        assert peak(run, 8192) - peak(run, 2048) <= own, run

@@ -1,0 +1,169 @@
+"""Fine-tuning end to end: layer decay, presets, positions, augmentation, resume, ranks, errors."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_script, save_image
+from PIL import Image
+from test_main_linear import flags as probe_flags
+from test_main_linear import result
+
+import main_finetune
+import models
+from transforms import MEAN, STD
+from utils import InputError
+
+
+def flags(probed, out, *extra):
+    given = probe_flags(probed, out, "--preset", "small", "--warmup-epochs", 0, "--lr", 1e-3)
+    return [*given, *map(str, extra)]
+
+
+def call(probed, out, *extra):
+    main_finetune.main(main_finetune.parse_args(flags(probed, out, *extra)))
+
+
+def weights(out):
+    return torch.load(out / "finetune-digits/checkpoint.pt", weights_only=True)
+
+
+def test_presets_set_what_is_not_given():
+    parse = main_finetune.parse_args
+    small, large = (
+        parse(["--pretrained", "x", "--preset", "small"]),
+        parse(["--pretrained", "x", "--preset", "large", "--epochs", "3"]),
+    )
+    assert (small.epochs, small.warmup_epochs, small.layer_decay, small.drop_path) == (
+        100, 20, 0.65, 0.0,
+    )  # fmt: skip
+    assert (large.epochs, large.warmup_epochs, large.layer_decay, large.drop_path) == (
+        3, 5, 0.75, 0.1,
+    )  # fmt: skip
+    base = parse(["--pretrained", "x"])
+    recipe = {"lr": 4e-3, "weight_decay": 0.05, "batch_size": 128, "min_lr": 1e-6, "mixup": 0.8}
+    recipe |= {"cutmix": 1.0, "smoothing": 0.1, "reprob": 0.25, "color_jitter": 0.4}
+    recipe |= {"warmup_lr": 1e-6, "drop_path": 0.1, "aa": "rand-m9-mstd0.5-inc1"}
+    assert {key: vars(base)[key] for key in recipe} == recipe
+
+
+def test_rates_fall_from_the_head_down():
+    vit = models.create_visual(models.TOWERS["VITTINY8"])
+    vit.reset_classifier(10)
+    groups = main_finetune.layer_groups(vit, 0.05, 0.5)
+    scales = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
+    decays = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+    named = dict(vit.named_parameters())
+    assert len(scales) == len(named)
+    expected = {"head.weight": 1, "norm.weight": 1, "blocks.3.mlp.fc1.weight": 0.5}
+    expected |= {"blocks.0.norm1.bias": 0.5**4, "cls_token": 0.5**5, "pos_embed": 0.5**5}
+    expected |= {"patch_embed.proj.weight": 0.5**5}
+    assert {name: scales[id(named[name])] for name in expected} == expected
+    plain = {n for n, p in named.items() if decays[id(p)] == 0}
+    assert {"cls_token", "pos_embed", "head.bias", "norm.weight"} <= plain
+    assert "head.weight" not in plain and "patch_embed.proj.weight" not in plain
+
+
+def test_positions_are_interpolated_and_the_head_is_small(probed):
+    path, parse = probed / "run/checkpoint.pt", main_finetune.parse_args
+    args = ["--pretrained", str(path), "--preset", "small"]
+    same = main_finetune.create_vit(path, 10, parse(args))
+    larger = main_finetune.create_vit(path, 10, parse([*args, "--input-size", "64"]))
+    assert same.pos_embed.shape == (1, 17, 128) and larger.pos_embed.shape == (1, 65, 128)
+    assert torch.equal(larger.pos_embed[:, 0], same.pos_embed[:, 0])  # the class token's
+    coarse = larger.pos_embed[:, 1:].view(8, 8, 128).permute(2, 0, 1)[None]
+    coarse = torch.nn.functional.avg_pool2d(coarse, 2)[0].permute(1, 2, 0).reshape(16, 128)
+    assert torch.cosine_similarity(coarse, same.pos_embed[0, 1:]).min() > 0.9
+    assert same.head.weight.abs().max() < 1e-4 and same.head.weight.std() > 1e-6
+    with torch.no_grad():
+        assert larger(torch.randn(2, 3, 64, 64)).shape == (2, 10)
+
+
+def test_a_view_depends_on_its_generator_alone(tmp_path):
+    save_image(tmp_path / "x.png", 0, (80, 60))
+    image = Image.open(tmp_path / "x.png").convert("RGB")
+    args = main_finetune.parse_args(["--pretrained", "x", "--reprob", "0.5"])
+    view = main_finetune.TimmView(32, args)
+
+    def draw(seed):
+        return view(image, np.random.default_rng(seed))
+
+    torch.manual_seed(0)
+    first, state = draw(1), torch.get_rng_state()
+    torch.rand(3)
+    np.random.rand(3)
+    assert torch.equal(draw(1), first) and not torch.equal(draw(2), first)
+    torch.manual_seed(0)
+    assert torch.equal(torch.get_rng_state(), state)  # the program's own numbers go on
+    assert first.shape == (3, 32, 32) and first.dtype == torch.float32
+    plain = main_finetune.parse_args(
+        ["--pretrained", "x", "--aa", "none", "--reprob", "0", "--color-jitter", "0"]
+    )
+    shown = main_finetune.TimmView(32, plain)(image, np.random.default_rng(0))
+    pixels = shown * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    assert pixels.min() > -1e-6 and pixels.max() < 1 + 1e-6
+
+
+def test_training_resuming_and_the_average_of_weights(probed, tmp_path, capsys):
+    call(probed, tmp_path / "whole", "--model-ema", "--model-ema-decay", 0.5)
+    said = capsys.readouterr().out
+    assert "--preset small: --epochs 2 --warmup-epochs 0 --layer-decay 0.65 --drop-path 0.0" in said
+    assert result(tmp_path / "whole", "finetune")["images"] == 30
+    assert result(tmp_path / "whole", "finetune-ema")["images"] == 30
+    whole = weights(tmp_path / "whole")
+    assert not torch.equal(whole["ema"]["head.weight"], whole["state_dict"]["head.weight"])
+
+    keep, calls = main_finetune.engine.train_one_epoch, []
+
+    def once(*args):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return keep(*args)
+
+    extra = ["--model-ema", "--model-ema-decay", 0.5]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main_finetune.engine, "train_one_epoch", once)
+        with pytest.raises(KeyboardInterrupt):
+            call(probed, tmp_path / "parts", *extra)
+    call(probed, tmp_path / "parts", *extra)
+    parts = weights(tmp_path / "parts")
+    for kind in ("state_dict", "ema"):
+        for key, value in whole[kind].items():
+            assert torch.equal(parts[kind][key], value), key
+    before = result(tmp_path / "parts", "finetune")
+    call(probed, tmp_path / "parts", "--evaluate", *extra)
+    assert result(tmp_path / "parts", "finetune") == before
+
+
+def test_two_ranks(probed, tmp_path):
+    extra = ["--batch-size", 4, "--update-freq", 2, "--epochs", 1]
+    run = run_script("main_finetune.py", flags(probed, tmp_path, *extra), ranks=2)
+    assert run.returncode == 0, run.stderr
+    found = result(tmp_path, "finetune")
+    call(probed, tmp_path, "--evaluate", *extra)
+    assert result(tmp_path, "finetune") == found
+
+
+@pytest.mark.parametrize(
+    "extra, match",
+    [
+        (["--batch-size", 7], "--batch-size 7 is odd, Mixup takes pairs; make it even"),
+        (["--update-freq", 9], "is more than the 40 training images of digits"),
+        (["--evaluate"], "--evaluate: .*checkpoint.pt is absent"),
+        (["--preset", "huge"], "invalid choice: 'huge'"),
+        (["--warmup-epochs", 3], "--warmup-epochs 3 exceeds --epochs 2"),
+    ],
+)
+def test_bad_input(probed, tmp_path, extra, match):
+    with pytest.raises(InputError, match=match):
+        call(probed, tmp_path / "out", *extra)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tower_that_is_no_vit(tmp_path):
+    model = models.create_model("SIMCLR_test_resnet", 8, 8)
+    state = {"state_dict": model.state_dict(), "args": {"model": "SIMCLR_test_resnet"}}
+    torch.save(state, tmp_path / "c.pt")
+    args = main_finetune.parse_args(["--pretrained", "x"])
+    with pytest.raises(InputError, match="SIMCLR_test_resnet, whose tower is no ViT"):
+        main_finetune.create_vit(tmp_path / "c.pt", 10, args)

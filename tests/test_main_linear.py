@@ -1,0 +1,129 @@
+"""Classifiers on a frozen tower end to end: results, resume, ranks, what stays frozen, errors."""
+
+import argparse
+import json
+
+import pytest
+import torch
+from conftest import run_script
+
+import main_linear
+from utils import InputError
+
+
+def flags(probed, out, *extra):
+    given = f"--pretrained {probed}/run/checkpoint.pt --catalog {probed}/catalog.json --workers 0 "
+    given += f"--dataset digits --output-dir {out} --device cpu --batch-size 8 --epochs 2"
+    return [*given.split(), *map(str, extra)]
+
+
+def call(probed, out, *extra):
+    main_linear.main(main_linear.get_args_parser().parse_args(flags(probed, out, *extra)))
+
+
+def result(out, name):
+    return json.loads((out / f"{name}.json").read_text())["digits"]
+
+
+def head(out):
+    path = out / "linear-digits/checkpoint.pt"
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def test_the_probe_trains_its_head_alone_and_goes_on(probed, tmp_path, capsys):
+    call(probed, tmp_path / "whole")
+    said = capsys.readouterr().out
+    assert "learning rate 0.003125 by the archived rule" in said
+    found = result(tmp_path / "whole", "linear")
+    assert (found["images"], found["metric"], found["epochs"]) == (30, "top1", 2)
+    assert found["interval"][0] <= found["accuracy"] <= found["interval"][1]
+    assert len(found["per_class"]) == 10
+    assert set(head(tmp_path / "whole")) == {"weight", "bias"}
+
+    def stop(*args, **options):  # after the first epoch's checkpoint
+        raise KeyboardInterrupt
+
+    keep, calls = main_linear.engine.train_one_epoch, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            main_linear.engine,
+            "train_one_epoch",
+            lambda *a: stop() if calls else (calls.append(1), keep(*a))[1],
+        )
+        with pytest.raises(KeyboardInterrupt):
+            call(probed, tmp_path / "parts")
+    call(probed, tmp_path / "parts")
+    for key, value in head(tmp_path / "whole").items():
+        assert torch.equal(head(tmp_path / "parts")[key], value)
+    assert result(tmp_path / "parts", "linear") == found
+    call(probed, tmp_path / "parts", "--evaluate")
+    assert result(tmp_path / "parts", "linear") == found
+
+
+def test_a_tower_that_changed_is_noticed(probed):
+    from checkpoint import load_model
+
+    path = probed / "run/checkpoint.pt"
+    model, _ = load_model(path)
+    main_linear.check_frozen(model.visual, path)
+    model.visual.norm.bias.data[0] += 1e-6
+    with pytest.raises(RuntimeError, match=r"the frozen tower was changed: norm.bias"):
+        main_linear.check_frozen(model.visual, path)
+
+
+def test_features_are_taken_once_and_alike_on_two_ranks(probed, tmp_path):
+    extra = ["--classifier", "knn", "--k", 3]
+    call(probed, tmp_path / "one", *extra)
+    one = result(tmp_path / "one", "knn-3")
+    assert one["images"] == 30
+    run = run_script("main_linear.py", flags(probed, tmp_path / "two", *extra), ranks=2)
+    assert run.returncode == 0, run.stderr
+    assert result(tmp_path / "two", "knn-3") == one
+    call(probed, tmp_path / "two", "--classifier", "logistic")  # on the features that are there
+    assert result(tmp_path / "two", "logistic")["C"] in main_linear.features.GRID
+    assert len(list((tmp_path / "two/features").iterdir())) == 4
+
+
+def test_the_probe_on_two_ranks_by_the_global_rule(probed, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    call(probed, one, "--lr-scaling", "global")
+    extra = ["--lr-scaling", "global", "--batch-size", 4]
+    run = run_script("main_linear.py", flags(probed, two, *extra), ranks=2)
+    assert run.returncode == 0, run.stderr
+    for key, value in head(one).items():
+        assert torch.allclose(head(two)[key], value, atol=1e-6), key
+    assert result(two, "linear")["accuracy"] == result(one, "linear")["accuracy"]
+
+
+def test_the_archived_rule_divides_by_the_number_of_gpus():
+    args = argparse.Namespace(lr=0.1, batch_size=128)
+    assert main_linear.archived_lr(args, 8) == pytest.approx(0.00625)
+    assert main_linear.global_lr(args, 8) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    "extra, match",
+    [
+        (["--dataset", "x"], "'x' is not in .*labels.json; choose from food101"),
+        (["--dataset", "imagenet"], "'imagenet' is not in the catalog"),
+        (["--dataset", "mnist"], "nowhere.*; check the folder"),
+        (["--batch-size", 41], "--batch-size 41 on 1 ranks is more than the 40 training images"),
+        (["--evaluate"], "--evaluate: .*checkpoint.pt is absent; train the probe first"),
+        (["--pretrained", "none.pt"], "checkpoint 'none.pt' is absent"),
+        (["--classifier", "svm"], "invalid choice: 'svm'"),
+    ],
+)
+def test_bad_input(probed, tmp_path, extra, match):
+    with pytest.raises(InputError, match=match):
+        call(probed, tmp_path / "out", *extra)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_probe_of_other_classes_is_refused(probed, tmp_path):
+    call(probed, tmp_path)
+    path = tmp_path / "linear-digits/checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    state["state_dict"]["bias"] = torch.zeros(7)
+    torch.save(state, path)
+    with pytest.raises(InputError, match="of another shape: bias.*check --dataset"):
+        call(probed, tmp_path, "--epochs", 3)
