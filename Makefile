@@ -4,19 +4,32 @@ BIN = .venv/bin
 RUNS = runs/digits
 TRAIN = $(BIN)/python main.py --dataset coco --root data/digits \
   --metadata data/digits/annotations/captions_train2017.json --val-dataset digits \
-  --epochs 25 --batch-size 96 --lr 1e-3 --ssl-mlp-dim 512 --ssl-emb-dim 128 --workers 0
+  --epochs 40 --batch-size 96 --lr 1e-3 --ssl-mlp-dim 512 --ssl-emb-dim 128 --workers 0
+# Digits have a left and a right, and are small: other crops, and steps, than photographs.
+CROPS = --no-flip --crop-min 0.5
+TUNE = --preset small --epochs 20 --warmup-epochs 2 --batch-size 64 --lr 1e-3 --aa none \
+  --reprob 0 --mixup 0 --cutmix 0 $(CROPS)
 
 .PHONY: demo test lint clean
 .DELETE_ON_ERROR:
 
-demo: $(RUNS)/SLIP/results.json $(RUNS)/CLIP/results.json
-	$(BIN)/python report.py $(RUNS)/SLIP $(RUNS)/CLIP --picture $(RUNS)/report.png
+demo: $(RUNS)/SLIP/finetune.json $(RUNS)/CLIP/finetune.json
+	$(BIN)/python report.py $(RUNS)/SLIP $(RUNS)/CLIP --output $(RUNS)/report.html \
+	  --picture $(RUNS)/report.png
 
 # A run that was interrupted goes on where it stopped.
-$(RUNS)/%/results.json: data/digits
+$(RUNS)/%/checkpoint.done: data/digits
 	$(TRAIN) --model $*_VITTINY8 --output-dir $(RUNS)/$*
+	touch $@
+
+$(RUNS)/%/finetune.json: $(RUNS)/%/checkpoint.done
 	$(BIN)/python eval_zeroshot.py --resume $(RUNS)/$*/checkpoint.pt --datasets digits \
 	  --output-dir $(RUNS)/$* --workers 0
+	for classifier in knn logistic linear; do $(BIN)/python main_linear.py --dataset digits \
+	  --pretrained $(RUNS)/$*/checkpoint.pt --classifier $$classifier --output-dir $(RUNS)/$* \
+	  --workers 0 --epochs 30 --lr 1 --print-freq 100 $(CROPS) || exit; done
+	$(BIN)/python main_finetune.py --dataset digits --pretrained $(RUNS)/$*/checkpoint.pt \
+	  --output-dir $(RUNS)/$* --workers 0 --print-freq 100 $(TUNE)
 
 data/digits: | .venv/run
 	$(BIN)/python make_dataset.py digits --root data/digits

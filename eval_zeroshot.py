@@ -7,6 +7,7 @@ Protocol of the paper (arXiv:2112.12750, section 4.1; the metrics are CLIP's).
 Shapes: C classes, D joint embedding, n images of a set.
 """
 
+import base64
 import os
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ import metrics
 import utils
 from checkpoint import load_model
 from tokenizer import SimpleTokenizer, trim
-from transforms import CenterCrop, to_float
+from transforms import CenterCrop, encode_jpeg, to_float
 from utils import InputError, natural, positive_int
 
 # ---------------------------------------------------------------------------------------------
@@ -103,6 +104,16 @@ def summarize(task, ranking):
     }
 
 
+def picture_confusions(task, ranking):
+    """One image of each of the most confused pairs, for report.py: [.., base64 of a JPEG]."""
+    names, examples = metrics.display_names(task.classes), []
+    for true, predicted, number, row in metrics.confusions(ranking):
+        pixels, _ = task.dataset[row]
+        jpeg = base64.b64encode(encode_jpeg(pixels)).decode()
+        examples.append([names[true], names[predicted], number, jpeg])
+    return examples
+
+
 # ---------------------------------------------------------------------------------------------
 # Command line
 
@@ -157,7 +168,8 @@ def evaluate_checkpoint(path, tasks_of, device, args):
         raise InputError(f"{path} holds {train_args.model}: it has no text to prompt")
     model.to(device)
     precision, tasks = engine.Precision(args.precision, device), tasks_of(model)
-    folder, tokenizer, results = folder_of(path, args), SimpleTokenizer(), {}
+    folder, tokenizer = folder_of(path, args), SimpleTokenizer()
+    results, examples = {}, {}
     if utils.is_main():
         utils.make_folder(folder)
         if len(args.resume) > 1:
@@ -176,6 +188,8 @@ def evaluate_checkpoint(path, tasks_of, device, args):
             flush=True,
         )
         utils.write_json(os.path.join(folder, "results.json"), results)
+        examples[task.name] = picture_confusions(task, ranking)
+        utils.write_json(os.path.join(folder, "examples.json"), examples)
 
 
 def main(args):

@@ -107,17 +107,24 @@ def bootstrap_interval(metric, ranking, resamples=RESAMPLES):
     return np.percentile(values, [2.5, 97.5]).tolist()
 
 
-def details(name, ranking, class_names, pairs=10):
+def confusions(ranking, number=10):
+    """The most frequent (true class, predicted class, images, row of the first), most first."""
+    rows = (ranking.labels != ranking.top[:, 0]).nonzero()[:, 0].tolist()
+    pairs = {}
+    for row in rows:
+        pair = ranking.labels[row].item(), ranking.top[row, 0].item()
+        pairs.setdefault(pair, []).append(row)
+    ordered = sorted(pairs.items(), key=lambda item: (-len(item[1]), item[0]))[:number]
+    return [(*pair, len(found), found[0]) for pair, found in ordered]
+
+
+def details(name, ranking, class_names):
     """The interval of the set's metric, each class's accuracy, and the most confused pairs.
 
     class_names: C texts. A pair is [true class, predicted class, number of images].
     """
-    truth, predicted = ranking.labels, ranking.top[:, 0]
-    counts = truth.bincount(minlength=len(class_names))
-    hits = truth[truth == predicted].bincount(minlength=len(class_names))
-    wrong = truth != predicted
-    codes, numbers = (truth * len(class_names) + predicted)[wrong].unique(return_counts=True)
-    order = numbers.argsort(descending=True, stable=True)[:pairs]
+    counts = ranking.labels.bincount(minlength=len(class_names))
+    hits = ranking.labels[ranking.labels == ranking.top[:, 0]].bincount(minlength=len(class_names))
     return {
         "interval": bootstrap_interval(METRICS.get(name, top1), ranking),
         "per_class": {
@@ -126,8 +133,8 @@ def details(name, ranking, class_names, pairs=10):
             if counts[c]
         },
         "confused": [
-            [class_names[code // len(class_names)], class_names[code % len(class_names)], number]
-            for code, number in zip(codes[order].tolist(), numbers[order].tolist(), strict=True)
+            [class_names[true], class_names[predicted], number]
+            for true, predicted, number, _ in confusions(ranking)
         ],
     }
 

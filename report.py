@@ -1,11 +1,19 @@
-"""A table and a picture of one or several runs, from the files that the scripts left behind.
+"""A report of one or several runs: an HTML page that stands alone, or a table in Markdown.
 
-    python report.py runs/slip runs/clip --picture report.png
+    python report.py runs/slip runs/clip --output report.html
+    python report.py runs/slip runs/clip --markdown --picture curves.png
 
-Reads log.txt, args.json and, where eval_zeroshot.py wrote one, results.json of each folder.
+Reads what main.py and the evaluations left in each folder: log.txt, args.json, results.json,
+examples.json, linear.json, logistic.json, knn-*.json, finetune*.json and retrieval.json.
 """
 
+import base64
+import glob
+import io
+import json
 import os
+import re
+from itertools import chain
 
 import matplotlib
 
@@ -15,22 +23,87 @@ from utils import InputError
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+OTHERS = ("linear", "logistic", "knn-*", "finetune*")  # classifiers trained on labels
+BASE64 = re.compile("[A-Za-z0-9+/]+=*")
+RECALLS = [f"{way}_recall{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
+
+# Zero-shot accuracy of SLIP ViT-B, YFCC15M, 25 epochs, as published (microsoft/A-CLIP's table).
+PUBLISHED = {
+    "food101": 59.5, "cifar10": 78.6, "cifar100": 45.2, "cub200": 38.7, "sun397": 53.4,
+    "cars": 5.4, "aircraft": 5.7, "dtd": 26.1, "pets": 31.1, "caltech101": 71.0, "flowers": 56.6,
+    "mnist": 9.8, "fer2013": 19.6, "stl10": 94.4, "eurosat": 20.3, "resisc45": 28.9, "gtsrb": 14.5,
+    "kitti_distance": 34.0, "country211": 11.6, "patch_camelyon": 55.4, "ucf101_frames": 37.7,
+    "kinetics700_frames": 26.9, "clevr_counts": 17.5, "hateful_memes": 52.8, "rendered_sst2": 51.1,
+    "imagenet": 42.8,
+}  # fmt: skip
+# ImageNet top-1 of the paper after 25 epochs of YFCC15M: zero-shot, linear, fine-tuned.
+PAPER = {
+    "CLIP_VITS16": (32.7, 59.3, 78.2), "SIMCLR_VITS16": (None, 58.1, 79.9),
+    "SLIP_VITS16": (38.3, 66.4, 80.3), "CLIP_VITB16": (37.6, 66.5, 80.5),
+    "SIMCLR_VITB16": (None, 64.0, 82.5), "SLIP_VITB16": (42.8, 72.1, 82.6),
+    "CLIP_VITL16": (40.4, 70.5, 81.0), "SIMCLR_VITL16": (None, 66.7, 84.0),
+    "SLIP_VITL16": (46.2, 76.0, 84.2),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_scores(path, needs="accuracy"):
+    """{set: {..., "accuracy": number}} of a result file; {} where there is none."""
+    if not os.path.exists(path):
+        return {}
+    table = utils.read_json(path, "results")
+    rows = table.values() if isinstance(table, dict) else [None]
+    if not all(isinstance(r, dict) and isinstance(r.get(needs), (int, float)) for r in rows):
+        raise InputError(f"{path} holds no results of this code; remove it")
+    return table
+
+
+def read_examples(path):
+    """{set: [[true class, predicted class, number, base64 of a JPEG]]}; {} where there is none."""
+    table = utils.read_json(path, "examples") if os.path.exists(path) else {}
+    try:
+        for row in chain.from_iterable(table.values()):
+            *_, picture = row
+            if [type(x) for x in row] != [str, str, int, str] or not BASE64.fullmatch(picture):
+                raise ValueError
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"{path} holds no examples of this code; remove it") from error
+    return table
+
 
 def read_run(folder):
-    """{"name", "log", "settings", "results"} of a run's folder. Raises InputError if it is none."""
-    log = os.path.join(folder, "log.txt")
-    if not os.path.exists(log):
-        raise InputError(f"{folder} is no run: it holds no log.txt")
-    rows = utils.read_log(log)
-    if not rows:
-        raise InputError(f"{log} holds no finished epoch; train on")
-    results = os.path.join(folder, "results.json")
-    return {
-        "name": os.path.basename(os.path.normpath(folder)),
-        "log": rows,
-        "settings": utils.read_json(os.path.join(folder, "args.json"), "settings"),
-        "results": utils.read_json(results, "results") if os.path.exists(results) else {},
+    """All that is known of a run. Raises InputError if the folder holds neither log nor results."""
+    folder = os.path.normpath(folder)
+
+    def path(name):
+        return os.path.join(folder, name)
+
+    others = {
+        os.path.splitext(os.path.basename(found))[0]: read_scores(found)
+        for pattern in OTHERS
+        for found in sorted(glob.glob(glob.escape(folder) + f"/{pattern}.json"))
     }
+    settings = path("args.json")
+    run = {
+        "name": os.path.basename(os.path.abspath(folder)),
+        "log": utils.read_log(path("log.txt")) if os.path.exists(path("log.txt")) else [],
+        "settings": utils.read_json(settings, "settings") if os.path.exists(settings) else {},
+        "results": read_scores(path("results.json")),
+        "examples": read_examples(path("examples.json")),
+        "others": others,
+        "retrieval": read_scores(path("retrieval.json"), RECALLS[0]),
+    }
+    if not (run["log"] or run["results"] or others or run["retrieval"]):
+        raise InputError(f"{folder} is no run: it holds neither a finished epoch nor results")
+    return run
+
+
+def model_of(run):
+    settings = run["settings"].get("args", {}) if isinstance(run["settings"], dict) else {}
+    return str(settings.get("model", "")) if isinstance(settings, dict) else ""
 
 
 def loss_key(run):
@@ -38,28 +111,94 @@ def loss_key(run):
     return "train_clip_loss" if "train_clip_loss" in run["log"][0] else "train_loss"
 
 
-def markdown_table(runs):
-    """A row a run: model, epochs, median speed, last loss, and the accuracy on each set."""
-    sets = list(dict.fromkeys(name for run in runs for name in run["results"]))
-    head = ["run", "model", "epochs", "samples/s", "loss", *(f"{name} (%)" for name in sets)]
-    rows = [head, ["---"] * len(head)]
+def in_order(tables):
+    """The keys of several dicts, each once."""
+    return list(dict.fromkeys(key for table in tables for key in table))
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables: lists of rows of texts, the first is the head
+
+
+def summary_table(runs):
+    """A row a run: model, epochs, median speed and last loss."""
+    rows = [["run", "model", "epochs", "samples/s", "loss"]]
     for run in runs:
-        last, scores = run["log"][-1], run["results"]
-        speeds = sorted(row["samples_per_sec"] for row in run["log"])
-        row = [run["name"], run["settings"]["args"]["model"], str(last["epoch"] + 1)]
-        row += [f"{speeds[len(speeds) // 2]:.0f}", f"{loss_key(run)[6:]} {last[loss_key(run)]:.3f}"]
-        row += [f"{scores[name]['accuracy']:.2f}" if name in scores else "" for name in sets]
+        row = [run["name"], model_of(run), "", "", ""]
+        if run["log"]:
+            last = run["log"][-1]
+            speeds = sorted(r.get("samples_per_sec", 0.0) for r in run["log"])
+            loss = f"{loss_key(run)[6:]} {last.get(loss_key(run), float('nan')):.3f}"
+            row[2:] = str(last["epoch"] + 1), f"{speeds[len(speeds) // 2]:.0f}", loss
         rows.append(row)
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return rows
 
 
-def draw(runs, path):
-    """Loss and zero-shot accuracy per epoch, a line a run."""
+def score_table(runs, strong):
+    """A row a set and kind of evaluation, a column a run; the best of several runs by strong()."""
+    kinds = {"zero-shot": [run["results"] for run in runs]}
+    for kind in in_order(run["others"] for run in runs):
+        kinds[kind] = [run["others"].get(kind, {}) for run in runs]
+    rows = [["set", "evaluation", "metric", *(run["name"] for run in runs), "published"]]
+    for kind, tables in kinds.items():
+        for name in in_order(tables):
+            found = [table.get(name) for table in tables]
+            scores = [f["accuracy"] for f in found if f]
+            row = [name, kind, next(str(f.get("metric", "")) for f in found if f)]
+            for f in found:
+                text = f"{f['accuracy']:.2f}" if f else ""
+                is_best = f and len(scores) > 1 and f["accuracy"] == max(scores)
+                interval = f.get("interval") if f else None
+                text = strong(text) if is_best else text
+                row.append(text + (" [{:.1f}, {:.1f}]".format(*interval) if interval else ""))
+            published = PUBLISHED.get(name) if kind == "zero-shot" else None
+            rows.append([*row, f"{published:.1f}" if published is not None else ""])
+    return rows if len(rows) > 1 else []
+
+
+def retrieval_table(runs, strong):
+    rows = [["set", "run", *(key.replace("_recall", " R@").replace("_", " ") for key in RECALLS)]]
+    for name in in_order(run["retrieval"] for run in runs):
+        found = [(run["name"], run["retrieval"][name]) for run in runs if name in run["retrieval"]]
+        for run_name, scores in found:
+            row = [name, run_name]
+            for key in RECALLS:
+                is_best = len(found) > 1 and scores[key] == max(s[key] for _, s in found)
+                row.append(strong(f"{scores[key]:.2f}") if is_best else f"{scores[key]:.2f}")
+            rows.append(row)
+    return rows if len(rows) > 1 else []
+
+
+def to_markdown(rows):
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]] if rows else []
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+
+
+def to_html(rows):
+    """Cells are HTML already."""
+    head, *body = [
+        "".join(f"<{tag}>{cell}</{tag}>" for cell in row)
+        for tag, row in [("th", rows[0]), *(("td", row) for row in rows[1:])]
+    ]
+    lines = "".join(f"<tr>{row}</tr>" for row in body)
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
+    return f'<div class="wide">{table}</div>'
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures
+
+
+def draw_curves(runs):
+    """Loss and zero-shot accuracy per epoch, a line a run; None where nothing was logged."""
+    runs = [run for run in runs if run["log"]]
+    if not runs:
+        return None
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for run in runs:
-        epochs = [row["epoch"] + 1 for row in run["log"]]
-        key = loss_key(run)
-        left.plot(epochs, [row[key] for row in run["log"]], label=f"{run['name']}: {key[6:]}")
+        epochs, key = [row["epoch"] + 1 for row in run["log"]], loss_key(run)
+        losses = [row.get(key, float("nan")) for row in run["log"]]
+        left.plot(epochs, losses, label=f"{run['name']}: {key[6:]}")
         scored = [(row["epoch"] + 1, row["test_acc1"]) for row in run["log"] if "test_acc1" in row]
         if scored:
             right.plot(*zip(*scored, strict=True), label=run["name"])
@@ -69,22 +208,172 @@ def draw(runs, path):
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
-    figure.savefig(path, dpi=120)
+    return figure
+
+
+def bars_of(runs):
+    """{label: {run or "published": accuracy}}: zero-shot on all sets, and ImageNet's other rows."""
+    bars = {}
+    for name in in_order(run["results"] for run in runs):
+        bars[name] = {
+            r["name"]: r["results"][name]["accuracy"] for r in runs if name in r["results"]
+        }
+        if name in PUBLISHED:
+            bars[name]["published SLIP ViT-B"] = PUBLISHED[name]
+    for run in runs:
+        paper = PAPER.get(model_of(run), ())
+        for kind, value in zip(("zero-shot", "linear", "finetune"), paper, strict=False):
+            table = run["results"] if kind == "zero-shot" else run["others"].get(kind, {})
+            if "imagenet" in table and value is not None:
+                label = f"imagenet, {kind}, {model_of(run)}"
+                bars[label] = {run["name"]: table["imagenet"]["accuracy"], "paper": value}
+    return bars
+
+
+def draw_bars(runs):
+    """Accuracy by set, a bar a run, beside the published figures; None without results."""
+    bars = bars_of(runs)
+    if not bars:
+        return None
+    series, number = in_order(bars.values()), sum(map(len, bars.values()))
+    height = 1.2 + 0.22 * number + 0.1 * len(bars)
+    figure, axes = plt.subplots(figsize=(10, height), layout="constrained")
+    colours = {name: f"C{i}" for i, name in enumerate(series)}
+    colours |= dict.fromkeys(("published SLIP ViT-B", "paper"), "0.6")
+    place, ticks, drawn = 0.0, [], set()
+    for label, values in bars.items():
+        ticks.append((place + (len(values) - 1) / 2, label))
+        for name, value in values.items():
+            axes.barh(place, value, 0.9, color=colours[name], label="_" * (name in drawn) + name)
+            axes.text(value + 0.5, place, f"{value:.1f}", va="center", fontsize=8)
+            drawn.add(name)
+            place += 1
+        place += 0.5
+    axes.set(xlabel="accuracy (%)", xlim=(0, 105), yticks=[t for t, _ in ticks])
+    axes.set_yticklabels([label for _, label in ticks])
+    axes.invert_yaxis()
+    axes.margins(y=0.02)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False)
+    return figure
+
+
+def embed(figure, what):
+    """A figure as an <img> that holds its picture."""
+    if figure is None:
+        return ""
+    file = io.BytesIO()
+    figure.savefig(file, format="svg")
+    plt.close(figure)
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img class="chart" alt="{what}" src="data:image/svg+xml;base64,{data}">'
+
+
+# ---------------------------------------------------------------------------------------------
+# The page
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1060px; margin: 2em auto; padding: 0 1em;
+  color: #1c2430; background: #fff }
+h1 { font-size: 1.7em } h2 { margin-top: 2em; border-bottom: 1px solid #d5dbe3 }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .25em .7em; border-bottom: 1px solid #e6eaf0; text-align: left;
+  white-space: nowrap }
+thead th { background: #f3f6fa } .chart { width: 100%; height: auto }
+.examples { display: flex; flex-wrap: wrap; gap: 1em } figure { margin: 0; width: 130px }
+figure img { width: 96px; height: 96px; object-fit: contain; background: #f3f6fa }
+figcaption { font-size: 12px; line-height: 1.35; overflow-wrap: anywhere }
+pre { background: #f3f6fa; padding: 1em; overflow-x: auto; font-size: 12px }
+.note { color: #5a6675 }
+"""
+
+
+def strong(text):
+    return f"<b>{text}</b>"
+
+
+def escaped_names(runs):
+    """The runs with what users can name made harmless: file names, sets and models."""
+    text = json.dumps(runs)
+    return json.loads(text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
+
+
+def example_figures(run):
+    """The most confused pairs of a run's sets, each with one of its images."""
+    parts = []
+    for name, pairs in run["examples"].items():
+        figures = "".join(
+            f'<figure><img alt="" src="data:image/jpeg;base64,{picture}"><figcaption>'
+            f"<b>{true}</b> taken for <b>{predicted}</b>, {number} times</figcaption></figure>"
+            for true, predicted, number, picture in pairs
+        )
+        if figures:
+            parts.append(f'<h3>{run["name"]}: {name}</h3><div class="examples">{figures}</div>')
+    return "".join(parts)
+
+
+def page(runs):
+    """The report as one HTML text; nothing in it is fetched."""
+    charts = embed(draw_curves(runs), "loss and accuracy per epoch"), embed(draw_bars(runs), "bars")
+    runs = escaped_names(runs)
+    scores, recalls = score_table(runs, strong), retrieval_table(runs, strong)
+    confused = "".join(example_figures(run) for run in runs)
+    settings = "".join(
+        f"<details><summary>{run['name']}</summary><pre>{json.dumps(run['settings'], indent=1)}"
+        "</pre></details>"
+        for run in runs
+        if run["settings"]
+    )
+    intervals = (
+        "Accuracy in percent; 95% bootstrap intervals of the images in brackets; the best run in "
+        "bold. Published: SLIP ViT-B after 25 epochs of YFCC15M."
+    )
+    sections = [
+        ("Runs", to_html(summary_table(runs))),
+        ("Training", charts[0]),
+        ("Accuracy", scores and f'<p class="note">{intervals}</p>{to_html(scores)}'),
+        ("Zero-shot by set", charts[1]),
+        ("Retrieval", recalls and to_html(recalls)),
+        ("Most confused classes", confused),
+        ("Settings", settings),
+    ]
+    body = "".join(f"<section><h2>{title}</h2>{text}</section>" for title, text in sections if text)
+    title = "Report: " + ", ".join(run["name"] for run in runs)
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        '<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
+        f"<style>{STYLE}</style></head><body><h1>{title}</h1>{body}</body></html>\n"
+    )
 
 
 def get_args_parser():
-    parser = utils.ArgumentParser("report.py", "A table and a picture of runs")
+    parser = utils.ArgumentParser("report.py", "A report of runs")
     parser.add_argument("runs", nargs="+", help="folders of runs")
-    parser.add_argument("--picture", help="PNG file to write")
+    parser.add_argument("--output", help="HTML file to write; by default report.html")
+    parser.add_argument("--markdown", action="store_true", help="print the tables, write no page")
+    parser.add_argument("--picture", help="PNG file of the training curves to write")
     return parser
 
 
 def main(args):
     runs = [read_run(folder) for folder in args.runs]
-    print(markdown_table(runs))
+    if len({run["name"] for run in runs}) < len(runs):
+        runs = [{**run, "name": folder} for run, folder in zip(runs, args.runs, strict=True)]
+    tables = (
+        summary_table(runs),
+        score_table(runs, "**{}**".format),
+        retrieval_table(runs, "**{}**".format),
+    )
+    print("\n\n".join(to_markdown(rows) for rows in tables if rows))
     if args.picture:
-        draw(runs, args.picture)
+        figure = draw_curves(runs)
+        if figure is None:
+            raise InputError("--picture: none of the runs has a finished epoch to draw")
+        figure.savefig(args.picture, dpi=120)
         print(f"\nloss and accuracy per epoch: {args.picture}")
+    if args.output or not args.markdown:
+        output, text = args.output or "report.html", page(runs)
+        utils.write_atomically(output, lambda file: file.write(text.encode()))
+        print(f"\nreport: {output}")
 
 
 if __name__ == "__main__":

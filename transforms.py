@@ -52,6 +52,14 @@ def to_uint8(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
+def encode_jpeg(pixels, longest=96):
+    """(3, H, W) uint8 -> the bytes of a JPEG of at most `longest` pixels a side."""
+    image, file = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()), io.BytesIO()
+    image.thumbnail((longest, longest))
+    image.save(file, "JPEG", quality=85)
+    return file.getvalue()
+
+
 def pixels_of(image):
     """A PIL image's own memory, uncopied: (4, H, W) uint8, the fourth channel without meaning."""
     try:
