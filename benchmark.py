@@ -3,6 +3,7 @@
     python benchmark.py step --model SLIP_VITB16 --batch-size 256 --paper  # synthetic batches
     python benchmark.py train --model SLIP_VITB16 --workers 14 --paper     # from JPEG files
     python benchmark.py data    # samples per second and core: archived code and ours
+    python benchmark.py classifier  # prompts to a zero-shot classifier
     python benchmark.py open    # metadata of 15 million pairs: conversion, opening, memory
 
 `step` and `train` take the flags of main.py. --paper measures the archived way of training, too, on
@@ -403,6 +404,12 @@ def get_args_parser():
     data.add_argument("--workers", type=utils.natural, default=0, help="loader processes")
     data.add_argument("--rounds", type=utils.positive_int, default=5)
     data.set_defaults(measure=benchmark_data.benchmark_data)
+
+    prompts = commands.add_parser("classifier", description="prompts to a zero-shot classifier")
+    prompts.add_argument("--model", default="CLIP_VITB16")
+    prompts.add_argument("--classes", type=utils.positive_int, default=1000, help="of ImageNet's")
+    prompts.add_argument("--rounds", type=utils.positive_int, default=1)
+    prompts.set_defaults(measure=benchmark_data.benchmark_classifier)
 
     opening = commands.add_parser("open", description="metadata: conversion, opening, memory")
     opening.add_argument("--pairs", type=utils.positive_int, default=15_000_000)

@@ -21,13 +21,18 @@ from statistics import median
 import numpy as np
 import PIL
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import transforms as tv
 
 import captions
+import datasets
+import engine
+import eval_zeroshot
 import models
+import utils
 from datasets import CaptionDataset, Collate, EpochSampler
 from files import open_archive, read_file
 from tokenizer import SimpleTokenizer
@@ -283,3 +288,41 @@ def benchmark_open(args):
             f"of {args.workers} workers\n"
             f"  file pages mapped alone   {mapped:8.1f} MB, in the cache that all processes share"
         )
+
+
+# ---------------------------------------------------------------------------------------------
+# classifier: prompts to a zero-shot classifier
+
+
+def classes_per_second(build, model, classes, templates):
+    started = time.perf_counter()
+    build(model, SimpleTokenizer(), classes, templates)
+    return len(classes) / (time.perf_counter() - started)
+
+
+@torch.no_grad()
+def build_one_by_one(model, tokenizer, classes, templates):
+    """The archived way: the prompts of one class at a time, 77 tokens each."""
+    rows = []
+    for name in classes:
+        tokens = tokenizer([template.format(name) for template in templates])
+        embeds = F.normalize(model.encode_text(tokens), dim=-1)
+        rows.append(F.normalize(embeds.mean(0), dim=-1))
+    return torch.stack(rows)
+
+
+def benchmark_classifier(args):
+    labels, templates = (
+        utils.read_json(path, path)["imagenet"] for path in (datasets.LABELS, datasets.TEMPLATES)
+    )
+    classes = labels[: args.classes]
+    print(f"classifier: {len(classes)} classes x {len(templates)} prompts, fp32 on the CPU")
+    print(f"{machine()}, median of {args.rounds} rounds\n")
+    model = models.create_model(args.model).eval()
+    precision = engine.Precision("fp32", torch.device("cpu"))
+    build = partial(eval_zeroshot.build_classifier, precision=precision)
+    calls = {
+        name: partial(classes_per_second, function, model, classes, templates)
+        for name, function in (("one class at a time", build_one_by_one), ("this code", build))
+    }
+    print_rates(compare(calls, args.rounds), "one class at a time", "classes/s")

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from files import read_file, read_metadata, read_npy
 from tokenizer import trim
+from torchvision_sets import SETS, open_torchvision
 from transforms import IMAGE_VIEWS, EncodedImage, augment, decode_image, group_steps
 from utils import InputError, read_json
 
@@ -250,49 +251,38 @@ class FileList(Dataset):
         return self.transform(image), self.labels[index]
 
 
-SPECIAL = {  # the sets that torchvision reads, (root, is_train) -> dataset
-    "cifar10": torchvision.datasets.CIFAR10,
-    "cifar100": torchvision.datasets.CIFAR100,
-    "mnist": torchvision.datasets.MNIST,
-    "stl10": lambda root, train: torchvision.datasets.STL10(root, "train" if train else "test"),
+CATALOG_TYPES = {
+    "imagefolder": open_imagefolder,
+    "filelist": FileList,
+    "torchvision": open_torchvision,
+    "special": open_torchvision,  # the archived name
 }
 
 
-def to_rgb(image):
-    return image.convert("RGB")
+def split_name(catalog, name, is_train):
+    """The folder, file prefix or torchvision's name of the training or the evaluated split.
 
-
-def open_special(name, entry, split, transform, labels):
-    """A set in torchvision's own layout, its classes matched to labels.json by name."""
-    if name not in SPECIAL:
-        raise InputError(f"{name}: type special is for {', '.join(SPECIAL)}; use another type")
-    try:
-        dataset = SPECIAL[name](entry["path"], split == "train")
-    except RuntimeError as error:
-        raise InputError(f"{name}: {error} Looked in {entry['path']}") from error
-    check_labels(len(dataset.classes), labels, entry["path"])
-    # "aquarium_fish" is "aquarium fish", MNIST's "0 - zero" is "0"
-    classes = [c.split(" - ")[0].replace("_", " ").lower() for c in dataset.classes]
-    names = [label.lower() for label in labels]
-    if sorted(classes) != sorted(names):
-        unknown = sorted(set(classes) - set(names))
-        raise InputError(f"{name}: classes {unknown} of {entry['path']} are not in labels.json")
-    dataset.transform = torchvision.transforms.Compose([to_rgb, transform])
-    dataset.target_transform = [names.index(c) for c in classes].__getitem__
-    return dataset
-
-
-CATALOG_TYPES = {"imagefolder": open_imagefolder, "filelist": FileList, "special": open_special}
-
-
-def split_name(entry, is_train):
-    """The folder or file prefix of the training or the evaluated split."""
-    part = "train" if is_train else "test"
-    return entry.get(part, part)
+    None where torchvision's set has no training split of its own.
+    """
+    entry, part = catalog[name], "train" if is_train else "test"
+    is_torchvision = CATALOG_TYPES.get(entry["type"]) is open_torchvision and name in SETS
+    return entry.get(part, getattr(SETS[name], part) if is_torchvision else part)
 
 
 def is_present(entry):
     return os.path.isdir(entry["path"])
+
+
+def download(catalog, name, is_train, labels):
+    """A set of type torchvision, fetched where it is absent; None where it has no such split."""
+    if name not in catalog or name not in labels:
+        raise InputError(f"{name!r} is not in the catalog and the labels; choose from them")
+    if CATALOG_TYPES.get(catalog[name]["type"]) is not open_torchvision:
+        raise InputError(f"{name}: the catalog says type {catalog[name]['type']}, not torchvision")
+    split = split_name(catalog, name, is_train)
+    if is_train and split is None:
+        return None
+    return open_torchvision(name, catalog[name], split, unchanged, labels[name], download=True)
 
 
 def open_splits(name, catalog, labels):
@@ -328,5 +318,5 @@ def get_downstream_dataset(catalog, name, is_train, transform, labels):
             f"{name}: folder {entry['path']} is absent; put the set there or change its path in "
             "the catalog"
         )
-    split = split_name(entry, is_train)
+    split = split_name(catalog, name, is_train)
     return CATALOG_TYPES[entry["type"]](name, entry, split, transform, labels)

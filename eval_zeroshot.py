@@ -55,7 +55,7 @@ def open_task(name, image_size, catalog, labels, templates):
     dataset = datasets.get_downstream_dataset(
         catalog, name, is_train=False, transform=CenterCrop(image_size), labels=labels[name]
     )
-    split = datasets.split_name(catalog[name], is_train=False)
+    split = datasets.split_name(catalog, name, is_train=False)
     return Task(name, dataset, split, labels[name], templates[name])
 
 

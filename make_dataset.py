@@ -255,7 +255,7 @@ def check_labelled(catalog, name, labels):
     """A line on a labelled set. Raises InputError if it cannot be used."""
     parts = []
     for is_train in (False, True):
-        split = datasets.split_name(catalog[name], is_train)
+        split = datasets.split_name(catalog, name, is_train)
         try:
             found = datasets.get_downstream_dataset(catalog, name, is_train, np.asarray, labels)
         except InputError:
@@ -280,6 +280,17 @@ def check_pairs(args):
 
     decode_some(read, len(pairs))
     return f"{len(pairs):,} images with captions, some decoded"
+
+
+def download(args):
+    catalog = datasets.load_catalog(args.catalog)
+    labels = utils.read_json(datasets.LABELS, "labels")
+    for name in args.datasets:
+        for is_train in (True, False):
+            dataset = datasets.download(catalog, name, is_train, labels)
+            if dataset is not None:
+                split = datasets.split_name(catalog, name, is_train)
+                print(f"{name}: {len(dataset):,} images of {split} in {catalog[name]['path']}")
 
 
 def check(args):
@@ -415,6 +426,12 @@ def get_args_parser():
     add("--root", default="", help="folder of its images")
     add_table_flags(add)
     command.set_defaults(run=check)
+
+    what = "has torchvision fetch sets of the catalog that are of type torchvision"
+    command = commands.add_parser("download", help=what, description=what)
+    command.add_argument("--datasets", nargs="+", required=True, help="sets of the catalog")
+    command.add_argument("--catalog", default=datasets.CATALOG, help="where they shall lie (JSON)")
+    command.set_defaults(run=download)
 
     command = commands.add_parser("digits", help="handwritten digits for the demo")
     command.add_argument("--root", default="data/digits", help="folder to write")

@@ -8,7 +8,6 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-import torchvision
 from conftest import save_image, write_coco, write_folders
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -212,65 +211,6 @@ def test_clevr_counts_has_names_for_labels(tmp_path):
     labels = utils.read_json(datasets.LABELS, "labels")["clevr_counts"]
     dataset = open_mine(catalog_of(tmp_path, type="filelist"), labels)
     assert dataset.labels == [0, 1, 7]
-
-
-def write_cifar10(root, classes):
-    folder = root / "mine/cifar-10-batches-py"
-    folder.mkdir(parents=True)
-    pixels = np.random.default_rng(0).integers(0, 256, (10, 3072), dtype=np.uint8)
-    batch = {"data": pixels, "labels": list(range(10))}
-    for name in ("test_batch", *(f"data_batch_{i}" for i in range(1, 6))):
-        (folder / name).write_bytes(pickle.dumps(batch))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": classes}))
-
-
-def test_torchvisions_classes_are_matched_by_name(tmp_path, monkeypatch):
-    labels = utils.read_json(datasets.LABELS, "labels")["cifar10"]
-    write_cifar10(tmp_path, [*labels[5:], *labels[:5]])
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
-    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_load_meta", load_meta)
-    catalog = catalog_of(tmp_path, type="special")
-    catalog["cifar10"] = catalog.pop("mine")
-    dataset = open_mine(catalog, labels, "cifar10")
-    assert [dataset[i][1] for i in range(10)] == [5, 6, 7, 8, 9, 0, 1, 2, 3, 4]
-    with pytest.raises(InputError, match=r"classes \['truck'\] .* not in labels.json"):
-        open_mine(catalog, [*labels[:9], "lorry"], "cifar10")
-
-
-def load_meta(self):
-    """CIFAR10's own, without the checksum of the published file."""
-    with open(os.path.join(self.root, self.base_folder, "batches.meta"), "rb") as file:
-        self.classes = pickle.load(file)["label_names"]
-
-
-def test_mnist_and_stl10(tmp_path, monkeypatch):
-    raw = tmp_path / "mine/MNIST/raw"
-    raw.mkdir(parents=True)
-    pixels = np.random.default_rng(0).integers(0, 256, (10, 28, 28), dtype=np.uint8)
-    for part in ("train", "t10k"):
-        head = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in (10, 28, 28))
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(head + pixels.tobytes())
-        head = bytes([0, 0, 8, 1]) + (10).to_bytes(4, "big")
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(head + bytes(range(10)))
-    catalog = catalog_of(tmp_path, type="special")
-    catalog["mnist"] = catalog["mine"]
-    labels = utils.read_json(datasets.LABELS, "labels")
-    dataset = open_mine(catalog, labels["mnist"], "mnist")
-    assert [dataset[i][1] for i in range(10)] == list(range(10))
-    assert dataset[0][0].shape == (3, 32, 32)
-    with pytest.raises(InputError, match="mine: type special is for cifar10"):
-        open_mine(catalog, labels["mnist"])
-    catalog["stl10"] = catalog["mine"]
-    with pytest.raises(InputError, match="stl10: Dataset not found"):
-        open_mine(catalog, labels["stl10"], "stl10")
-    folder = tmp_path / "mine/stl10_binary"
-    folder.mkdir()
-    (folder / "class_names.txt").write_text("\n".join(labels["stl10"]))
-    (folder / "test_X.bin").write_bytes(bytes(2 * 3 * 96 * 96))
-    (folder / "test_y.bin").write_bytes(bytes([10, 1]))  # counted from 1
-    monkeypatch.setattr(torchvision.datasets.STL10, "_check_integrity", lambda self: True)
-    dataset = open_mine(catalog, labels["stl10"], "stl10")
-    assert [dataset[i][1] for i in range(2)] == [9, 0] and dataset[0][0].shape == (3, 32, 32)
 
 
 def test_datasets_travel_to_spawned_workers(tiny, tmp_path):

@@ -48,7 +48,7 @@ def test_the_26_sets_of_the_paper_and_the_demos(tables):
     assert set(templates) == {*labels, "imagenet80"}
     assert len(set(templates["imagenet80"])) == 80
     assert set(templates["imagenet"]) < set(templates["imagenet80"])
-    splits = {name: datasets.split_name(catalog[name], is_train=False) for name in catalog}
+    splits = {name: datasets.split_name(catalog, name, is_train=False) for name in catalog}
     val = "cub200 eurosat kitti_distance patch_camelyon ucf101_frames clevr_counts imagenet".split()
     assert {name for name, split in splits.items() if split == "val"} == set(val)
     assert splits["kinetics700_frames"] == "val_images" and splits["hateful_memes"] == "dev"
