@@ -7,11 +7,12 @@ TRAIN = $(BIN)/python main.py --dataset coco --root data/digits \
   --epochs 40 --batch-size 96 --lr 1e-3 --ssl-mlp-dim 512 --ssl-emb-dim 128 --workers 0
 # Digits have a left and a right, and are small: other crops, and steps, than photographs.
 CROPS = --no-flip --crop-min 0.5
-TUNE = --preset small --epochs 20 --warmup-epochs 2 --batch-size 64 --lr 1e-3 --aa none \
+TUNE = --preset small --epochs 40 --warmup-epochs 2 --batch-size 64 --lr 1e-3 --aa none \
   --reprob 0 --mixup 0 --cutmix 0 $(CROPS)
 
 .PHONY: demo test lint clean
 .DELETE_ON_ERROR:
+.PRECIOUS: $(RUNS)/%/checkpoint.done
 
 demo: $(RUNS)/SLIP/finetune.json $(RUNS)/CLIP/finetune.json
 	$(BIN)/python report.py $(RUNS)/SLIP $(RUNS)/CLIP --output $(RUNS)/report.html \

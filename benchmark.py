@@ -4,6 +4,7 @@
     python benchmark.py train --model SLIP_VITB16 --workers 14 --paper     # from JPEG files
     python benchmark.py data    # samples per second and core: archived code and ours
     python benchmark.py classifier  # prompts to a zero-shot classifier
+    python benchmark.py features    # memory of classifiers on ImageNet-sized features
     python benchmark.py open    # metadata of 15 million pairs: conversion, opening, memory
 
 `step` and `train` take the flags of main.py. --paper measures the archived way of training, too, on
@@ -410,6 +411,15 @@ def get_args_parser():
     prompts.add_argument("--classes", type=utils.positive_int, default=1000, help="of ImageNet's")
     prompts.add_argument("--rounds", type=utils.positive_int, default=1)
     prompts.set_defaults(measure=benchmark_data.benchmark_classifier)
+
+    frozen = commands.add_parser("features", description="memory of k-NN and logistic regression")
+    frozen.add_argument("--images", type=utils.positive_int, default=1_281_167)
+    frozen.add_argument("--width", type=utils.positive_int, default=768)
+    frozen.add_argument("--classes", type=utils.positive_int, default=1000)
+    frozen.add_argument("--queries", type=utils.positive_int, default=1024)
+    frozen.add_argument("--iterations", type=utils.positive_int, default=1)
+    frozen.add_argument("--folder", help="for the features, about 4 GB; by default the system's")
+    frozen.set_defaults(measure=benchmark_data.benchmark_features)
 
     opening = commands.add_parser("open", description="metadata: conversion, opening, memory")
     opening.add_argument("--pairs", type=utils.positive_int, default=15_000_000)

@@ -31,6 +31,7 @@ import captions
 import datasets
 import engine
 import eval_zeroshot
+import features
 import models
 import utils
 from datasets import CaptionDataset, Collate, EpochSampler
@@ -288,6 +289,59 @@ def benchmark_open(args):
             f"of {args.workers} workers\n"
             f"  file pages mapped alone   {mapped:8.1f} MB, in the cache that all processes share"
         )
+
+
+# ---------------------------------------------------------------------------------------------
+# features: classifiers on frozen features
+
+
+def write_features(path, images, classes, width):
+    rng = np.random.default_rng(0)
+    file = np.lib.format.open_memmap(path, "w+", np.float32, (images, width))
+    for start in range(0, images, 10_000):
+        part = file[start : start + 10_000]
+        part[:] = rng.normal(size=part.shape)
+    np.save(f"{path}-labels.npy", rng.integers(0, classes, images))
+
+
+def open_features(path):
+    train, labels = np.load(path, mmap_mode="c"), np.load(f"{path}-labels.npy")
+    return torch.from_numpy(train), torch.from_numpy(labels)
+
+
+def measure_knn(path, classes, queries):
+    train, labels = open_features(path)
+    started, device = time.perf_counter(), torch.device("cpu")
+    features.knn_rankings(
+        train, labels, train[:queries], labels[:queries], classes, (20, 200), 0.07, device
+    )
+    return time.perf_counter() - started
+
+
+def measure_logistic(path, classes, iterations):
+    train, labels = open_features(path)
+    started, rows = time.perf_counter(), torch.arange(len(train))
+    features.fit_logistic(
+        train, labels, rows, classes, 1.0, torch.device("cpu"), max_iter=iterations
+    )
+    return time.perf_counter() - started
+
+
+def benchmark_features(args):
+    print(f"features: {args.images:,} x {args.width}, {args.classes} classes\n{machine()}\n")
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        path = os.path.join(folder, "features.npy")
+        in_process(write_features, path, args.images, args.classes, args.width)
+        print(f"  on disk               {os.path.getsize(path) / 1e9:8.2f} GB")
+        for name, function, number, unit in (
+            ("k-NN", measure_knn, args.queries, "queries"),
+            ("logistic regression", measure_logistic, args.iterations, "iterations"),
+        ):
+            seconds, memory = in_process(function, path, args.classes, number)
+            print(
+                f"  {name:20}  {seconds:8.1f} s for {number} {unit}, at most {memory:.2f} GB of "
+                "memory, mapped file included"
+            )
 
 
 # ---------------------------------------------------------------------------------------------

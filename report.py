@@ -153,6 +153,8 @@ def score_table(runs, strong):
                 row.append(text + (" [{:.1f}, {:.1f}]".format(*interval) if interval else ""))
             published = PUBLISHED.get(name) if kind == "zero-shot" else None
             rows.append([*row, f"{published:.1f}" if published is not None else ""])
+    if not any(row[-1] for row in rows[1:]):
+        rows = [row[:-1] for row in rows]
     return rows if len(rows) > 1 else []
 
 
@@ -303,7 +305,7 @@ def example_figures(run):
     for name, pairs in run["examples"].items():
         figures = "".join(
             f'<figure><img alt="" src="data:image/jpeg;base64,{picture}"><figcaption>'
-            f"<b>{true}</b> taken for <b>{predicted}</b>, {number} times</figcaption></figure>"
+            f"<b>{true}</b> taken for <b>{predicted}</b>, {number} x</figcaption></figure>"
             for true, predicted, number, picture in pairs
         )
         if figures:

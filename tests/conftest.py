@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,6 +20,8 @@ import engine
 import main
 import models
 import utils
+
+torch.set_num_threads(1)  # pytest-xdist shares the cores out among processes
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent
@@ -184,9 +187,16 @@ class PeakMemory(TorchDispatchMode):
 
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory):
-    """What tests/ranks.py computed on two gloo ranks: {"one": ..., 0: ..., 1: ...}."""
-    folder = tmp_path_factory.mktemp("ranks")
-    one, two = run_script("tests/ranks.py", [folder]), run_script("tests/ranks.py", [folder], 2)
-    assert one.returncode == 0, one.stderr
-    assert two.returncode == 0, two.stderr
+    """What tests/ranks.py computed on two gloo ranks: {"one": ..., "rank0": ..., "rank1": ...}.
+
+    Computed once for all of the processes that pytest-xdist shares the tests among.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "ranks"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            for ranks in (1, 2):
+                run = run_script("tests/ranks.py", [folder], ranks)
+                assert run.returncode == 0, run.stderr
     return {key: torch.load(folder / f"{key}.pt") for key in ("one", "rank0", "rank1")}

@@ -72,7 +72,7 @@ def test_bars_stand_beside_what_was_published(runs):
 def test_the_page_stands_alone_and_is_escaped(runs):
     call(runs / "slip", runs / "simclr", "--output", runs / "r.html")
     page = (runs / "r.html").read_text()
-    assert "<one>" not in page and "&lt;one&gt;</b> taken for <b>seven</b>, 12 times" in page
+    assert "<one>" not in page and "&lt;one&gt;</b> taken for <b>seven</b>, 12 x" in page
     assert "http://" not in page and "https://" not in page and "<script" not in page
     for title in ("Runs", "Training", "Accuracy", "Retrieval", "Most confused classes", "Settings"):
         assert f"<h2>{title}</h2>" in page
