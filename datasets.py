@@ -12,7 +12,7 @@ from files import read_file, read_metadata, read_npy
 from tokenizer import trim
 from torchvision_sets import SETS, open_torchvision
 from transforms import IMAGE_VIEWS, EncodedImage, augment, decode_image, group_steps
-from utils import InputError, read_json
+from utils import InputError, get_rank, get_world_size, read_json
 
 TRIES = 20  # samples tried in a row before the images count as absent altogether
 
@@ -113,14 +113,29 @@ class EpochSampler(Sampler):
             yield self.epoch, tuple(order[(place + np.arange(tries)) % self.size].tolist())
 
 
-def open_loader(
-    dataset, batch_size, batches, workers, device, rank=0, world_size=1, seed=0, collate_fn=None
-):
-    """The loader of one rank's shuffled batches, `batches` of them an epoch."""
+def open_loader(dataset, batch_size, workers, device, update_freq=1, collate_fn=None):
+    """The loader of one rank: whole updates of whole batches, shuffled anew every epoch.
+
+    dataset: its `seed` shuffles. Raises InputError where it is too small for one update.
+    """
+    world_size = get_world_size()
+    batches = len(dataset) // (batch_size * world_size)
+    if not batches:
+        raise InputError(
+            f"--batch-size {batch_size} on {world_size} ranks is more than the {len(dataset)} "
+            "training images; lower it"
+        )
+    if batches < update_freq:
+        raise InputError(
+            f"--update-freq {update_freq} is more than the {batches} batches of an epoch; lower it"
+        )
+    batches -= batches % update_freq
     return DataLoader(
         dataset,
         batch_size,
-        sampler=EpochSampler(len(dataset), batch_size, batches, rank, world_size, seed),
+        sampler=EpochSampler(
+            len(dataset), batch_size, batches, get_rank(), world_size, dataset.seed
+        ),
         collate_fn=collate_fn,
         num_workers=workers,
         persistent_workers=workers > 0,
@@ -271,6 +286,15 @@ def split_name(catalog, name, is_train):
 
 def is_present(entry):
     return os.path.isdir(entry["path"])
+
+
+def add_set_flags(parser):
+    """The flags of scripts that train on a labelled set; returns add_argument of their group."""
+    add = parser.add_argument_group("Data").add_argument
+    add("--dataset", default="imagenet", help="set of the catalog, with a train and a test split")
+    add("--catalog", default=CATALOG, help="where the sets lie (JSON)")
+    add("--labels", default=LABELS, help="class names (JSON)")
+    return add
 
 
 def download(catalog, name, is_train, labels):

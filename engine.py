@@ -24,6 +24,7 @@ from utils import (
     gather_objects,
     get_rank,
     get_world_size,
+    natural,
     reduce_sum,
 )
 
@@ -53,6 +54,16 @@ class Precision:
     def autocast(self):
         is_half = self.dtype != torch.float32
         return torch.autocast(self.device.type, self.dtype if is_half else None, enabled=is_half)
+
+
+def add_system_flags(parser):
+    """The flags of every script that runs a model; returns add_argument of their group."""
+    add = parser.add_argument_group("System").add_argument
+    add("--precision", choices=PRECISIONS, help="by default the device's best")
+    add("--device", default="auto", choices=("auto", "cuda", "cpu"))
+    add("-j", "--workers", default=10, type=natural, help="loader processes per rank")
+    add("--dist-url", default="env://", help="where the ranks meet")
+    return add
 
 
 # ---------------------------------------------------------------------------------------------

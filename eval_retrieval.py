@@ -20,7 +20,7 @@ import utils
 from checkpoint import load_model
 from tokenizer import SimpleTokenizer, trim
 from transforms import CenterCrop, to_float
-from utils import InputError, natural, positive_int
+from utils import InputError, positive_int
 
 CHUNK = 1024  # queries that are compared with everything at once
 
@@ -36,10 +36,7 @@ def get_args_parser():
     add("--name", help="of the set in retrieval.json; by default the captions file's")
     add("--output-dir", default="./", help="where retrieval.json is written")
     add("--batch-size", default=256, type=positive_int, help="images per rank and step")
-    add("-j", "--workers", default=10, type=natural, help="loader processes per rank")
-    add("--precision", choices=engine.PRECISIONS, help="see main.py")
-    add("--device", default="auto", choices=("auto", "cuda", "cpu"))
-    add("--dist-url", default="env://", help="where the ranks meet")
+    engine.add_system_flags(parser)
     return parser
 
 

@@ -22,7 +22,7 @@ import utils
 from checkpoint import load_model
 from tokenizer import SimpleTokenizer, trim
 from transforms import CenterCrop, encode_jpeg, to_float
-from utils import InputError, natural, positive_int
+from utils import InputError, positive_int
 
 # ---------------------------------------------------------------------------------------------
 # One set
@@ -132,12 +132,7 @@ def get_args_parser():
     parser.add_argument(
         "--batch-size", default=256, type=positive_int, help="images per rank and step"
     )
-    parser.add_argument(
-        "-j", "--workers", default=10, type=natural, help="loader processes per rank"
-    )
-    parser.add_argument("--precision", choices=engine.PRECISIONS, help="see main.py")
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
-    parser.add_argument("--dist-url", default="env://", help="where the ranks meet")
+    engine.add_system_flags(parser)
     return parser
 
 

@@ -65,17 +65,13 @@ def get_args_parser():
     add("--betas", default=(0.9, 0.98), nargs=2, type=number(float, 0, 1), help="AdamW's")
     add("--eps", default=1e-8, type=not_negative, help="AdamW's")
 
-    add = parser.add_argument_group("System").add_argument
-    add("--precision", choices=engine.PRECISIONS, help="by default the device's best")
+    add = engine.add_system_flags(parser)
     add("--disable-amp", action="store_true", help="the same as --precision fp32")
     add("--compile", action=BooleanOptionalAction, help="torch.compile; by default on CUDA")
     add("--grad-checkpointing", action="store_true", help="less memory for a third more time")
-    add("--device", default="auto", choices=("auto", "cuda", "cpu"))
-    add("-j", "--workers", default=10, type=natural, help="loader processes per rank")
     add("--print-freq", default=10, type=positive_int, help="updates between readings of metrics")
     add("--eval-freq", default=1, type=positive_int, help="epochs between two validations")
     add("--evaluate", action="store_true", help="validate the checkpoint and stop")
-    add("--dist-url", default="env://", help="where the ranks meet")
     add("--seed", default=0, type=natural)
     return parser
 
@@ -113,30 +109,14 @@ def open_loader(model, tokenizer, device, args):
     dataset = datasets.CaptionDataset(
         pairs, args.root, model.views, model.image_size, args.seed, augment
     )
-    world_size = utils.get_world_size()
-    batches = len(dataset) // (args.batch_size * world_size)
-    if not batches:
-        raise InputError(
-            f"--batch-size {args.batch_size} on {world_size} ranks is more than the "
-            f"{len(dataset)} images of {args.metadata}; lower it"
-        )
-    if batches < args.update_freq:
-        raise InputError(
-            f"--update-freq {args.update_freq} is more than the {batches} batches of an epoch; "
-            "lower it"
-        )
-    if "aug1" in model.views and args.batch_size * world_size == 1:
+    if "aug1" in model.views and args.batch_size * utils.get_world_size() == 1:
         raise InputError("--batch-size 1 is too few for the SimCLR head's batch norm; raise it")
-    batches -= batches % args.update_freq
     return datasets.open_loader(
         dataset,
         args.batch_size,
-        batches,
         args.workers,
         device,
-        utils.get_rank(),
-        world_size,
-        args.seed,
+        args.update_freq,
         datasets.Collate(tokenizer),
     )
 

@@ -35,10 +35,7 @@ PRESETS = {
 
 def get_args_parser():
     parser = utils.ArgumentParser("main_finetune.py", "Fine-tuning of a ViT, by BeiT's recipe")
-    add = parser.add_argument_group("Data").add_argument
-    add("--dataset", default="imagenet", help="set of the catalog, with a train and a test split")
-    add("--catalog", default=datasets.CATALOG, help="where the sets lie (JSON)")
-    add("--labels", default=datasets.LABELS, help="class names (JSON)")
+    add = datasets.add_set_flags(parser)
     add("--output-dir", default="./", help="folder of the result, checkpoint and logs")
 
     add = parser.add_argument_group("Model").add_argument
@@ -71,14 +68,10 @@ def get_args_parser():
     add("--cutmix", default=1.0, type=not_negative, help="alpha; 0: off")
     add("--smoothing", default=0.1, type=utils.number(float, 0, 1), help="of the labels")
 
-    add = parser.add_argument_group("System").add_argument
-    add("--precision", choices=engine.PRECISIONS, help="by default the device's best")
-    add("--device", default="auto", choices=("auto", "cuda", "cpu"))
-    add("-j", "--workers", default=10, type=natural, help="loader processes per rank")
+    add = engine.add_system_flags(parser)
     add("--print-freq", default=10, type=positive_int, help="updates between readings of metrics")
     add("--eval-freq", default=1, type=positive_int, help="epochs between two scorings")
     add("--evaluate", action="store_true", help="score the checkpoint in --output-dir and stop")
-    add("--dist-url", default="env://", help="where the ranks meet")
     add("--seed", default=0, type=natural)
     return parser
 
@@ -254,29 +247,6 @@ def score_vit(vit, test, classes, precision, args):
     return metrics.collected(rows, labels)
 
 
-def open_training_loader(train, size, device, args):
-    world_size = utils.get_world_size()
-    batches = len(train) // (args.batch_size * world_size)
-    batches -= batches % args.update_freq
-    if not batches:
-        raise InputError(
-            f"--batch-size {args.batch_size} x --update-freq {args.update_freq} on {world_size} "
-            f"ranks is more than the {len(train)} training images of {args.dataset}; lower it"
-        )
-    if (args.mixup or args.cutmix) and args.batch_size % 2:
-        raise InputError(f"--batch-size {args.batch_size} is odd, Mixup takes pairs; make it even")
-    return datasets.open_loader(
-        datasets.LabelledViews(train, TimmView(size, args), args.seed),
-        args.batch_size,
-        batches,
-        args.workers,
-        device,
-        utils.get_rank(),
-        world_size,
-        args.seed,
-    )
-
-
 def restore(path, vit, training, ema):
     """Loads an unfinished run; returns the epochs finished."""
     state = checkpoint.load(path)
@@ -306,7 +276,10 @@ def main(args):
     size = models.input_size(vit)
     test = datasets.Views(test, CenterCrop(size, round(size * 256 / 224), bicubic=True))
     precision = engine.Precision(args.precision, device)
-    loader = open_training_loader(train, size, device, args)
+    if (args.mixup or args.cutmix) and args.batch_size % 2:
+        raise InputError(f"--batch-size {args.batch_size} is odd, Mixup takes pairs; make it even")
+    views = datasets.LabelledViews(train, TimmView(size, args), args.seed)
+    loader = datasets.open_loader(views, args.batch_size, args.workers, device, args.update_freq)
     updates = len(loader) // args.update_freq
     training, ema = create_training(Classifier(vit), precision, updates, len(names), args)
 

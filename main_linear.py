@@ -29,10 +29,7 @@ from utils import InputError, natural, not_negative, positive, positive_int
 
 def get_args_parser():
     parser = utils.ArgumentParser("main_linear.py", "Classifiers on a frozen image tower")
-    add = parser.add_argument_group("Data").add_argument
-    add("--dataset", default="imagenet", help="set of the catalog, with a train and a test split")
-    add("--catalog", default=datasets.CATALOG, help="where the sets lie (JSON)")
-    add("--labels", default=datasets.LABELS, help="class names (JSON)")
+    add = datasets.add_set_flags(parser)
     add("--output-dir", default="./", help="folder of results, features and the probe")
 
     add = parser.add_argument_group("Model").add_argument
@@ -52,13 +49,9 @@ def get_args_parser():
     add("--crop-min", default=0.08, type=utils.number(float, 0, 1), help="least area of a crop")
     add("--no-flip", action="store_true", help="for images that have a left and a right, as text")
 
-    add = parser.add_argument_group("System").add_argument
-    add("--precision", choices=engine.PRECISIONS, help="of the tower; by default the device's best")
-    add("--device", default="auto", choices=("auto", "cuda", "cpu"))
-    add("-j", "--workers", default=10, type=natural, help="loader processes per rank")
+    add = engine.add_system_flags(parser)
     add("--print-freq", default=10, type=positive_int, help="updates between readings of metrics")
     add("--evaluate", action="store_true", help="linear: score the probe in --output-dir and stop")
-    add("--dist-url", default="env://", help="where the ranks meet")
     add("--seed", default=0, type=natural)
     return parser
 
@@ -173,22 +166,11 @@ def train_probe(model, width, splits, precision, args):
     test = datasets.Views(test, CenterCrop(model.image_size, round(model.image_size * 256 / 224)))
     probe = Probe(model.visual, width, len(names)).to(precision.device)
     view = CropAndFlip(model.image_size, args.crop_min, not args.no_flip)
-    updates = len(train) // (args.batch_size * utils.get_world_size())
-    if not updates:
-        raise InputError(
-            f"--batch-size {args.batch_size} on {utils.get_world_size()} ranks is more than the "
-            f"{len(train)} training images of {args.dataset}; lower it"
-        )
     loader = datasets.open_loader(
-        datasets.LabelledViews(train, view, args.seed),
-        args.batch_size,
-        updates,
-        args.workers,
+        datasets.LabelledViews(train, view, args.seed), args.batch_size, args.workers,
         precision.device,
-        utils.get_rank(),
-        utils.get_world_size(),
-        args.seed,
-    )
+    )  # fmt: skip
+    updates = len(loader)
     training = create_training(probe, precision, updates, args)
     folder = os.path.join(args.output_dir, f"linear-{args.dataset}")
     latest = os.path.join(folder, "checkpoint.pt")

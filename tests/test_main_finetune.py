@@ -148,7 +148,7 @@ def test_two_ranks(probed, tmp_path):
     "extra, match",
     [
         (["--batch-size", 7], "--batch-size 7 is odd, Mixup takes pairs; make it even"),
-        (["--update-freq", 9], "is more than the 40 training images of digits"),
+        (["--update-freq", 9], "--update-freq 9 is more than the 5 batches of an epoch"),
         (["--evaluate"], "--evaluate: .*checkpoint.pt is absent"),
         (["--preset", "huge"], "invalid choice: 'huge'"),
         (["--warmup-epochs", 3], "--warmup-epochs 3 exceeds --epochs 2"),
