@@ -7,6 +7,7 @@ built from a file.
 """
 
 import argparse
+import hashlib
 import os
 import pathlib
 import pickle
@@ -100,6 +101,22 @@ def restore_optimizer(optimizer, saved, path):
         for i, moments in saved["state"].items()
     }
     optimizer.load_state_dict({"state": state, "param_groups": own})
+
+
+def file_digest(path):
+    """The SHA-256 of a file. Raises InputError if it is absent."""
+    if not os.path.isfile(path):
+        raise InputError(f"checkpoint {str(path)!r} is absent; check --pretrained")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_start(state, path, digest):
+    """Raises InputError if an unfinished run began from another checkpoint than the one given."""
+    if state.get("pretrained") != digest:
+        raise InputError(
+            f"{path} began from another checkpoint than --pretrained; choose another --output-dir"
+        )
 
 
 def unpacked_size(path):

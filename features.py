@@ -24,11 +24,6 @@ CHUNK = 16384  # images whose features a classifier sees at once
 # Features on disk
 
 
-def file_digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def cache_key(*facts):
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
@@ -167,7 +162,8 @@ def fit_with_search(features, labels, classes, metric, device, seed=0, max_iter=
     metric: metrics.Ranking -> a score to maximise.
     """
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(features)))
-    held, rows = order[: len(order) // 5], order[len(order) // 5 :]
+    fifth = len(order) // 5
+    held, rows = order[:fifth].sort().values, order[fifth:].sort().values
     held_features, held_labels = features[held], labels[held]
 
     def score(i):

@@ -8,6 +8,7 @@ with timm's augmentation, Mixup and average of weights. The learning rate is tha
 batch, 1024 in the paper. The result goes to finetune.json in --output-dir, by set.
 """
 
+import argparse
 import os
 
 import timm.data
@@ -33,8 +34,17 @@ PRESETS = {
 }
 
 
+class PresetParser(utils.ArgumentParser):
+    """Flags that are not given take the preset's values."""
+
+    def parse_args(self, argv=None):
+        args = super().parse_args(argv)
+        given = {key: value for key, value in vars(args).items() if value is not None}
+        return argparse.Namespace(**{**vars(args), **PRESETS[args.preset], **given})
+
+
 def get_args_parser():
-    parser = utils.ArgumentParser("main_finetune.py", "Fine-tuning of a ViT, by BeiT's recipe")
+    parser = PresetParser("main_finetune.py", "Fine-tuning of a ViT, by BeiT's recipe")
     add = datasets.add_set_flags(parser)
     add("--output-dir", default="./", help="folder of the result, checkpoint and logs")
 
@@ -74,14 +84,6 @@ def get_args_parser():
     add("--evaluate", action="store_true", help="score the checkpoint in --output-dir and stop")
     add("--seed", default=0, type=natural)
     return parser
-
-
-def parse_args(argv=None):
-    """The flags; those of the preset where they were not given."""
-    args = get_args_parser().parse_args(argv)
-    given = {key: value for key, value in vars(args).items() if value is not None}
-    vars(args).update(PRESETS[args.preset] | given)
-    return args
 
 
 # ---------------------------------------------------------------------------------------------
@@ -247,9 +249,10 @@ def score_vit(vit, test, classes, precision, args):
     return metrics.collected(rows, labels)
 
 
-def restore(path, vit, training, ema):
+def restore(path, vit, training, ema, pretrained):
     """Loads an unfinished run; returns the epochs finished."""
     state = checkpoint.load(path)
+    checkpoint.check_start(state, path, pretrained)
     checkpoint.load_weights(vit, state["state_dict"], path, check="--dataset and --input-size")
     if ema and "ema" in state:
         ema.module.load_state_dict(state["ema"])
@@ -259,8 +262,9 @@ def restore(path, vit, training, ema):
     return state["epoch"]
 
 
-def save(path, vit, training, ema, epoch, args):
+def save(path, vit, training, ema, epoch, digest, args):
     state = {"epoch": epoch, "state_dict": vit.state_dict(), "args": vars(args)}
+    state |= {"pretrained": digest}
     state |= {"optimizer": training.optimizer.state_dict()}
     state |= {"scaler": training.precision.scaler.state_dict()}
     checkpoint.save(path, state | ({"ema": ema.module.state_dict()} if ema else {}))
@@ -288,7 +292,8 @@ def main(args):
     is_old = utils.from_main(os.path.exists(latest))
     if args.evaluate and not is_old:
         raise InputError(f"--evaluate: {latest} is absent; train first")
-    start_epoch = restore(latest, vit, training, ema) if is_old else 0
+    digest = checkpoint.file_digest(args.pretrained)
+    start_epoch = restore(latest, vit, training, ema, digest) if is_old else 0
 
     def score(model):
         return score_vit(model, test, len(names), precision, args)
@@ -309,14 +314,15 @@ def main(args):
                 stats["test_acc1"] = metrics.top1(score(vit))
             log.epoch(stats)
             if utils.is_main():
-                save(latest, vit, training, ema, epoch + 1, args)
+                save(latest, vit, training, ema, epoch + 1, digest, args)
         log.close()
 
     results = {"finetune": score(vit)} | ({"finetune-ema": score(ema.module)} if ema else {})
     for name, ranking in results.items() if utils.is_main() else ():
         facts = {"epochs": args.epochs, "input_size": size, "preset": args.preset}
+        facts |= {"checkpoint": args.pretrained}
         metrics.report(args.output_dir, name, args.dataset, ranking, names, facts)
 
 
 if __name__ == "__main__":
-    utils.run(lambda: main(parse_args()))
+    utils.run(lambda: main(get_args_parser().parse_args()))

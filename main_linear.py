@@ -143,12 +143,12 @@ def score_probe(probe, test, classes, precision, args):
     return metrics.collected(rows, labels)
 
 
-def restore(path, probe, optimizer):
+def restore(path, probe, optimizer, pretrained):
     """Loads an unfinished probe; returns (epochs finished, best accuracy)."""
     state = checkpoint.load(path)
+    checkpoint.check_start(state, path, pretrained)
     checkpoint.load_weights(probe.head, state["state_dict"], path, check="--dataset")
-    if optimizer:
-        optimizer.load_state_dict(state["optimizer"])
+    optimizer.load_state_dict(state["optimizer"])
     return state["epoch"], state["best_acc1"]
 
 
@@ -177,7 +177,8 @@ def train_probe(model, width, splits, precision, args):
     is_old = utils.from_main(os.path.exists(latest))
     if args.evaluate and not is_old:
         raise InputError(f"--evaluate: {latest} is absent; train the probe first")
-    first, best = restore(latest, probe, training.optimizer) if is_old else (0, 0.0)
+    digest = checkpoint.file_digest(args.pretrained)
+    first, best = restore(latest, probe, training.optimizer, digest) if is_old else (0, 0.0)
     if args.evaluate:
         return score_probe(probe, test, len(names), precision, args)
 
@@ -202,6 +203,7 @@ def train_probe(model, width, splits, precision, args):
         if utils.is_main():
             state = {"epoch": epoch + 1, "state_dict": probe.head.state_dict(), "best_acc1": best}
             state |= {"optimizer": training.optimizer.state_dict(), "args": vars(args)}
+            state |= {"pretrained": digest}
             checkpoint.save(latest, state)
     log.close()
     check_frozen(model.visual, args.pretrained)
@@ -221,10 +223,11 @@ def extract_splits(model, width, splits, precision, args):
     """Features of the train and the test split, seen as for zero-shot classification."""
     train, test, _ = splits
     view = CenterCrop(model.image_size)
-    digest, results = features.file_digest(args.pretrained), []
+    digest, results = checkpoint.file_digest(args.pretrained), []
+    where = os.path.abspath(args.catalog), args.dataset
     for split, images in (("train", train), ("test", test)):
         data = datasets.Views(images, view)
-        key = features.cache_key(digest, vars(view), len(data), precision.name)
+        key = features.cache_key(digest, vars(view), where, len(data), precision.name)
         path = os.path.join(args.output_dir, "features", f"{args.dataset}-{split}-{key}")
         results += features.extract(
             model.visual, width, data, precision, path, args.batch_size, args.workers
@@ -266,6 +269,7 @@ def main(args):
     classify, width = CLASSIFIERS[args.classifier], models.output_width(model.visual)
     results = classify(model, width, (train, test, names), precision, args)
     for name, (ranking, facts) in results.items() if utils.is_main() else ():
+        facts |= {"checkpoint": args.pretrained}
         metrics.report(args.output_dir, name, args.dataset, ranking, names, facts)
 
 

@@ -50,13 +50,19 @@ PAPER = {
 # Reading
 
 
+def is_score(row, key):
+    interval = row.get("interval", [0.0, 0.0])
+    numbers = [row.get(key), *interval] if isinstance(interval, list) else [None]
+    return all(isinstance(x, (int, float)) for x in numbers) and len(numbers) == 3
+
+
 def read_scores(path, needs="accuracy"):
     """{set: {..., "accuracy": number}} of a result file; {} where there is none."""
     if not os.path.exists(path):
         return {}
     table = utils.read_json(path, "results")
     rows = table.values() if isinstance(table, dict) else [None]
-    if not all(isinstance(r, dict) and isinstance(r.get(needs), (int, float)) for r in rows):
+    if not all(isinstance(r, dict) and is_score(r, needs) for r in rows):
         raise InputError(f"{path} holds no results of this code; remove it")
     return table
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from conftest import PeakMemory
 from sklearn.linear_model import LogisticRegression
 
+import checkpoint
 import engine
 import features
 import metrics
@@ -49,7 +50,7 @@ def test_features_are_kept_on_disk_and_taken_once(tmp_path):
 def test_keys_tell_checkpoints_and_views_apart(tmp_path):
     (tmp_path / "a").write_bytes(b"a")
     (tmp_path / "b").write_bytes(b"b")
-    digests = [features.file_digest(tmp_path / name) for name in "ab"]
+    digests = [checkpoint.file_digest(tmp_path / name) for name in "ab"]
     keys = {features.cache_key(d, {"size": s}, 10, "fp32") for d in digests for s in (32, 64)}
     assert len(keys) == 4
 

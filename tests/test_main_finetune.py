@@ -14,13 +14,17 @@ from transforms import MEAN, STD
 from utils import InputError
 
 
+def parse(argv):
+    return main_finetune.get_args_parser().parse_args(argv)
+
+
 def flags(probed, out, *extra):
     given = probe_flags(probed, out, "--preset", "small", "--warmup-epochs", 0, "--lr", 1e-3)
     return [*given, *map(str, extra)]
 
 
 def call(probed, out, *extra):
-    main_finetune.main(main_finetune.parse_args(flags(probed, out, *extra)))
+    main_finetune.main(parse(flags(probed, out, *extra)))
 
 
 def weights(out):
@@ -28,7 +32,6 @@ def weights(out):
 
 
 def test_presets_set_what_is_not_given():
-    parse = main_finetune.parse_args
     small, large = (
         parse(["--pretrained", "x", "--preset", "small"]),
         parse(["--pretrained", "x", "--preset", "large", "--epochs", "3"]),
@@ -64,7 +67,7 @@ def test_rates_fall_from_the_head_down():
 
 
 def test_positions_are_interpolated_and_the_head_is_small(probed):
-    path, parse = probed / "run/checkpoint.pt", main_finetune.parse_args
+    path = probed / "run/checkpoint.pt"
     args = ["--pretrained", str(path), "--preset", "small"]
     same = main_finetune.create_vit(path, 10, parse(args))
     larger = main_finetune.create_vit(path, 10, parse([*args, "--input-size", "64"]))
@@ -81,7 +84,7 @@ def test_positions_are_interpolated_and_the_head_is_small(probed):
 def test_a_view_depends_on_its_generator_alone(tmp_path):
     save_image(tmp_path / "x.png", 0, (80, 60))
     image = Image.open(tmp_path / "x.png").convert("RGB")
-    args = main_finetune.parse_args(["--pretrained", "x", "--reprob", "0.5"])
+    args = parse(["--pretrained", "x", "--reprob", "0.5"])
     view = main_finetune.TimmView(32, args)
 
     def draw(seed):
@@ -95,9 +98,7 @@ def test_a_view_depends_on_its_generator_alone(tmp_path):
     torch.manual_seed(0)
     assert torch.equal(torch.get_rng_state(), state)  # the program's own numbers go on
     assert first.shape == (3, 32, 32) and first.dtype == torch.float32
-    plain = main_finetune.parse_args(
-        ["--pretrained", "x", "--aa", "none", "--reprob", "0", "--color-jitter", "0"]
-    )
+    plain = parse(["--pretrained", "x", "--aa", "none", "--reprob", "0", "--color-jitter", "0"])
     shown = main_finetune.TimmView(32, plain)(image, np.random.default_rng(0))
     pixels = shown * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
     assert pixels.min() > -1e-6 and pixels.max() < 1 + 1e-6
@@ -135,6 +136,14 @@ def test_training_resuming_and_the_average_of_weights(probed, tmp_path, capsys):
     assert result(tmp_path / "parts", "finetune") == before
 
 
+def test_another_checkpoint_does_not_go_on_with_a_run(probed, tmp_path):
+    call(probed, tmp_path / "out", "--epochs", 1)
+    state = torch.load(probed / "run/checkpoint.pt", weights_only=True)
+    torch.save({**state, "epoch": 9}, tmp_path / "other.pt")
+    with pytest.raises(InputError, match="began from another checkpoint than --pretrained; choose"):
+        call(probed, tmp_path / "out", "--pretrained", tmp_path / "other.pt")
+
+
 def test_two_ranks(probed, tmp_path):
     extra = ["--batch-size", 4, "--update-freq", 2, "--epochs", 1]
     run = run_script("main_finetune.py", flags(probed, tmp_path, *extra), ranks=2)
@@ -164,6 +173,6 @@ def test_a_tower_that_is_no_vit(tmp_path):
     model = models.create_model("SIMCLR_test_resnet", 8, 8)
     state = {"state_dict": model.state_dict(), "args": {"model": "SIMCLR_test_resnet"}}
     torch.save(state, tmp_path / "c.pt")
-    args = main_finetune.parse_args(["--pretrained", "x"])
+    args = parse(["--pretrained", "x"])
     with pytest.raises(InputError, match="SIMCLR_test_resnet, whose tower is no ViT"):
         main_finetune.create_vit(tmp_path / "c.pt", 10, args)

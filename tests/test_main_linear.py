@@ -119,8 +119,12 @@ def test_bad_input(probed, tmp_path, extra, match):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_probe_of_other_classes_is_refused(probed, tmp_path):
+def test_a_probe_of_other_classes_or_another_tower_is_refused(probed, tmp_path):
     call(probed, tmp_path)
+    other = torch.load(probed / "run/checkpoint.pt", weights_only=True)
+    torch.save({**other, "epoch": 9}, tmp_path / "other.pt")
+    with pytest.raises(InputError, match="began from another checkpoint than --pretrained"):
+        call(probed, tmp_path, "--pretrained", tmp_path / "other.pt")
     path = tmp_path / "linear-digits/checkpoint.pt"
     state = torch.load(path, weights_only=True)
     state["state_dict"]["bias"] = torch.zeros(7)
