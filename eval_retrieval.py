@@ -61,7 +61,11 @@ def read_karpathy(table, split):
 
 
 def read_coco(table, split):
-    paths = {row["id"]: row["file_name"] for row in table["images"]}
+    """Without a list of images these are named after their number, as in COCO."""
+    if "images" in table:
+        paths = {row["id"]: row["file_name"] for row in table["images"]}
+    else:
+        paths = {row["image_id"]: f"{row['image_id']:012d}.jpg" for row in table["annotations"]}
     texts = {number: [] for number in paths}
     for row in table["annotations"]:
         if row["image_id"] not in texts:
@@ -79,7 +83,7 @@ def read_captions(path, split, per_image):
         rows = [(str(image), [str(t) for t in texts[:per_image]]) for image, texts in rows if texts]
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"{path} is neither Karpathy's nor COCO's: {error!r}; see --help"
         ) from error
@@ -112,18 +116,18 @@ class Images(Dataset):
 
 
 def ranks_of_matches(queries, keys, groups, query_groups):
-    """How many keys of other groups are at least as similar to each query as its best match.
+    """How many keys come before each query's best match when sorted by similarity, (Q,).
 
     queries (Q, D), keys (K, D) unit rows; groups (K,), query_groups (Q,): what matches has the same
-    number. Chunks of queries keep memory linear. An equal score counts as a miss: embeddings that
-    have all collapsed find nothing.
+    number. Equally similar keys stand in the order they have. Chunks of queries keep memory linear.
     """
-    ranks = []
+    ranks, places = [], torch.arange(len(keys), device=keys.device)
     for part, mine in zip(queries.split(CHUNK), query_groups.split(CHUNK), strict=True):
         scores = part @ keys.T
-        is_match = mine[:, None] == groups
-        best = scores.masked_fill(~is_match, -torch.inf).amax(1, keepdim=True)
-        ranks.append(((scores >= best) & ~is_match).sum(1))
+        matches = scores.masked_fill(mine[:, None] != groups, -torch.inf)
+        best = matches.amax(1, keepdim=True)
+        first = (matches == best).int().argmax(1, keepdim=True)
+        ranks.append(((scores > best) | ((scores == best) & (places < first))).sum(1))
     return torch.cat(ranks)
 
 

@@ -15,6 +15,7 @@ import timm.data
 import timm.loss
 import timm.utils
 import torch
+from PIL import ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -163,6 +164,11 @@ def layer_groups(vit, weight_decay, layer_decay):
 # Data and loss
 
 
+def posterize(image, bits, **_):
+    """timm's operation asks now and then for 0 bits, which Pillow no longer takes."""
+    return ImageOps.posterize(image, max(1, bits)) if bits < 8 else image
+
+
 class TimmView:
     """timm's training augmentation of a PIL image, drawing from the given generator alone."""
 
@@ -180,6 +186,10 @@ class TimmView:
             mean=MEAN,
             std=STD,
         )
+        for step in self.transform.transforms:
+            for operation in getattr(step, "ops", ()):  # RandAugment's
+                if operation.aug_fn is timm.data.auto_augment.posterize:
+                    operation.aug_fn = posterize
 
     def __call__(self, image, rng):
         with utils.seeded(int(rng.integers(2**32))):

@@ -38,10 +38,14 @@ def test_recall_is_a_brute_force_count(monkeypatch):
     assert 0 < got["text_to_image_recall1"] < got["text_to_image_recall10"] < 100
 
 
-def test_collapsed_embeddings_find_nothing():
-    images, texts, owners = embeddings()
+def test_collapsed_embeddings_are_no_better_than_chance():
+    images, texts, owners = embeddings(n=40)
     got = eval_retrieval.recalls(torch.ones_like(images), torch.ones_like(texts), owners)
-    assert set(got.values()) == {0.0}
+    # Everything is equal and stays in its order: 3 captions an image.
+    expected = {1: 1, 5: 2, 10: 4}
+    for k in (1, 5, 10):
+        assert got[f"image_to_text_recall{k}"] == pytest.approx(100 * expected[k] / 40)
+        assert got[f"text_to_image_recall{k}"] == pytest.approx(100 * k / 40)
 
 
 def test_memory_is_linear():
@@ -98,6 +102,11 @@ def test_the_command_on_one_and_two_ranks(retrieval, tmp_path, capsys):
     call(retrieval, tmp_path / "one", "coco.json", "val")
     both = json.loads((tmp_path / "one/retrieval.json").read_text())
     assert both["coco"]["images"] == 9 and both["karpathy"] == one["karpathy"]
+
+
+def test_a_coco_file_without_a_list_of_images():
+    table = {"annotations": [{"image_id": 7, "caption": "a"}, {"image_id": 7, "caption": "b"}]}
+    assert eval_retrieval.read_coco(table, "test") == [("000000000007.jpg", ["a", "b"])]
 
 
 def test_bad_input(retrieval, tmp_path):

@@ -104,6 +104,19 @@ def test_a_view_depends_on_its_generator_alone(tmp_path):
     assert pixels.min() > -1e-6 and pixels.max() < 1 + 1e-6
 
 
+def test_randaugment_at_its_strongest():
+    """timm asks for 0 bits of colour at magnitude 10."""
+    image = Image.new("RGB", (8, 8), (200, 100, 50))
+    view = main_finetune.TimmView(
+        8, parse(["--pretrained", "x", "--aa", "rand-m10-mstd0.5-inc1", "--reprob", "0"])
+    )
+    for seed in range(300):
+        assert view(image, np.random.default_rng(seed)).isfinite().all()
+    (step,) = [step for step in view.transform.transforms if hasattr(step, "ops")]
+    (found,) = [op for op in step.ops if op.name == "PosterizeIncreasing"]
+    assert found.aug_fn(image, 0).getpixel((0, 0)) == (128, 0, 0)
+
+
 def test_training_resuming_and_the_average_of_weights(probed, tmp_path, capsys):
     call(probed, tmp_path / "whole", "--model-ema", "--model-ema-decay", 0.5)
     said = capsys.readouterr().out
