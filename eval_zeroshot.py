@@ -21,7 +21,7 @@ import metrics
 import utils
 from checkpoint import load_model
 from tokenizer import SimpleTokenizer, trim
-from transforms import CenterCrop, encode_jpeg, to_float
+from transforms import CenterCrop, encode_jpeg
 from utils import InputError, positive_int
 
 # ---------------------------------------------------------------------------------------------
@@ -83,14 +83,13 @@ def rank_images(model, task, tokenizer, precision, batch_size=256, workers=10):
     model.eval()
     classifier = build_classifier(model, tokenizer, task.classes, task.templates, precision)
 
-    def score(images):
-        embed = F.normalize(model.encode_image(to_float(images)).float(), dim=-1)
+    def classify(images):
+        embed = F.normalize(model.encode_image(images).float(), dim=-1)
         with torch.autocast(images.device.type, enabled=False):
-            return metrics.rank_classes(embed @ classifier.T)
+            return embed @ classifier.T
 
-    width = metrics.ranking_width(len(task.classes))
-    return metrics.collected(
-        *engine.predict(score, width, task.dataset, precision, batch_size, workers)
+    return metrics.rank_set(
+        classify, len(task.classes), task.dataset, precision, batch_size, workers
     )
 
 

@@ -135,7 +135,7 @@ def linear(features, weights):
 def rank_linear(features, labels, weights):
     """The metrics.Ranking of images by the classifier of fit_logistic."""
     rows = [
-        metrics.rank_classes(linear(part.to(weights.device), weights).double()).cpu()
+        metrics.rank_classes(linear(part.to(weights.device), weights)).cpu()
         for part in features.split(CHUNK)
     ]
     return metrics.collected(torch.cat(rows), labels)

@@ -25,7 +25,7 @@ import engine
 import metrics
 import models
 import utils
-from transforms import MEAN, STD, CenterCrop, to_float
+from transforms import MEAN, STD, CenterCrop
 from utils import InputError, natural, not_negative, positive, positive_int
 
 PRESETS = {
@@ -250,15 +250,6 @@ def create_training(model, precision, updates, classes, args):
     return training, ema
 
 
-def score_vit(vit, test, classes, precision, args):
-    vit.eval()
-    rows, labels = engine.predict(
-        lambda images: metrics.rank_classes(vit(to_float(images)).float()),
-        metrics.ranking_width(classes), test, precision, args.batch_size, args.workers,
-    )  # fmt: skip
-    return metrics.collected(rows, labels)
-
-
 def restore(path, vit, training, ema, pretrained):
     """Loads an unfinished run; returns the epochs finished."""
     state = checkpoint.load(path)
@@ -306,7 +297,8 @@ def main(args):
     start_epoch = restore(latest, vit, training, ema, digest) if is_old else 0
 
     def score(model):
-        return score_vit(model, test, len(names), precision, args)
+        model.eval()
+        return metrics.rank_set(model, len(names), test, precision, args.batch_size, args.workers)
 
     if not args.evaluate:
         log = utils.open_log(folder, start_epoch, start_epoch * updates)

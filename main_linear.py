@@ -136,11 +136,7 @@ def create_training(probe, precision, updates, args):
 
 def score_probe(probe, test, classes, precision, args):
     probe.eval()
-    rows, labels = engine.predict(
-        lambda images: metrics.rank_classes(probe.classify(to_float(images))),
-        metrics.ranking_width(classes), test, precision, args.batch_size, args.workers,
-    )  # fmt: skip
-    return metrics.collected(rows, labels)
+    return metrics.rank_set(probe.classify, classes, test, precision, args.batch_size, args.workers)
 
 
 def restore(path, probe, optimizer, pretrained):

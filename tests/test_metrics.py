@@ -52,6 +52,12 @@ def test_few_classes():
     assert metrics.top1(two) == 50 and metrics.top5(two) == 100
 
 
+def test_class_numbers_survive_half_precision():
+    scores = torch.zeros(1, 1000, dtype=torch.bfloat16)
+    scores[0, 999], scores[0, 513] = 2, 1
+    assert metrics.rank_classes(scores)[0, :2].tolist() == [999, 513]
+
+
 def test_the_interval_is_that_of_a_proportion(scores):
     r = ranking(*scores)
     low, high = metrics.bootstrap_interval(metrics.top1, r)
