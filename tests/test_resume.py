@@ -5,6 +5,7 @@ Run with -s to see the figures that page quotes.
 
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -129,10 +130,13 @@ KILLS = 30
 
 
 def kill_in_a_save(running, folder, rng):
-    """Kills the process group while a checkpoint is being written; whether that came about."""
-    unfinished = folder / "checkpoint.pt.tmp"
+    """Kills the process group while it writes its second or a later checkpoint."""
+    latest, unfinished = folder / "checkpoint.pt", folder / "checkpoint.pt.tmp"
+    before = latest.exists() and latest.stat().st_mtime
+    running.wait_for(lambda: latest.exists() and latest.stat().st_mtime != before)
+    time.sleep(rng.random() * 0.5)
     running.wait_for(unfinished.exists)
-    time.sleep(rng.random() * 0.01)
+    time.sleep(rng.random() * 0.02)
     running.kill()
     return unfinished.exists()
 
@@ -140,7 +144,7 @@ def kill_in_a_save(running, folder, rng):
 def kill_at_random(running, rng):
     """At a moment of starting up, training or saving."""
     if rng.random() < 0.8:
-        running.wait_for(lambda: "epoch " in running.text())
+        running.wait_for(lambda: re.search(r"epoch \d+ \[", running.text()))
     time.sleep(rng.random() * 0.5)
     running.kill()
 
@@ -153,13 +157,13 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tiny, t
     flags = small(tiny, folder, *extra, "--save-every-minutes", 1e-9, **options)
     while kills < KILLS:
         (running,) = start("main.py", flags, tmp_path / f"log{kills}")
-        if kills % 2 and folder.exists():
+        if kills % 2:
             in_saves += kill_in_a_save(running, folder, rng)
         else:
             kill_at_random(running, rng)
         assert running.process.exitcode == -signal.SIGKILL, running.text()
         kills += 1
-    done = checkpoint.load(folder / "checkpoint.pt")["progress"]["updates"]
+    done = weights(folder)["progress"]["updates"]
     last = run_script("main.py", flags)
     assert last.returncode == 0 and "warning" not in last.stdout.partition("resumed")[0], (
         last.stdout
