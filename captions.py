@@ -304,6 +304,7 @@ class Texts:
 def read_batches(path):
     """The record batches of an Arrow file, mapped. Raises InputError where they do not fit."""
     try:
+        open(path, "rb", opener=utils.regular_file).close()
         reader = pa.ipc.open_file(pa.memory_map(os.fspath(path)))
         if not reader.schema.equals(SCHEMA):
             raise InputError(f"metadata {path}: its columns are not {', '.join(SCHEMA.names)}")

@@ -8,35 +8,38 @@ plain data. No other class is ever built from a file.
 
 import argparse
 import hashlib
+import io
 import os
 import pathlib
 import pickle
+import re
 import zipfile
+from collections import Counter
+from contextlib import contextmanager
 
-import numpy as np
 import torch
 
 import utils
-from files import first_line
+from files import SLACK, PlainDtype, first_line, memory_limit, plain_scalar
 from models import create_model
 from utils import InputError
 
-
-def read_scalar(dtype, data):
-    """A pickled NumPy number -> a Python one."""
-    return np.frombuffer(data, dtype)[0].item()
-
-
-# Names a released checkpoint may contain. Its paths become pure ones, which touch no disk.
-SAFE_GLOBALS = [
-    argparse.Namespace,
-    np.dtype,
-    type(np.dtype("float64")),
-    (read_scalar, "numpy.core.multiarray.scalar"),
-    (read_scalar, "numpy._core.multiarray.scalar"),  # NumPy 2
-    (pathlib.PurePosixPath, "pathlib.PosixPath"),
-    (pathlib.PurePosixPath, "pathlib._local.PosixPath"),  # Python 3.13 and newer
-]
+# Names that a checkpoint may hold, and what is built for them: paths touch no disk, NumPy's numbers
+# become Python's. The others, PyTorch's way to write tensors, are PyTorch's to build.
+STAND_INS = {
+    "argparse.Namespace": argparse.Namespace,
+    "numpy.dtype": PlainDtype,
+    "numpy.core.multiarray.scalar": plain_scalar,
+    "numpy._core.multiarray.scalar": plain_scalar,  # NumPy 2
+}
+for module in ("pathlib", "pathlib._local"):  # the latter since Python 3.13
+    STAND_INS[f"{module}.PosixPath"] = STAND_INS[f"{module}.PurePosixPath"] = pathlib.PurePosixPath
+SAFE_GLOBALS = [(built, name) for name, built in STAND_INS.items()]
+TENSOR_NAMES = re.compile(
+    r"collections\.(OrderedDict|Counter)|(builtins|__builtin__)\.set|_codecs\.encode|"
+    r"torch\.(Size|device)|torch\._utils\._rebuild_(tensor_v[23]|parameter)|"
+    r"torch\.(storage\.Untyped|[A-Z]\w+)Storage|torch\.(bool|bfloat16|(float|u?int|complex)\d+\w*)"
+)
 
 # What an optimizer holds of each parameter, in its shape.
 MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.SGD: ("momentum_buffer",)}
@@ -119,12 +122,115 @@ def file_digest(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def unpacked_size(path):
-    """Bytes that a checkpoint's zip claims to hold; torch.save packs nothing, so never more."""
-    if not zipfile.is_zipfile(path):
-        return 0
-    with zipfile.ZipFile(path) as archive:
-        return sum(member.file_size for member in archive.infolist())
+class Nothing:
+    """Stands for all that a checkpoint names, while only the names are looked at."""
+
+    def __init__(self, *args):
+        pass
+
+    def ignore(self, *args):
+        pass
+
+    __setstate__ = __setitem__ = append = extend = ignore
+
+
+class NameCheck(pickle.Unpickler):
+    """Goes through a pickle of a checkpoint, and builds nothing of what it names.
+
+    PyTorch's own unpickler, which comes after it, allows more than a checkpoint needs, and does not
+    always say what it refuses. size: the file's; no storage of a tensor can hold more.
+    """
+
+    def __init__(self, file, size):
+        super().__init__(file)
+        self.size = size
+
+    def find_class(self, module, name):
+        name = f"{module}.{name}"
+        if name not in STAND_INS and not TENSOR_NAMES.fullmatch(name):
+            raise InputError(f"is refused: it names {name!r}, which is no part of a checkpoint")
+        return Nothing
+
+    def persistent_load(self, identifier):
+        kind, *_ = identifier if isinstance(identifier, tuple) and identifier else [identifier]
+        if kind != "storage" or len(identifier) not in (5, 6):
+            raise InputError(f"is refused: its persistent id {repr(kind)[:80]} is no tensor's")
+        if not isinstance(numel := identifier[4], int) or not 0 <= numel <= self.size:
+            raise InputError(f"is refused: one of its tensors claims {repr(numel)[:80]} numbers")
+        return Nothing()
+
+
+def check_members(members, size):
+    """Raises InputError for a zip that claims more than its size, or writes outside of a folder.
+
+    torch.save packs nothing, so that a sound one never unpacks to more than itself.
+    """
+    unpacked, names = sum(m.file_size for m in members), Counter(m.filename for m in members)
+    if unpacked > size:
+        raise InputError(f"is refused: it claims to unpack to {unpacked} bytes")
+    for name in names:
+        if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):
+            raise InputError(f"is refused: its member {name!r} leads out of the archive")
+        if names[name] > 1:
+            raise InputError(f"is refused: it has two members {name!r}")
+        if name.endswith(".pkl") and name.partition("/")[2] != "data.pkl":  # TorchScript's
+            raise InputError(f"is refused: its member {name!r} is no part of a checkpoint")
+
+
+def check_content(path):
+    """Raises InputError where a checkpoint names or claims what none can hold; builds nothing."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        is_zip = file.read(4) == b"PK\3\4"  # by which torch.load knows it
+        file.seek(0)
+        if not is_zip:  # before PyTorch 1.6: five pickles, of which the fourth is the dict
+            for _ in range(5):
+                NameCheck(file, size).load()
+            return
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            check_members(members, size)
+            for member in members:
+                if member.filename.endswith(".pkl"):
+                    NameCheck(io.BytesIO(archive.read(member)), size).load()
+
+
+@contextmanager
+def distrusted(path):
+    """Every failure within is an InputError that names the file; memory is bounded by its size."""
+    try:
+        with memory_limit(2 * os.path.getsize(path) + SLACK):
+            yield
+    except InputError as error:
+        raise InputError(f"checkpoint {path} {error}") from error
+    except pickle.UnpicklingError as error:
+        # PyTorch wraps the reason in advice to load the file unsafely; the reason is the context.
+        reason = first_line(error.__context__ or error).split(" was not an allowed")[0]
+        raise InputError(f"checkpoint {path} is refused, it is not plain data: {reason}") from error
+    except Exception as error:  # a damaged file can raise anything
+        reason = first_line(error)
+        if isinstance(error, MemoryError) or "allocate memory" in reason:
+            reason = "it claims more memory than its size allows"
+        raise InputError(f"checkpoint {path} is damaged: {reason}") from error
+
+
+def plain_dict(value):
+    """A dict without what a hostile OrderedDict hides its methods behind; else None."""
+    return dict(dict.items(value)) if isinstance(value, dict) else None
+
+
+def check_kinds(state, path):
+    """Raises InputError where the fields of a checkpoint's dict are not what users rely on."""
+    epoch, best = state.get("epoch", 0), state.get("best_acc1", 0.0)
+    if not isinstance(epoch, int) or not 0 <= epoch < 2**31:
+        raise InputError(f"checkpoint {path}: its epoch is {repr(epoch)[:80]}, not a count")
+    if not isinstance(best, (int, float)):
+        raise InputError(f"checkpoint {path}: its best_acc1 is {repr(best)[:80]}, not a number")
+    size = os.path.getsize(path)
+    for key, value in state["state_dict"].items():
+        if value.numel() * value.element_size() > size:
+            claim = f"{key!r} claims {value.numel()} numbers"
+            raise InputError(f"checkpoint {path} is refused: {claim}")
 
 
 def load(path):
@@ -133,33 +239,26 @@ def load(path):
     Raises InputError if the file is absent, is no checkpoint, or holds anything but plain data.
     """
     if not os.path.isfile(path):
-        raise InputError(f"checkpoint {str(path)!r} is absent; check --resume")
-    try:
-        size = unpacked_size(path)
-        if size > os.path.getsize(path):
-            raise InputError(f"checkpoint {path} is refused: it claims to unpack to {size} bytes")
+        what = "is no regular file" if os.path.exists(path) else "is absent"
+        raise InputError(f"checkpoint {str(path)!r} {what}; check --resume")
+    with distrusted(path):
+        check_content(path)
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
-    except pickle.UnpicklingError as error:
-        # PyTorch wraps the reason in advice to load the file unsafely; the reason is the context.
-        reason = str(error.__context__ or error).splitlines()[0].split(" was not an allowed")[0]
-        raise InputError(f"checkpoint {path} is refused, it is not plain data: {reason}") from error
-    except Exception as error:  # a damaged file can raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"checkpoint {path} is damaged: {reason}") from error
-    if not isinstance(state, dict) or not {"state_dict", "args"} <= state.keys():
+    state = plain_dict(state)
+    if state is None or not {"state_dict", "args"} <= state.keys():
         raise InputError(f"{path} is no checkpoint of a training run: state_dict or args is absent")
-    args, weights = state["args"], state["state_dict"]
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    is_named = all(
-        isinstance(d, dict) and all(isinstance(k, str) for k in d) for d in (args, weights)
-    )
+    args, weights = state["args"], plain_dict(state["state_dict"])
+    args = plain_dict(vars(args) if isinstance(args, argparse.Namespace) else args)
+    is_named = all(d is not None and all(isinstance(k, str) for k in d) for d in (args, weights))
     if not is_named or not all(map(torch.is_tensor, weights.values())):
         raise InputError(f"checkpoint {path}: its state_dict or args is of another kind")
     weights = {key.removeprefix("module."): value for key, value in weights.items()}
-    return {**state, "args": argparse.Namespace(**args), "state_dict": weights}
+    namespace = argparse.Namespace()
+    vars(namespace).update(args)  # which may be named as Namespace's own parameters
+    state |= {"args": namespace, "state_dict": weights}
+    check_kinds(state, path)
+    return state
 
 
 def load_weights(model, state_dict, path, check="--model"):
@@ -192,13 +291,35 @@ def model_name(state, path):
     return name
 
 
+@contextmanager
+def bounded(path):
+    """For building the model that a checkpoint describes: memory is bounded by the file's size.
+
+    On one thread, as a limit is fatal to OpenMP where a thread cannot start. Every failure is an
+    InputError.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with memory_limit(4 * os.path.getsize(path) + SLACK):  # weights may be in half precision
+            yield
+    except InputError as error:
+        raise InputError(f"checkpoint {path}: {error}") from error
+    except Exception as error:
+        reason = first_line(error)
+        raise InputError(f"checkpoint {path}: its model cannot be built: {reason}") from error
+    finally:
+        torch.set_num_threads(threads)
+
+
 def load_model(path):
     """(model in eval mode on the CPU, args of its training run) from a checkpoint file."""
     state = load(path)
     args, name = state["args"], model_name(state, path)
     # Checkpoints of CLIP runs may lack the flags of the SimCLR head, which they have no use for.
-    model = create_model(
-        name, getattr(args, "ssl_mlp_dim", 4096), getattr(args, "ssl_emb_dim", 256)
-    )
+    with bounded(path):
+        model = create_model(
+            name, getattr(args, "ssl_mlp_dim", 4096), getattr(args, "ssl_emb_dim", 256)
+        )
     load_weights(model, state["state_dict"], path)
     return model.eval(), args

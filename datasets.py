@@ -1,6 +1,7 @@
 """Data: the samples of pre-training, and the catalog of labelled sets for evaluation."""
 
 import os
+import re
 from itertools import chain
 from pathlib import Path
 
@@ -9,12 +10,12 @@ import torch
 import torchvision
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from files import read_file, read_metadata, read_npy
+from files import check_inside, read_file, read_metadata, read_npy
 from interrupts import shield_worker
 from tokenizer import trim
 from torchvision_sets import SETS, open_torchvision
 from transforms import IMAGE_VIEWS, EncodedImage, augment, decode_image, group_steps
-from utils import InputError, get_rank, get_world_size, read_json
+from utils import InputError, get_rank, get_world_size, read_json, read_table
 
 TRIES = 20  # samples tried in a row before the images count as absent altogether
 
@@ -26,15 +27,18 @@ class CaptionDataset(Dataset):
     a sample becomes depends on (seed, epoch, that index) alone. Image views are (3, S, S) uint8,
     "text" is a caption, "source" says which sample it is, "bad" why the indices before it cannot be
     read. With augment "device" the views are only cropped, and "steps" holds what is left for each.
+    Raises InputError for a path that leads out of root, unless allow_outside.
     """
 
-    def __init__(self, captions, root, views, image_size, seed=0, augment="cpu"):
+    def __init__(
+        self, captions, root, views, image_size, seed=0, augment="cpu", allow_outside=False
+    ):
         if not os.path.isdir(root):
             raise InputError(f"--root {root!r} is not a folder; give the folder of the images")
         self.captions, self.root, self.seed = captions, root, seed
         self.image_views = [view for view in views if view in IMAGE_VIEWS]
         self.image_size, self.with_text = image_size, "text" in views
-        self.on_device = augment == "device"
+        self.on_device, self.allow_outside = augment == "device", allow_outside
 
     def __len__(self):
         return len(self.captions)
@@ -45,6 +49,7 @@ class CaptionDataset(Dataset):
         for index in indices:
             rng = np.random.default_rng((self.seed, epoch, index))
             path, captions = self.captions[index]
+            check_inside(self.root, path, "metadata: image", self.allow_outside)
             try:
                 sample = self.read_views(path, rng)
             except InputError as error:
@@ -162,8 +167,12 @@ CATALOG, LABELS, TEMPLATES = (
 )
 
 
-def load_catalog(path=CATALOG):
-    """The catalog, {name: {"type", "path", "train", "test"}}; paths are relative to its file."""
+def load_catalog(path=CATALOG, allow_outside=False):
+    """The catalog, {name: {"type", "path", "train", "test"}}; paths are relative to its file.
+
+    A set may lie anywhere by an absolute path or one with ~, but "../" climbs out of no folder,
+    unless allow_outside, which each entry keeps for the paths that its set lists.
+    """
     folder = os.path.dirname(os.path.abspath(path))
     catalog = read_json(path, "catalog")
     if not isinstance(catalog, dict):
@@ -172,7 +181,13 @@ def load_catalog(path=CATALOG):
         texts = isinstance(entry, dict) and all(isinstance(v, str) for v in entry.values())
         if not texts or not {"type", "path"} <= entry.keys():
             raise InputError(f"catalog {path}: entry {name!r} needs a type and a path, as texts")
-        entry["path"] = os.path.join(folder, os.path.expanduser(entry["path"]))
+        what, own = f"catalog {path}: {name!r}", os.path.expanduser(entry["path"])
+        if not os.path.isabs(own):
+            check_inside(folder, own, what, allow_outside)
+        entry["path"] = os.path.join(folder, own)
+        for split in (entry.get("train", ""), entry.get("test", "")):
+            check_inside(entry["path"], split, what, allow_outside)
+        entry["allow_outside"] = allow_outside
     return catalog
 
 
@@ -213,6 +228,20 @@ def unchanged(image):
 
 def load_image(path):
     return decode_image(read_file("", str(path)), path)
+
+
+def check_names(name, labels):
+    """Raises InputError unless the classes of a set are texts or lists of synonyms, as it needs."""
+    for label in labels if isinstance(labels, list) else [None]:
+        synonyms = label if isinstance(label, list) else [label]
+        if not synonyms or not all(is_text(synonym) for synonym in synonyms):
+            raise InputError(
+                f"labels of {name!r}: {repr(label)[:80]} is neither a text nor a list of texts"
+            )
+
+
+def is_text(value):
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)  # half of a pair
 
 
 def check_labels(found, labels, where):
@@ -266,6 +295,9 @@ class FileList(Dataset):
                 f"{name}: {split}_images.npy has {len(self.images)} rows, but "
                 f"{split}_labels.npy {len(found)}; they must agree"
             )
+        for image in self.images:
+            what, allowed = f"{self.root}/{split}_images.npy: image", entry.get("allow_outside")
+            check_inside(self.root, str(image), what, allowed)
         self.labels = class_numbers(found, labels, f"{self.root}/{split}_labels.npy")
 
     def __len__(self):
@@ -304,7 +336,13 @@ def add_set_flags(parser):
     add("--dataset", default="imagenet", help="set of the catalog, with a train and a test split")
     add("--catalog", default=CATALOG, help="where the sets lie (JSON)")
     add("--labels", default=LABELS, help="class names (JSON)")
+    add_outside_flag(add)
     return add
+
+
+def add_outside_flag(add):
+    what = "follow paths of metadata and catalog that leave their folder by ../ or from /"
+    add("--allow-outside-root", action="store_true", help=what)
 
 
 def download(catalog, name, is_train, labels):
@@ -313,18 +351,19 @@ def download(catalog, name, is_train, labels):
         raise InputError(f"{name!r} is not in the catalog and the labels; choose from them")
     if CATALOG_TYPES.get(catalog[name]["type"]) is not open_torchvision:
         raise InputError(f"{name}: the catalog says type {catalog[name]['type']}, not torchvision")
+    check_names(name, labels[name])
     split = split_name(catalog, name, is_train)
     if is_train and split is None:
         return None
     return open_torchvision(name, catalog[name], split, unchanged, labels[name], download=True)
 
 
-def open_splits(name, catalog, labels):
+def open_splits(name, catalog, labels, allow_outside=False):
     """(training and test set of PIL images, their classes as labels.json names them).
 
     catalog, labels: paths of the JSON files. Raises InputError as get_downstream_dataset.
     """
-    table, catalog = read_json(labels, "labels"), load_catalog(catalog)
+    table, catalog = read_table(labels, "labels"), load_catalog(catalog, allow_outside)
     if name not in table:
         raise InputError(f"{name!r} is not in {labels}; choose from {', '.join(table)}")
     train, test = (
@@ -352,5 +391,6 @@ def get_downstream_dataset(catalog, name, is_train, transform, labels):
             f"{name}: folder {entry['path']} is absent; put the set there or change its path in "
             "the catalog"
         )
+    check_names(name, labels)
     split = split_name(catalog, name, is_train)
     return CATALOG_TYPES[entry["type"]](name, entry, split, transform, labels)

@@ -19,6 +19,7 @@ import engine
 import loops
 import utils
 from checkpoint import load_model
+from files import check_inside
 from tokenizer import SimpleTokenizer, trim
 from transforms import CenterCrop, to_float
 from utils import InputError, positive_int
@@ -32,6 +33,7 @@ def get_args_parser():
     add("--resume", required=True, help="checkpoint file, ours or a released one")
     add("--captions", required=True, help="Karpathy's split file or a COCO captions file (JSON)")
     add("--root", required=True, help="folder of the images")
+    datasets.add_outside_flag(add)
     add("--split", default="test", help="of Karpathy's file; a COCO file is taken whole")
     add("--captions-per-image", default=5, type=positive_int, help="the first so many of each")
     add("--name", help="of the set in retrieval.json; by default the captions file's")
@@ -94,9 +96,11 @@ def read_captions(path, split, per_image):
 
 
 class Images(Dataset):
-    """(3, S, S) uint8 views of files, labelled by their number. All must be there."""
+    """(3, S, S) uint8 views of files, labelled by their number. All must be there, below root."""
 
-    def __init__(self, root, paths, size):
+    def __init__(self, root, paths, size, allow_outside=False):
+        for path in paths:
+            check_inside(root, path, "image", allow_outside)
         absent = [p for p in paths if not os.path.isfile(os.path.join(root, p))]
         if absent:
             raise InputError(
@@ -178,7 +182,8 @@ def main(args):
     precision, tokenizer = engine.Precision(args.precision, device), SimpleTokenizer()
 
     rows = read_captions(args.captions, args.split, args.captions_per_image)
-    dataset = Images(args.root, [path for path, _ in rows], model.image_size)
+    paths = [path for path, _ in rows]
+    dataset = Images(args.root, paths, model.image_size, args.allow_outside_root)
     captions = [text for _, texts in rows for text in texts]
     owners = torch.tensor([i for i, (_, texts) in enumerate(rows) for _ in texts], device=device)
 

@@ -125,6 +125,7 @@ def get_args_parser():
     parser.add_argument("--output-dir", default="./", help="where results.json is written")
     parser.add_argument("--datasets", nargs="+", help="sets to score; those present if not given")
     parser.add_argument("--catalog", default=datasets.CATALOG, help="where the sets lie (JSON)")
+    datasets.add_outside_flag(parser.add_argument)
     parser.add_argument("--labels", default=datasets.LABELS, help="class names (JSON)")
     parser.add_argument("--templates", default=datasets.TEMPLATES, help="prompts (JSON)")
     parser.add_argument("--prompts", help="prompts of that name for every set: imagenet80, CLIP's")
@@ -190,9 +191,9 @@ def evaluate_checkpoint(path, tasks_of, device, args):
 def main(args):
     device = utils.init_distributed(args.device, args.dist_url, args.deterministic)
 
-    catalog = datasets.load_catalog(args.catalog)
-    labels = utils.read_json(args.labels, "labels")
-    templates = utils.read_json(args.templates, "templates")
+    catalog = datasets.load_catalog(args.catalog, args.allow_outside_root)
+    labels = utils.read_table(args.labels, "labels")
+    templates = utils.read_table(args.templates, "templates")
     names = choose_sets(args.datasets, catalog)
     if args.prompts and args.prompts not in templates:
         raise InputError(f"--prompts {args.prompts!r} is none of {', '.join(templates)}")

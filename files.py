@@ -24,7 +24,7 @@ import ijson
 import numpy as np
 import pyarrow as pa
 
-from utils import InputError
+from utils import InputError, regular_file
 
 # What parsers of text, tables and archives raise when a file is damaged or of another kind.
 BAD_INPUT = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError)
@@ -33,6 +33,7 @@ BAD_INPUT += (tarfile.TarError, zipfile.BadZipFile, zlib.error, pa.ArrowExceptio
 
 MAX_LINE = 2**24  # characters of a line of text
 MAX_IMAGE = 2**28  # bytes of an image, packed or not
+SLACK = 2**28  # bytes that reading any file may take, beside what its size explains
 
 
 # ---------------------------------------------------------------------------------------------
@@ -119,8 +120,8 @@ def memory_limit(size):
 
 
 def read_pickle(file):
-    """The plain data in a pickle. Its objects may take 32 times the file's size, and 1 GiB."""
-    with memory_limit(32 * os.fstat(file.fileno()).st_size + 2**30):
+    """The plain data in a pickle. Its objects may take 32 times the file's size, and SLACK."""
+    with memory_limit(32 * os.fstat(file.fileno()).st_size + SLACK):
         return PlainUnpickler(file).load()
 
 
@@ -132,7 +133,7 @@ def read_npy(file):
     if read_header(file)[2].hasobject:
         return read_pickle(file)
     file.seek(0)
-    with memory_limit(2 * os.fstat(file.fileno()).st_size + 2**30):
+    with memory_limit(2 * os.fstat(file.fileno()).st_size + SLACK):
         return np.load(file, allow_pickle=False)
 
 
@@ -146,7 +147,7 @@ def first_line(error):
 def read_metadata(path, parse):
     """parse(binary file), with every failure as an InputError that names the file."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=regular_file) as file:
             return parse(file)
     except OSError as error:
         raise InputError(f"metadata {path}: {error.strerror or error}; check the path") from error
@@ -182,7 +183,7 @@ class Files:
         """Each file, opened as bytes; .gz and .bz2 unpacked."""
         for path in self.paths:
             self.path = path
-            with open(path, "rb") as self.raw:
+            with open(path, "rb", opener=regular_file) as self.raw:
                 opener = OPENERS.get(os.path.splitext(path)[1])
                 yield opener(self.raw, "rb") if opener else self.raw
                 self.before += self.raw.tell()
@@ -220,7 +221,7 @@ def read_lines(file):
 
 
 def open_bytes(path):
-    return open(path, "rb", buffering=0)
+    return open(path, "rb", buffering=0, opener=regular_file)
 
 
 class UnusualZip(Exception):
@@ -321,6 +322,22 @@ def read_tar(path, name):
 
 
 ARCHIVES = {".zip/": read_zip, ".tar/": read_tar}
+
+
+def check_inside(root, path, what, allowed=False):
+    """Raises InputError where `path` leads out of `root`; `what` says which path it is.
+
+    Only the text counts, so that symbolic links below root may lead anywhere. `allowed` is the flag
+    --allow-outside-root.
+    """
+    if allowed or not (".." in path or path.startswith("/")):  # the usual case, for every sample
+        return
+    top = os.path.abspath(root)
+    if not os.path.abspath(os.path.join(top, path)).startswith(top.rstrip("/") + "/"):
+        raise InputError(
+            f"{what} {path!r} leaves its folder {str(root)!r}; correct it, or give "
+            "--allow-outside-root if you trust it"
+        )
 
 
 def read_plain(path):

@@ -43,6 +43,7 @@ def get_args_parser():
     add("--max-bad-fraction", default=0.01, type=number(float, 0, 1), help="of unreadable images")
     add("--val-dataset", default="imagenet", help="set scored zero-shot as it trains, or none")
     add("--catalog", default=datasets.CATALOG, help="where the labelled sets lie (JSON)")
+    datasets.add_outside_flag(add)
     add("--output-dir", default="./", help="folder of checkpoints and logs")
 
     add = parser.add_argument_group("Model").add_argument
@@ -93,7 +94,7 @@ def open_validation(model, args):
     """The zero-shot task of --val-dataset, or None where there is nothing to score."""
     if args.val_dataset == "none" or "text" not in model.views:
         return None
-    catalog = datasets.load_catalog(args.catalog)
+    catalog = datasets.load_catalog(args.catalog, args.allow_outside_root)
     labels = utils.read_json(datasets.LABELS, "labels")
     templates = utils.read_json(datasets.TEMPLATES, "templates")
     try:
@@ -110,7 +111,7 @@ def open_loader(model, tokenizer, device, args):
     pairs = utils.in_turns(lambda: captions.load_captions(args.dataset, args.metadata, columns))
     augment = args.augment or ("device" if device.type == "cuda" else "cpu")
     dataset = datasets.CaptionDataset(
-        pairs, args.root, model.views, model.image_size, args.seed, augment
+        pairs, args.root, model.views, model.image_size, args.seed, augment, args.allow_outside_root
     )
     if "aug1" in model.views and args.batch_size * utils.get_world_size() == 1:
         raise InputError("--batch-size 1 is too few for the SimCLR head's batch norm; raise it")

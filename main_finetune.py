@@ -116,10 +116,8 @@ def create_vit(path, classes, args):
     options = dict(tower.options, num_classes=classes, drop_path_rate=args.drop_path)
     if args.input_size:
         options["img_size"] = args.input_size
-    try:
+    with checkpoint.bounded(path):
         vit = timm.create_model(tower.timm_name, **options)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise InputError(f"{path} holds {state['args'].model}: {error}") from error
     if not isinstance(vit, timm.models.VisionTransformer):
         raise InputError(
             f"{path} holds {state['args'].model}, whose tower is no ViT: BeiT's recipe is for ViTs"
@@ -131,9 +129,10 @@ def create_vit(path, classes, args):
         for key, value in state["state_dict"].items()
         if key.startswith("visual.")
     }
-    weights["pos_embed"] = timm.layers.resample_abs_pos_embed(
-        weights["pos_embed"], vit.patch_embed.grid_size, num_prefix_tokens=vit.num_prefix_tokens
-    )
+    with checkpoint.bounded(path):
+        weights["pos_embed"] = timm.layers.resample_abs_pos_embed(
+            weights["pos_embed"], vit.patch_embed.grid_size, num_prefix_tokens=vit.num_prefix_tokens
+        )
     own = {f"head.{key}": value for key, value in vit.head.state_dict().items()}
     checkpoint.load_weights(vit, weights | own, path)
     return vit
@@ -272,7 +271,9 @@ def finetune(interrupts, args):
     device = utils.init_distributed(args.device, args.dist_url, args.deterministic)
     utils.seed_everything(args.seed)
 
-    train, test, labels = datasets.open_splits(args.dataset, args.catalog, args.labels)
+    train, test, labels = datasets.open_splits(
+        args.dataset, args.catalog, args.labels, args.allow_outside_root
+    )
     names = metrics.display_names(labels)
     vit = create_vit(args.pretrained, len(names), args).to(device)
     size = models.input_size(vit)

@@ -262,7 +262,9 @@ def evaluate(interrupts, args):
     model, _ = checkpoint.load_model(args.pretrained)
     model.to(device)
     precision = engine.Precision(args.precision, device)
-    train, test, labels = datasets.open_splits(args.dataset, args.catalog, args.labels)
+    train, test, labels = datasets.open_splits(
+        args.dataset, args.catalog, args.labels, args.allow_outside_root
+    )
     names = metrics.display_names(labels)
 
     classify, width = CLASSIFIERS[args.classifier], models.output_width(model.visual)

@@ -38,7 +38,7 @@ from captions import (
     write_captions,
     yfcc_image,
 )
-from files import Files, has_file, read_file, read_metadata
+from files import Files, check_inside, has_file, read_file, read_metadata
 from transforms import decode_image
 from utils import InputError
 
@@ -152,7 +152,10 @@ def shard_images(folder, shard):
     is_image = re.compile(r"(.+)\.(jpe?g|png|webp)")
     tar, plain = folder / f"{shard}.tar", folder / shard
     if tar.exists():
-        with tarfile.open(tar, "r:") as members:
+        with (
+            open(tar, "rb", opener=utils.regular_file) as file,
+            tarfile.open(fileobj=file, mode="r:") as members,
+        ):
             names = {m.name: f"{shard}.tar/{m.name}@{m.offset_data}+{m.size}" for m in members}
     else:
         names = {n: f"{shard}/{n}" for n in (os.listdir(plain) if plain.exists() else ())}
@@ -188,11 +191,14 @@ def open_conceptual(args):
 # Conversion
 
 
-def only_present(source, root):
-    """The source less the rows whose image is not below root."""
+def only_present(source, root, allow_outside=False):
+    """The source less the rows whose image is absent. An image that is not below root is an error,
+    unless allow_outside.
+    """
 
     def pick(row):
         image, captions = source.pick(row)
+        check_inside(root, image, f"metadata {source.files.path}: image", allow_outside)
         if not has_file(root, image):
             raise Dropped("without an image")
         return image, captions
@@ -207,7 +213,7 @@ def convert(args):
         raise InputError(f"--root {args.root} is not a folder")
     source = args.open_source(args)
     if args.root:
-        source = only_present(source, args.root)
+        source = only_present(source, args.root, args.allow_outside_root)
     settings = {k: v for k, v in vars(args).items() if isinstance(v, str) and k != "output"}
     inputs = Files([path for path in settings.values() if os.path.isfile(path)])
     counts = write_captions(args.output, source, key=[settings, inputs.signature()])
@@ -276,6 +282,7 @@ def check_pairs(args):
 
     def read(index):
         path, _ = pairs[index]
+        check_inside(args.root, path, f"{pairs.path}: image", args.allow_outside_root)
         return decode_image(read_file(args.root, path), f"{args.root}/{path}")
 
     decode_some(read, len(pairs))
@@ -283,7 +290,7 @@ def check_pairs(args):
 
 
 def download(args):
-    catalog = datasets.load_catalog(args.catalog)
+    catalog = datasets.load_catalog(args.catalog, args.allow_outside_root)
     labels = utils.read_json(datasets.LABELS, "labels")
     for name in args.datasets:
         for is_train in (True, False):
@@ -294,7 +301,7 @@ def download(args):
 
 
 def check(args):
-    catalog = datasets.load_catalog(args.catalog)
+    catalog = datasets.load_catalog(args.catalog, args.allow_outside_root)
     labels = utils.read_json(datasets.LABELS, "labels")
     failed = []
 
@@ -383,6 +390,7 @@ def get_args_parser():
         command = commands.add_parser(name, help=what, description=what)
         command.add_argument("--output", default=f"{name}.arrow", help="Arrow file to write")
         command.add_argument("--root", help=root)
+        datasets.add_outside_flag(command.add_argument)
         command.set_defaults(run=convert, open_source=open_source)
         return command.add_argument
 
@@ -424,6 +432,7 @@ def get_args_parser():
     add("--metadata", help="captions of a pre-training set to check, too")
     add("--dataset", default="csv", help=f"its kind: one of {', '.join(SOURCES)}")
     add("--root", default="", help="folder of its images")
+    datasets.add_outside_flag(add)
     add_table_flags(add)
     command.set_defaults(run=check)
 
@@ -431,6 +440,7 @@ def get_args_parser():
     command = commands.add_parser("download", help=what, description=what)
     command.add_argument("--datasets", nargs="+", required=True, help="sets of the catalog")
     command.add_argument("--catalog", default=datasets.CATALOG, help="where they shall lie (JSON)")
+    datasets.add_outside_flag(command.add_argument)
     command.set_defaults(run=download)
 
     command = commands.add_parser("digits", help="handwritten digits for the demo")

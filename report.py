@@ -24,6 +24,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 OTHERS = ("linear", "logistic", "knn-*", "finetune*")  # classifiers trained on labels
+LOGGED = re.compile("epoch|samples_per_sec|train_(clip_)?loss|test_acc1")  # what is shown
 BASE64 = re.compile("[A-Za-z0-9+/]+=*")
 RECALLS = [f"{way}_recall{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
 
@@ -50,13 +51,18 @@ PAPER = {
 # Reading
 
 
-def is_score(row, key):
+def are_numbers(values):
+    """Whether all can be shown: JSON knows integers that no float can hold."""
+    return all(isinstance(x, float) or (isinstance(x, int) and abs(x) < 1e30) for x in values)
+
+
+def is_score(row, keys):
     interval = row.get("interval", [0.0, 0.0])
-    numbers = [row.get(key), *interval] if isinstance(interval, list) else [None]
-    return all(isinstance(x, (int, float)) for x in numbers) and len(numbers) == 3
+    numbers = [*map(row.get, keys), *(interval if isinstance(interval, list) else [None])]
+    return are_numbers(numbers) and len(numbers) == len(keys) + 2
 
 
-def read_scores(path, needs="accuracy"):
+def read_scores(path, needs=("accuracy",)):
     """{set: {..., "accuracy": number}} of a result file; {} where there is none."""
     if not os.path.exists(path):
         return {}
@@ -80,6 +86,15 @@ def read_examples(path):
     return table
 
 
+def read_epochs(path):
+    """The rows of a log; {} where there is none. What a row says of an epoch must be numbers."""
+    rows = utils.read_log(path) if os.path.exists(path) else []
+    for row in rows:
+        if not are_numbers(value for key, value in row.items() if LOGGED.fullmatch(key)):
+            raise InputError(f"{path} is no log of this code: epoch {row['epoch']}; remove it")
+    return rows
+
+
 def read_run(folder):
     """All that is known of a run. Raises InputError if the folder holds neither log nor results."""
     folder = os.path.normpath(folder)
@@ -95,15 +110,19 @@ def read_run(folder):
     settings = path("args.json")
     run = {
         "name": os.path.basename(os.path.abspath(folder)),
-        "log": utils.read_log(path("log.txt")) if os.path.exists(path("log.txt")) else [],
+        "log": read_epochs(path("log.txt")),
         "settings": utils.read_json(settings, "settings") if os.path.exists(settings) else {},
         "results": read_scores(path("results.json")),
         "examples": read_examples(path("examples.json")),
         "others": others,
-        "retrieval": read_scores(path("retrieval.json"), RECALLS[0]),
+        "retrieval": read_scores(path("retrieval.json"), RECALLS),
     }
     if not (run["log"] or run["results"] or others or run["retrieval"]):
         raise InputError(f"{folder} is no run: it holds neither a finished epoch nor results")
+    try:
+        json.dumps(run, indent=1, ensure_ascii=False).encode()
+    except (RecursionError, UnicodeEncodeError) as error:
+        raise InputError(f"{folder}: its files hold what cannot be written: {error}") from error
     return run
 
 

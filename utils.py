@@ -5,11 +5,14 @@ Nothing here knows about models, losses or data. Shapes: N global batch, B local
 
 import argparse
 import copy
+import errno
 import json
 import math
 import os
 import platform
 import random
+import re
+import stat
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
@@ -113,15 +116,35 @@ def leave():
 # Files
 
 
+def regular_file(path, flags):
+    """The opener, for open(), of strangers' files: a pipe or a device might never come to its end.
+
+    Raises OSError for these, and for a folder.
+    """
+    descriptor = os.open(path, flags | os.O_NONBLOCK)  # no waiting for a pipe's writer
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "it is no regular file", path)
+
+
 def read_json(path, what):
     """The parsed JSON file; `what` names it in errors. Raises InputError if absent or malformed."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", opener=regular_file) as file:
             return json.load(file)
     except OSError as error:
         raise InputError(f"{what} {path}: {error.strerror}; check the path") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{what} {path} is not valid JSON: {error}") from error
+
+
+def read_table(path, what):
+    """The object in a JSON file, as a dict."""
+    table = read_json(path, what)
+    if not isinstance(table, dict):
+        raise InputError(f"{what} {path} is no JSON object of named entries; check the file")
+    return table
 
 
 def make_folder(path):
@@ -165,6 +188,14 @@ def update_json(path, entries):
 # Ranks and gathers
 
 
+def environment_number(name, default):
+    """What a launcher left in the environment, RANK for example, as an int of 0 or more."""
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise InputError(f"{name}={text!r} in the environment is no number; unset it or correct it")
+    return int(text)
+
+
 def init_distributed(device="auto", dist_url="env://", deterministic=False):
     """Joins the ranks that a launcher (torchrun, submitit) started and returns this rank's device.
 
@@ -181,7 +212,7 @@ def init_distributed(device="auto", dist_url="env://", deterministic=False):
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this machine has no usable CUDA device; use --device cpu")
     if device == "cuda":
-        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        local_rank, gpus = environment_number("LOCAL_RANK", 0), torch.cuda.device_count()
         if local_rank >= gpus:
             raise InputError(
                 f"this node has {gpus} GPUs; start no more than {gpus} processes on it"
@@ -189,7 +220,9 @@ def init_distributed(device="auto", dist_url="env://", deterministic=False):
         torch.cuda.set_device(local_rank)
         # Images are of one size; but which kernel wins a trial differs from start to start.
         torch.backends.cudnn.benchmark = not deterministic
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
+    if rank >= world_size:
+        raise InputError(f"RANK={rank} is none of WORLD_SIZE={world_size} ranks; start by torchrun")
     if world_size > 1:
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         # Converting the metadata of 15 million pairs may take ten minutes, while the others wait.
@@ -247,7 +280,7 @@ def in_turns(function):
 
     What the first leaves on a disk, the others find there. An error waits until all had their turn.
     """
-    is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    is_first = environment_number("LOCAL_RANK", 0) == 0
     mine = 0 if is_main() else 1 if is_first else 2
     result = error = None
     for turn in range(3):
@@ -445,10 +478,15 @@ def describe_run(args, **derived):
 def read_log(path):
     """The rows of a log.txt; a line that is none (cut short by a kill, say) is left out."""
     rows = []
-    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+    try:
+        with open(path, encoding="utf-8", errors="replace", opener=regular_file) as file:
+            lines = file.read().splitlines()
+    except OSError as error:
+        raise InputError(f"log {path}: {error.strerror}; remove it") from error
+    for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict) and isinstance(row.get("epoch"), int):
             rows.append(row)

@@ -5,6 +5,7 @@ import collections
 import os
 import pathlib
 import pickle
+import resource
 import zipfile
 
 import numpy as np
@@ -210,3 +211,41 @@ def test_our_checkpoints_are_plain_data(tmp_path):
     checkpoint.save(tmp_path / "c.pt", {"state_dict": {}, "args": {"model": "x"}})
     assert torch.load(tmp_path / "c.pt", weights_only=True)["args"] == {"model": "x"}
     assert os.listdir(tmp_path) == ["c.pt"]
+
+
+def test_all_that_a_sound_checkpoint_may_hold(tmp_path):
+    """Beside what released ones do: what torch.save makes of sets, bytes, dtypes and parameters."""
+    weights = {
+        "a": torch.nn.Parameter(torch.ones(2)),
+        "b": torch.zeros(3, dtype=torch.bfloat16),
+        "c": torch.tensor([1, 2], dtype=torch.uint32),
+        "d": torch.zeros(0),
+        "e": torch.tensor(True),
+    }
+    extra = [{"x"}, collections.Counter("aab"), b"bytes", torch.Size([1]), torch.float16]
+    extra += [np.int64(5), np.bool_(True), np.float32(0.5), torch.device("cpu"), 1.5, None]
+    for is_zip in (True, False):
+        if not is_zip:
+            del weights["c"]  # which PyTorch itself cannot read in the old format
+        state = {"state_dict": weights, "args": {}, "extra": extra}
+        torch.save(state, tmp_path / "c.pt", _use_new_zipfile_serialization=is_zip)
+        loaded = checkpoint.load(tmp_path / "c.pt")
+        assert loaded["extra"] == extra
+        assert all(torch.equal(loaded["state_dict"][k], v) for k, v in weights.items())
+
+
+def test_weights_of_half_precision_fit_a_model_of_single(tmp_path):
+    expected = save_released(tmp_path / "c.pt").half()
+    state = checkpoint.load(tmp_path / "c.pt")
+    state |= {"state_dict": expected.state_dict(), "optimizer": {}, "args": vars(state["args"])}
+    torch.save(state, tmp_path / "half.pt")
+    model, _ = checkpoint.load_model(tmp_path / "half.pt")
+    assert model.logit_scale.dtype == torch.float32
+
+
+def test_memory_may_grow_again_after_loading(tmp_path):
+    save_released(tmp_path / "c.pt")
+    limits, threads = resource.getrlimit(resource.RLIMIT_AS), torch.get_num_threads()
+    checkpoint.load_model(tmp_path / "c.pt")
+    assert resource.getrlimit(resource.RLIMIT_AS) == limits
+    assert torch.get_num_threads() == threads

@@ -1,5 +1,6 @@
 """Caption sources from real files, plain-data reading, sampling, and the catalog's types."""
 
+import importlib
 import json
 import os
 import pickle
@@ -243,6 +244,89 @@ def test_the_catalog_is_an_object(tmp_path):
     (tmp_path / "catalog.json").write_text("[]")
     with pytest.raises(InputError, match="no object of named sets"):
         datasets.load_catalog(tmp_path / "catalog.json")
+
+
+def test_a_catalog_stays_in_its_folder(tmp_path):
+    outside = f"{tmp_path}/outside"
+    for path in ("../outside", "a/../../outside"):
+        with pytest.raises(
+            InputError, match=r"catalog .*'mine' '.*outside' leaves its folder .*give"
+        ):
+            catalog_of(tmp_path, type="imagefolder", path=path)
+    for path in (outside, "~/outside", "a/../inside"):  # the user names a folder
+        assert catalog_of(tmp_path, type="imagefolder", path=path)
+    for part in ("train", "test"):
+        for split in ("../x", "a/../../../x", "/etc"):
+            with pytest.raises(InputError, match="'mine' '.*' leaves its folder '.*mine'"):
+                catalog_of(tmp_path, type="imagefolder", **{part: split})
+    (tmp_path / "catalog.json").write_text(
+        json.dumps({"mine": {"type": "filelist", "path": "../x", "test": "../../y"}})
+    )
+    catalog = datasets.load_catalog(tmp_path / "catalog.json", allow_outside=True)
+    assert catalog["mine"]["path"] == f"{tmp_path}/../x"
+
+
+@pytest.mark.parametrize("image", ["../out.png", "/etc/x.png", "a/../../out.png"])
+def test_a_filelist_stays_in_its_folder(tmp_path, image):
+    save_image(tmp_path / "out.png", 0)
+    (tmp_path / "mine").mkdir()
+    np.save(tmp_path / "mine/val_images.npy", np.array([image]))
+    np.save(tmp_path / "mine/val_labels.npy", np.array([0]))
+    catalog = catalog_of(tmp_path, type="filelist")
+    with pytest.raises(InputError, match="mine/val_images.npy: image '.*' leaves its folder"):
+        open_mine(catalog, ["a"])
+    catalog = datasets.load_catalog(tmp_path / "catalog.json", allow_outside=True)
+    assert open_mine(catalog, ["a"]).labels == [0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_metadata_that_leave_the_root_stop_the_run(tmp_path, capfd, workers):
+    """They are no bad sample to pass over, and one line also from a loader's worker."""
+    rows = "".join(f"train2017/{i:012d}.jpg,x\n" for i in range(7))
+    write_coco(tmp_path / "root", 8)
+    save_image(tmp_path / "out.jpg", 0)
+    (tmp_path / "m.csv").write_text(f"filepath,title\n{rows}../out.jpg,x\n")
+    captions, root = load_captions("csv", tmp_path / "m.csv"), str(tmp_path / "root")
+    loader = loader_of(CaptionDataset(captions, root, VIEWS, 32), workers)
+    with pytest.raises(SystemExit) as stop:
+        utils.run(lambda: list(loader))
+    assert stop.value.code == 2
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert error == (
+        f"error: metadata: image '../out.jpg' leaves its folder '{root}'; correct it, or give "
+        "--allow-outside-root if you trust it"
+    )
+    allowed = CaptionDataset(captions, root, VIEWS, 32, allow_outside=True)
+    assert [batch["bad"] for batch in loader_of(allowed, workers)] == [[], []]
+
+
+@pytest.mark.parametrize(
+    "script", ["main", "main_linear", "main_finetune", "eval_zeroshot", "eval_retrieval"]
+)
+def test_every_script_that_reads_such_paths_has_the_flag(script):
+    parser = importlib.import_module(script).get_args_parser()
+    needed = {"main_linear": "--pretrained x", "main_finetune": "--pretrained x"}
+    needed |= {"eval_zeroshot": "--resume x", "eval_retrieval": "--resume x --captions x --root x"}
+    flags = needed.get(script, "").split()
+    assert not parser.parse_args(flags).allow_outside_root
+    assert parser.parse_args([*flags, "--allow-outside-root"]).allow_outside_root
+
+
+@pytest.mark.parametrize("label", [5, None, [], ["a", 5], [["a"]], {"a": 1}, "\ud800"])
+def test_classes_are_texts(tmp_path, label):
+    write_folders(tmp_path / "mine/val", classes=2, each=1)
+    catalog = catalog_of(tmp_path, type="imagefolder")
+    with pytest.raises(InputError, match="labels of 'mine': .* is neither a text nor a list of te"):
+        open_mine(catalog, ["a", label])
+    catalog["cifar10"] = {"type": "torchvision", "path": str(tmp_path)}
+    with pytest.raises(InputError, match="labels of 'cifar10'"):
+        datasets.download(catalog, "cifar10", True, {"cifar10": ["a", label]})
+
+
+def test_labels_are_an_object(tmp_path):
+    (tmp_path / "labels.json").write_text('["mine"]')
+    with pytest.raises(InputError, match="labels.json is no JSON object of named entries"):
+        datasets.open_splits("mine", datasets.CATALOG, tmp_path / "labels.json")
 
 
 def test_images_are_read_from_any_mode(tmp_path):

@@ -39,6 +39,15 @@ def test_recall_is_a_brute_force_count(monkeypatch):
     assert 0 < got["text_to_image_recall1"] < got["text_to_image_recall10"] < 100
 
 
+def test_images_stay_below_the_root(tmp_path):
+    save_image(tmp_path / "out.png", 0)
+    (tmp_path / "root").mkdir()
+    for path in ("../out.png", str(tmp_path / "out.png")):
+        with pytest.raises(InputError, match="image '.*out.png' leaves its folder '.*root'"):
+            eval_retrieval.Images(tmp_path / "root", [path], 32)
+        assert len(eval_retrieval.Images(tmp_path / "root", [path], 32, allow_outside=True)) == 1
+
+
 def test_collapsed_embeddings_are_no_better_than_chance():
     images, texts, owners = embeddings(n=40)
     got = eval_retrieval.recalls(torch.ones_like(images), torch.ones_like(texts), owners)

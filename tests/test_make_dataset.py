@@ -286,6 +286,34 @@ def test_check_tells_what_can_be_used(tmp_path, capsys):
     assert "test/3/0.png is empty, or no image" in out and "bird/0.png: No such file" in out
 
 
+def test_images_outside_of_the_root(tmp_path, capsys):
+    """An error where images are looked at, and not a row to drop."""
+    save_image(tmp_path / "out.png", 0)
+    (tmp_path / "root").mkdir()
+    (tmp_path / "m.csv").write_text("filepath,title\n../out.png,a\n")
+    flags = ("csv", "--table", tmp_path / "m.csv", "--output", tmp_path / "m.arrow")
+    flags = (*flags, "--root", tmp_path / "root")
+    with pytest.raises(InputError, match="m.csv: image '../out.png' leaves its folder '.*root'"):
+        make(*flags)
+    assert not (tmp_path / "m.arrow").exists()
+    make(*flags, "--allow-outside-root")
+    assert rows(tmp_path / "m.arrow") == [("../out.png", ["a"])]
+    (tmp_path / "none.json").write_text("{}")
+    flags = ("check", "--catalog", tmp_path / "none.json", "--metadata", tmp_path / "m.arrow")
+    flags = (*flags, "--root", tmp_path / "root")
+    with pytest.raises(InputError, match="as they are: csv"):
+        make(*flags)
+    assert "m.arrow: image '../out.png' leaves its folder" in capsys.readouterr().out
+    make(*flags, "--allow-outside-root")
+
+
+@pytest.mark.parametrize("command", ["check", "download --datasets food101"])
+def test_a_catalog_that_leaves_its_folder(tmp_path, command):
+    catalog = write_catalog(tmp_path, food101="../out")
+    with pytest.raises(InputError, match="'food101' '../out' leaves its folder"):
+        make(*command.split(), "--catalog", catalog)
+
+
 def test_digits(tmp_path, capsys):
     root = tmp_path / "digits"
     make = make_dataset.get_args_parser().parse_args(["digits", "--root", str(root)])

@@ -1,6 +1,7 @@
 """The report: tables, pictures, the page in a real browser, and folders that hold no run."""
 
 import json
+import os
 import shutil
 import subprocess
 
@@ -120,13 +121,37 @@ def test_the_page_in_a_browser(runs):
         ("linear.json", "[1]", "holds no results of this code"),
         ("retrieval.json", '{"coco": {"accuracy": 5}}', "holds no results of this code"),
         ("examples.json", '{"digits": [["a", "b", 1, "\\"><script>"]]}', "holds no examples"),
+        ("results.json", '{"digits": {"accuracy": 1e5, "interval": null}}', "holds no results"),
+        ("results.json", f'{{"digits": {{"accuracy": 1{"0" * 400}}}}}', "holds no results"),
+        ("results.json", '{"\\ud800": {"accuracy": 5}}', "hold what cannot be written"),
+        ("retrieval.json", '{"coco": {"image_to_text_recall1": 5}}', "holds no results"),
         ("args.json", "{", "args.json"),
+        ("args.json", "[" * 10**5, "args.json"),
+        ("log.txt", '{"epoch": 0, "train_loss": "x"}', "log.txt is no log of this code: epoch 0"),
+        ("log.txt", '{"epoch": 0, "samples_per_sec": [1]}', "is no log of this code"),
+        ("log.txt", '{"epoch": 0, "test_acc1": null}', "is no log of this code"),
+        ("log.txt", f'{{"epoch": 1{"0" * 400}}}', "is no log of this code"),
     ],
 )
 def test_foreign_files_are_told(runs, name, text, match):
     (runs / "slip" / name).write_text(text)
     with pytest.raises(InputError, match=match):
         report.read_run(runs / "slip")
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+@pytest.mark.parametrize("name", ["log.txt", "args.json", "results.json", "linear.json"])
+def test_what_is_no_file_is_told(runs, name, make):
+    (runs / "slip" / name).unlink()
+    make(runs / "slip" / name)
+    with pytest.raises(InputError, match=f"{name}: it is no regular file"):
+        report.read_run(runs / "slip")
+
+
+@pytest.mark.parametrize("text", ["[]", '{"args": 5}', '{"args": {"model": [1]}}', "5", "null"])
+def test_settings_of_another_kind_do_no_harm(runs, text):
+    (runs / "slip/args.json").write_text(text)
+    call(runs / "slip", runs / "simclr", "--output", runs / "r.html")
 
 
 def test_a_folder_that_is_no_run(tmp_path):

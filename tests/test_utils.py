@@ -180,7 +180,42 @@ def test_silent_log_does_nothing():
         report(1, {}, {})
 
 
-@pytest.mark.parametrize("text, match", [(None, "No such file"), ("{", "not valid JSON")])
+@pytest.mark.parametrize(
+    "environment, match",
+    [
+        ({"RANK": "x"}, "RANK='x' in the environment is no number; unset it"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE='-1' in the environment"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE='' in the environment"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 is none of WORLD_SIZE=2 ranks"),
+        ({"WORLD_SIZE": "0"}, "RANK=0 is none of WORLD_SIZE=0 ranks"),
+        ({"WORLD_SIZE": "9" * 400}, "is no number"),
+    ],
+)
+def test_garbage_from_a_launcher_is_told(monkeypatch, environment, match):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=match):
+        utils.init_distributed("cpu")
+
+
+def test_a_local_rank_that_is_none(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "first")
+    with pytest.raises(InputError, match="LOCAL_RANK='first' in the environment is no number"):
+        utils.in_turns(lambda: 1)
+
+
+NESTED = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    "text, match",
+    [
+        (None, "No such file"),
+        ("{", "not valid JSON"),
+        (NESTED, "not valid JSON"),
+        ("9" * 5000, "not valid JSON"),
+    ],
+)
 def test_read_json_names_the_file(tmp_path, text, match):
     path = tmp_path / "x.json"
     if text:
