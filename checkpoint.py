@@ -50,16 +50,24 @@ def save(path, state, prove=lambda path: None):
     utils.write_atomically(path, lambda file: torch.save(state, file), prove)
 
 
-def prove(path):
+def check_sums(path):
     """Raises InputError unless every byte of a checkpoint of ours is as it was written."""
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
-        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged file can raise anything
         raise InputError(f"checkpoint {path} is damaged: {first_line(error)}") from error
     if broken:
         raise InputError(f"checkpoint {path} is damaged: the checksum of {broken} differs")
+
+
+def prove(path):
+    """Raises an error unless a checkpoint that we have just written can be read.
+
+    Unlike load, it bounds no memory: that would bound the training beside it, too.
+    """
+    check_sums(path)
+    torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 # ---------------------------------------------------------------------------------------------

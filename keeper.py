@@ -130,7 +130,8 @@ class Keeper:
             if not os.path.exists(path):
                 continue
             try:
-                checkpoint.prove(path)
+                checkpoint.load(path)
+                checkpoint.check_sums(path)
                 return path, notes
             except InputError as error:
                 notes.append(f"warning: {error}; going on from the one before it")

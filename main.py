@@ -302,6 +302,7 @@ def train(interrupts, args):
         log.epoch(stats)
         progress.finish_epoch()
         keeper.save(is_best)
+    keeper.wait()
     log.close()
 
 

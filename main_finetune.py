@@ -321,6 +321,7 @@ def finetune(interrupts, args):
             log.epoch(stats)
             progress.finish_epoch()
             keeper.save()
+        keeper.wait()
 
     results = {"finetune": score(vit)} | ({"finetune-ema": score(ema.module)} if ema else {})
     if not args.evaluate:

@@ -201,6 +201,7 @@ def train_probe(model, width, splits, evaluation, interrupts, args):
         log.epoch(stats | {"lr": float(training.schedule[epoch * updates])})
         progress.finish_epoch()
         keeper.save()
+    keeper.wait()
     log.close()
     check_frozen(model.visual, args.pretrained)
     return ranking
