@@ -112,10 +112,10 @@ class Keeper:
 
     def restore_random(self, states, path):
         """On another number of ranks those that are new keep the state they were seeded with."""
-        if utils.get_rank() >= len(states):
-            return
-        state = states[utils.get_rank()]
         try:
+            if utils.get_rank() >= len(states):
+                return
+            state = states[utils.get_rank()]
             utils.set_random_state(state, self.device)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"checkpoint {path}: its random states are of another kind") from error

@@ -181,3 +181,84 @@ def test_batches_prepared_beside_the_step_arrive_whole():
     batches = [torch.full((1000, 1000), float(i)).pin_memory() for i in range(20)]
     totals = [t.feed({"x": x})["x"].mean() for x in batches]
     assert [round(x.item()) for x in totals] == [2 * i for i in range(20)]
+
+
+class Batched(nn.Module):
+    """A model with parameters and batch statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm1d(3), nn.Linear(3, 1)
+
+    def forward(self, x):
+        return self.head(self.norm(x))
+
+
+def batched_training(precision="fp32", **options):
+    torch.manual_seed(0)
+    model = Batched()
+    return engine.Training(
+        model=model,
+        criterion=lambda outputs: {"loss": outputs.float().square().mean()},
+        optimizer=torch.optim.AdamW(model.parameters()),
+        schedule=np.full(100, 0.1),
+        precision=engine.Precision(precision, CPU),
+        **options,
+    )
+
+
+class Said(SilentLog):
+    def __init__(self):
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_updates_that_are_not_finite_are_left_out(precision):
+    """All is as if their batches had not been there: weights, moments, batch norm, means."""
+    data = torch.randn(24, 3)
+    bad = data.clone()
+    bad[5], bad[13] = torch.nan, torch.inf  # in updates 1 and 3 of 6
+    t, log, progress = batched_training(precision, skip_nonfinite=2), Said(), loops.Progress()
+    means, _ = loops.train_one_epoch(t, loader(bad, 4), progress, log, print_freq=2)
+    sound = torch.cat([data[:4], data[8:12], data[16:]])
+    other = batched_training(precision)
+    expected, _ = loops.train_one_epoch(other, loader(sound, 4), loops.Progress(), SilentLog())
+    assert means == pytest.approx(expected)
+    for key, value in other.model.state_dict().items():
+        assert torch.equal(t.model.state_dict()[key], value), key
+    for i, moments in other.optimizer.state_dict()["state"].items():
+        for key, value in moments.items():
+            assert torch.equal(t.optimizer.state_dict()["state"][i][key], value)
+    assert progress.skipped == 2 and progress.updates == progress.step == 6
+    assert [line.partition(":")[0] for line in log.lines] == [
+        "left out, 1 of 2",
+        "left out, 2 of 2",
+    ]
+    assert "loss is nan at update 1 (epoch 0) on rank 0" in log.lines[0]
+
+
+def test_one_update_too_many_that_is_not_finite_stops():
+    data = torch.randn(24, 3)
+    data[5] = data[13] = torch.nan
+    t = batched_training(skip_nonfinite=1)
+    with pytest.raises(InputError, match=r"over --skip-nonfinite 1 .*loss is nan at update 3"):
+        loops.train_one_epoch(t, loader(data, 4), loops.Progress(), SilentLog())
+
+
+def test_a_gradient_that_is_not_finite_is_left_out_as_well():
+    t = batched_training(skip_nonfinite=1)
+    t.criterion = lambda outputs: {"loss": (0 * outputs.sum()).sqrt()}  # 0, of infinite slope
+    before = {key: value.clone() for key, value in t.model.state_dict().items()}
+    log = Said()
+    loops.train_one_epoch(t, loader(torch.randn(4, 3), 4), loops.Progress(), log)
+    assert all(torch.equal(value, before[key]) for key, value in t.model.state_dict().items())
+    assert "gradient is not finite at update 0" in log.lines[0]
+
+
+def test_the_epoch_goes_on_in_another_batch_where_it_was():
+    progress = loops.Progress(epoch=1, step=6, batch=8)
+    progress.start(updates=3, batch=16)
+    assert (progress.step, progress.batch) == (3, 16)

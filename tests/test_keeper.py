@@ -1,0 +1,186 @@
+"""What a run's folder holds and refuses; that it goes on exactly is in test_resume.py."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from conftest import train_flags
+from launch import REPOSITORY, start
+from test_main import train, weights
+
+import checkpoint
+import keeper
+import loops
+import main
+import utils
+from interrupts import Interrupts
+from utils import InputError
+
+SMALL = {"val": "none", "model": "SIMCLR_VITTINY8"}
+
+
+@pytest.fixture
+def kept(tmp_path):
+    """A keeper of a small model, and the model."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    progress = loops.Progress()
+    args = argparse.Namespace(keep_last=2, save_every_minutes=0.0)
+    parts = {"state_dict": model, "optimizer": optimizer, "progress": progress}
+    with Interrupts() as interrupts:
+        k = keeper.Keeper(tmp_path, parts, interrupts, utils.CPU, args, {"args": {"model": "x"}})
+        k.begin(said := Said())
+        yield k, model, said
+
+
+class Said(utils.SilentLog):
+    def __init__(self):
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+def test_a_checkpoint_holds_all_and_is_plain_data(tiny, tmp_path):
+    train(tiny, tmp_path, "--workers", 2, epochs=1)
+    state = weights(tmp_path)  # torch.load(weights_only=True)
+    assert {"state_dict", "optimizer", "scaler", "epoch", "best_acc1", "progress"} <= state.keys()
+    assert {"random", "args", "argv", "git", "versions", "world_size"} <= state.keys()
+    assert {"step", "updates", "samples", "bad", "skipped", "meters"} <= state["progress"].keys()
+    assert state["progress"]["samples"] == 16 and state["args"]["model"] == "SLIP_VITTINY8"
+    assert set(state["random"][0]) == {"python", "numpy", "torch"} and len(state["random"]) == 1
+    assert state["versions"]["torch"] == torch.__version__
+    json.dumps(state["args"])
+
+
+def test_copies_take_the_memory_of_those_before():
+    state = {"a": torch.ones(3), "b": [torch.zeros(2), {"c": 1}], "d": (1, "x")}
+    copy = keeper.host_copy(state)
+    state["a"] += 1
+    assert copy["a"].tolist() == [1, 1, 1] and copy["b"][1] == {"c": 1} and copy["d"] == (1, "x")
+    again = keeper.host_copy(state, copy)
+    assert again["a"].data_ptr() == copy["a"].data_ptr() and again["a"].tolist() == [2, 2, 2]
+    assert keeper.host_copy({"a": torch.ones(4)}, copy)["a"].tolist() == [1] * 4
+
+
+def test_never_two_writers(kept, monkeypatch):
+    """A save that is due while another is written waits; the clock's does not even ask."""
+    k, model, _ = kept
+    k.seconds, going, write = 1e-9, threading.Event(), k.write
+    monkeypatch.setattr(k, "write", lambda *args: (going.wait(10), write(*args)))
+    k.save()
+    assert k.due() == keeper.NOTHING
+    threads = threading.active_count()
+    threading.Timer(0.2, going.set).start()
+    model.weight.data.fill_(2)
+    k.save()
+    k.wait()
+    assert threading.active_count() <= threads
+    assert checkpoint.load(k.latest)["state_dict"]["weight"][0, 0] == 2
+
+
+def test_a_state_that_is_not_finite_replaces_no_checkpoint(kept):
+    k, model, said = kept
+    k.save()
+    k.wait()
+    model.weight.data[0, 0] = torch.nan
+    k.save()
+    k.wait()
+    assert said.lines == [
+        "warning: the checkpoint could not be saved (weight is not finite); training goes on, the "
+        "one before it is whole"
+    ]
+    assert checkpoint.load(k.latest)["state_dict"]["weight"].isfinite().all()
+
+
+def test_the_best_is_written_before_the_latest_speaks_of_it(kept, monkeypatch):
+    k, _, _ = kept
+    k.save()
+    k.wait()
+    order, replace = [], os.replace
+    monkeypatch.setattr(
+        os, "replace", lambda a, b: (order.append(os.path.basename(b)), replace(a, b))
+    )
+    k.progress.updates, k.progress.best_acc1 = 5, 50.0
+    k.save(is_best=True)
+    k.wait()
+    assert order == ["checkpoint_best.pt", "checkpoint-00000000.pt", "checkpoint.pt"]
+    best = k.latest.replace("checkpoint.pt", "checkpoint_best.pt")
+    assert checkpoint.load(best)["best_acc1"] == 50.0
+
+
+def test_where_there_are_no_hard_links_files_are_moved(kept, monkeypatch):
+    k, _, _ = kept
+
+    def refuse(*args):
+        raise OSError("no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    for updates in (1, 2):
+        k.progress.updates = updates
+        k.save()
+        k.wait()
+    assert [os.path.basename(path) for path in k.numbered()] == ["checkpoint-00000001.pt"]
+    assert checkpoint.load(k.latest)["progress"]["updates"] == 2
+
+
+def test_two_runs_do_not_share_a_folder(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(keeper, "LOCK_PATIENCE", 0.5)
+    flags = train_flags(tiny, tmp_path / "run", epochs=1000, **SMALL)
+    (running,) = start("main.py", flags, tmp_path / "log")
+    try:
+        assert running.says("epoch 0 [4/4]")
+        with pytest.raises(InputError, match=rf"another run writes there \(process {running.pid}"):
+            train(tiny, tmp_path / "run", **SMALL)
+    finally:
+        running.kill()
+    train(tiny, tmp_path / "run", **SMALL)  # the lock went with its process
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        ({"progress": {"step": "x", "meters": {}}}, "its progress is of another kind"),
+        ({"progress": {"step": -1, "meters": {}}}, "its progress is of another kind"),
+        ({"progress": {"stop": 1, "meters": {}}}, "its progress is of another kind"),
+        ({"progress": [1]}, "its progress is of another kind"),
+        ({"random": [{"python": 1}]}, "its random states are of another kind"),
+        ({"random": 3}, "its random states are of another kind"),
+        ({"scaler": {"scale": "x"}}, "its scaler is of another kind"),
+        ({"optimizer": {}}, "its optimizer is of another model"),
+    ],
+)
+def test_foreign_fields_are_told(tiny, tmp_path, change, match):
+    train(tiny, tmp_path, **SMALL)
+    torch.save({**weights(tmp_path), **change}, tmp_path / "checkpoint.pt")
+    with pytest.raises(InputError, match=match):
+        train(tiny, tmp_path, "--precision", "fp16", **SMALL, epochs=2)
+
+
+def test_deterministic_is_set_before_anything_is_computed(tiny, tmp_path):
+    flags = train_flags(tiny, tmp_path / "run", "--deterministic", **SMALL)
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+import torch, main
+main.main(main.get_args_parser().parse_args({flags!r}))
+assert torch.are_deterministic_algorithms_enabled()
+assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_flags_of_saving_are_everywhere_the_same():
+    import main_finetune
+    import main_linear
+
+    for script in (main, main_linear, main_finetune):
+        flags = [] if script is main else ["--pretrained", "x"]
+        args = script.get_args_parser().parse_args(flags)
+        assert (args.save_every_minutes, args.keep_last, args.skip_nonfinite) == (30, 2, 0)
