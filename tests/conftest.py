@@ -1,5 +1,6 @@
 """Small real files for the tests: a caption set, labelled sets, and ways to run the scripts."""
 
+import functools
 import hashlib
 import json
 import os
@@ -27,9 +28,20 @@ HERE = Path(__file__).parent
 REPOSITORY = HERE.parent
 
 
+@functools.cache
+def slurm_answers():
+    try:
+        sinfo = subprocess.run(["sinfo"], capture_output=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return sinfo.returncode == 0
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("slurm") and not slurm_answers():
+        pytest.skip("needs a Slurm cluster that answers sinfo; tests/slurm_cluster.py starts one")
 
 
 @pytest.fixture(scope="session")
