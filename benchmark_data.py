@@ -32,6 +32,7 @@ import datasets
 import engine
 import eval_zeroshot
 import features
+import loops
 import models
 import utils
 from datasets import CaptionDataset, Collate, EpochSampler
@@ -373,8 +374,8 @@ def benchmark_classifier(args):
     print(f"classifier: {len(classes)} classes x {len(templates)} prompts, fp32 on the CPU")
     print(f"{machine()}, median of {args.rounds} rounds\n")
     model = models.create_model(args.model).eval()
-    precision = engine.Precision("fp32", torch.device("cpu"))
-    build = partial(eval_zeroshot.build_classifier, precision=precision)
+    evaluation = loops.Evaluation(engine.Precision("fp32", torch.device("cpu")))
+    build = partial(eval_zeroshot.build_classifier, evaluation=evaluation)
     calls = {
         name: partial(classes_per_second, function, model, classes, templates)
         for name, function in (("one class at a time", build_one_by_one), ("this code", build))

@@ -2,8 +2,8 @@
 
 A checkpoint is a dict: epoch, state_dict, optimizer, scaler, best_acc1, args. Those released with
 the paper hold an argparse.Namespace, sometimes with a pathlib path, and keys that begin with
-"module.", and their optimizer holds a NumPy float; ours hold plain data. No other class is ever
-built from a file.
+"module.", and their optimizer holds a NumPy float; ours, which keeper.py makes, hold more, but
+plain data. No other class is ever built from a file.
 """
 
 import argparse
@@ -11,13 +11,13 @@ import hashlib
 import os
 import pathlib
 import pickle
-import shutil
 import zipfile
 
 import numpy as np
 import torch
 
 import utils
+from files import first_line
 from models import create_model
 from utils import InputError
 
@@ -38,43 +38,47 @@ SAFE_GLOBALS = [
     (pathlib.PurePosixPath, "pathlib._local.PosixPath"),  # Python 3.13 and newer
 ]
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+# What an optimizer holds of each parameter, in its shape.
+MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.SGD: ("momentum_buffer",)}
 
 
-def save(path, state):
+def save(path, state, prove=lambda path: None):
     """Writes beside `path`, flushes, renames: an interrupted save leaves the old file."""
-    utils.write_atomically(path, lambda file: torch.save(state, file))
+    utils.write_atomically(path, lambda file: torch.save(state, file), prove)
 
 
-def save_run(args, model, training, epoch, best_acc1, is_best):
-    """Writes checkpoint.pt, and checkpoint_best.pt if is_best, after `epoch` epochs."""
-    state = {
-        "epoch": epoch,
-        "state_dict": model.state_dict(),
-        "optimizer": training.optimizer.state_dict(),
-        "scaler": training.precision.scaler.state_dict(),
-        "best_acc1": best_acc1,
-        "args": vars(args),
-    }
-    latest = os.path.join(args.output_dir, "checkpoint.pt")
-    save(latest, state)
-    if is_best:
-        best = os.path.join(args.output_dir, "checkpoint_best.pt")
-        with open(latest, "rb") as source:
-            utils.write_atomically(best, lambda file: shutil.copyfileobj(source, file))
+def prove(path):
+    """Raises InputError unless every byte of a checkpoint of ours is as it was written."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a damaged file can raise anything
+        raise InputError(f"checkpoint {path} is damaged: {first_line(error)}") from error
+    if broken:
+        raise InputError(f"checkpoint {path} is damaged: the checksum of {broken} differs")
 
 
-def restore(path, model, training):
-    """Loads a run's weights, optimizer and scaler; returns (epochs finished, best accuracy)."""
-    state = load(path)
-    load_weights(model, state["state_dict"], path)
+# ---------------------------------------------------------------------------------------------
+# Resuming
+
+
+def restore(state, path, parts, check="--model"):
+    """Loads a checkpoint's dict into what it was saved of, {its key: what has a state_dict}.
+
+    Raises InputError where something does not fit; `check` is the flag to look at.
+    """
+    load_weights(parts["state_dict"], state["state_dict"], path, check)
     missing = {"optimizer", "epoch"} - state.keys()
     if missing:
         raise InputError(f"checkpoint {path} holds no {', '.join(missing)} to go on from")
-    restore_optimizer(training.optimizer, state["optimizer"], path)
-    if state.get("scaler"):  # empty where a run used none
-        training.precision.scaler.load_state_dict(state["scaler"])
-    return state["epoch"], float(state.get("best_acc1", 0.0))
+    restore_optimizer(parts["optimizer"], state["optimizer"], path)
+    for key in parts.keys() - {"state_dict", "optimizer"}:
+        if state.get(key):  # a scaler's is empty where a run used none
+            try:
+                parts[key].load_state_dict(state[key])
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                raise InputError(f"checkpoint {path}: its {key} is of another kind") from error
 
 
 def restore_optimizer(optimizer, saved, path):
@@ -82,25 +86,27 @@ def restore_optimizer(optimizer, saved, path):
 
     Moments take their parameter's layout in memory, which fused AdamW relies on.
     """
+    names = MOMENTS[type(optimizer)]
     own = optimizer.state_dict()["param_groups"]
     params = [param for group in optimizer.param_groups for param in group["params"]]
     try:
         fits = [len(g["params"]) for g in saved["param_groups"]] == [len(g["params"]) for g in own]
         for i, moments in saved["state"].items():  # fused AdamW trusts these shapes
-            fits &= torch.is_tensor(moments["step"])
-            fits &= all(params[i].shape == moments[k].shape for k in MOMENTS)
+            fits &= torch.is_tensor(moments.get("step", torch.zeros(())))
+            fits &= all(params[i].shape == moments[k].shape for k in names)
     except (KeyError, IndexError, TypeError, AttributeError):
         fits = False
     if not fits:
         raise InputError(f"checkpoint {path}: its optimizer is of another model; check --model")
     state = {
-        i: {
-            "step": moments["step"],
-            **{k: torch.empty_like(params[i]).copy_(moments[k]) for k in MOMENTS},
-        }
+        i: moments | {k: torch.empty_like(params[i]).copy_(moments[k]) for k in names}
         for i, moments in saved["state"].items()
     }
     optimizer.load_state_dict({"state": state, "param_groups": own})
+
+
+# ---------------------------------------------------------------------------------------------
+# Loading
 
 
 def file_digest(path):
@@ -109,14 +115,6 @@ def file_digest(path):
         raise InputError(f"checkpoint {str(path)!r} is absent; check --pretrained")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check_start(state, path, digest):
-    """Raises InputError if an unfinished run began from another checkpoint than the one given."""
-    if state.get("pretrained") != digest:
-        raise InputError(
-            f"{path} began from another checkpoint than --pretrained; choose another --output-dir"
-        )
 
 
 def unpacked_size(path):

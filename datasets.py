@@ -9,6 +9,7 @@ import torchvision
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from files import read_file, read_metadata, read_npy
+from interrupts import shield_worker
 from tokenizer import trim
 from torchvision_sets import SETS, open_torchvision
 from transforms import IMAGE_VIEWS, EncodedImage, augment, decode_image, group_steps
@@ -91,7 +92,7 @@ class Collate:
 
 
 class EpochSampler(Sampler):
-    """One rank's keys (epoch, indices) of a shuffled epoch of whole batches; set `epoch` first.
+    """One rank's keys (epoch, indices) of a shuffled epoch of whole batches; `go_to` it first.
 
     Every run of world_size * batch_size indices is one global batch, cut into one block a rank:
     the same images whatever the number of ranks that share it. A key's further indices are those
@@ -99,15 +100,21 @@ class EpochSampler(Sampler):
     """
 
     def __init__(self, size, batch_size, batches, rank, world_size, seed=0):
-        self.size, self.seed, self.epoch, self.rank = size, seed, 0, rank
+        self.size, self.seed, self.rank = size, seed, rank
         self.shape = (batches, world_size, batch_size)
+        self.go_to(0)
+
+    def go_to(self, epoch, batch=0):
+        """The next iteration is of that epoch, from that batch of the rank on."""
+        self.epoch, self.batch = epoch, batch
 
     def __len__(self):
+        """Of a whole epoch."""
         return self.shape[0] * self.shape[2]
 
     def __iter__(self):
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.size)
-        places = np.arange(np.prod(self.shape)).reshape(self.shape)[:, self.rank].ravel()
+        places = np.arange(np.prod(self.shape)).reshape(self.shape)[self.batch :, self.rank].ravel()
         tries = min(TRIES, self.size)
         for place in places:
             yield self.epoch, tuple(order[(place + np.arange(tries)) % self.size].tolist())
@@ -140,6 +147,7 @@ def open_loader(dataset, batch_size, workers, device, update_freq=1, collate_fn=
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
+        worker_init_fn=shield_worker,
     )
 
 

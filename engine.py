@@ -1,32 +1,20 @@
-"""One training update, one training epoch, and the evaluation pass; precision and accumulation.
+"""One training update: precision, batches on their way to the device, accumulation, compilation.
 
 Knows no model, loss or data. A model makes outputs of a batch of views, a criterion metrics of
 these, {"loss": ...}; exact accumulation needs the model in two halves, heads(towers(views)).
 """
 
-import time
 from collections import deque
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import chain
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Subset
 
-from utils import (
-    InputError,
-    Meters,
-    from_main,
-    gather_objects,
-    get_rank,
-    get_world_size,
-    natural,
-    reduce_sum,
-)
+from utils import get_world_size, natural, reduce_sum
 
 PRECISIONS = {
     "bf16": torch.bfloat16,
@@ -63,6 +51,7 @@ def add_system_flags(parser):
     add("--device", default="auto", choices=("auto", "cuda", "cpu"))
     add("-j", "--workers", default=10, type=natural, help="loader processes per rank")
     add("--dist-url", default="env://", help="where the ranks meet")
+    add("--deterministic", action="store_true", help="the same bits every time, slower on CUDA")
     return add
 
 
@@ -144,6 +133,7 @@ class Training:
     update_freq: int = 1  # micro-batches an update
     exact: bool = False  # the gradient of the whole batch, not the mean of the micro-batches'
     clip_grad_norm: float = 0.0  # largest norm of the gradient; 0: any
+    skip_nonfinite: int = 0  # updates of a run that may be left out
     prepare: callable = lambda batch: batch  # on the device; not in autocast
     after_update: callable = lambda: None
     feed: Feed = field(init=False)
@@ -220,9 +210,13 @@ def kept_buffers(model):
     """Undoes what happens to a model's buffers within: batch norm counts no batch twice."""
     copies = [buffer.clone() for buffer in model.buffers()]
     yield
-    with torch.no_grad():
-        for buffer, copy in zip(model.buffers(), copies, strict=True):
-            buffer.copy_(copy)
+    restore_buffers(model, copies)
+
+
+@torch.no_grad()
+def restore_buffers(model, copies):
+    for buffer, kept in zip(model.buffers(), copies, strict=True):
+        buffer.copy_(kept)
 
 
 def average_gradients(model, bucket=2**25):
@@ -247,12 +241,21 @@ def update(training, micro_batches, step):
 
     Returns the metrics, on the device: nothing here waits for it.
     """
+    metrics = set_gradient(training, micro_batches, step)
+    return metrics | take_step(training)
+
+
+def set_gradient(training, micro_batches, step):
     t = training
     for group in t.optimizer.param_groups:
         # A NumPy float would be no plain data in a checkpoint. Layer decay scales the rate.
         group["lr"] = float(t.schedule[step]) * group.get("lr_scale", 1.0)
     t.optimizer.zero_grad(set_to_none=True)
-    metrics = (accumulate_exact if t.exact else accumulate_plain)(t, micro_batches)
+    return (accumulate_exact if t.exact else accumulate_plain)(t, micro_batches)
+
+
+def take_step(training):
+    t, metrics = training, {}
     if t.clip_grad_norm:
         t.precision.scaler.unscale_(t.optimizer)
         norm = nn.utils.clip_grad_norm_(t.model.parameters(), t.clip_grad_norm)
@@ -263,134 +266,21 @@ def update(training, micro_batches, step):
     return metrics
 
 
-# ---------------------------------------------------------------------------------------------
-# An epoch
+def update_if_finite(training, micro_batches, step):
+    """The same, but where a rank's loss or the gradient is not finite, all stays as it was.
 
-
-class Batches:
-    """A loader's batches, less what is not for the device; notes the time spent waiting for them.
-
-    "bad" of a batch lists why samples had to be replaced, "sources" what its samples are.
+    Returns (metrics, whether the step was taken), the latter equal on all ranks. Waits for the
+    device, unlike update. A gradient that fp16 scaled too far is the scaler's affair.
     """
-
-    def __init__(self, loader):
-        self.batches, self.waited, self.bad, self.sources = iter(loader), 0.0, [], []
-
-    def take(self, number):
-        for _ in range(number):
-            asked = time.perf_counter()
-            batch = next(self.batches)
-            self.waited += time.perf_counter() - asked
-            self.bad += batch.pop("bad", [])
-            self.sources.append(batch.pop("sources", []))
-            yield batch
-
-
-class BadSamples:
-    """Counts the samples of an epoch that had to be replaced, over all ranks, and names them.
-
-    Raises InputError, on every rank at once, above `fraction` of the epoch's `samples`.
-    """
-
-    def __init__(self, samples, fraction, log):
-        self.samples, self.fraction, self.log, self.count = samples, fraction, log, 0
-
-    def check(self, reasons, device):
-        if not reduce_sum(torch.tensor(len(reasons), device=device)):
-            return
-        reasons = gather_objects(reasons)
-        for reason in reasons:
-            self.log.say_once(f"replaced by the next sample: {reason}")
-        self.count += len(reasons)
-        if self.count > self.fraction * self.samples:
-            raise InputError(
-                f"{self.count} of the epoch's {self.samples} samples cannot be read, more than "
-                f"--max-bad-fraction {self.fraction:g}; the latest: {reasons[-1]}"
-            )
-
-
-def check_finite(mean, losses, sources, update, epoch, log):
-    """Raises InputError, on every rank at once, where the mean loss over all ranks is not finite.
-
-    losses: this rank's of its latest updates, the last of which is number `update`; sources: the
-    samples of their micro-batches. The first fault is named, log.dump lists its update's samples.
-    """
-    if np.isfinite(mean):
-        return
-    faults = [(i, get_rank(), x) for i, x in enumerate(losses) if not np.isfinite(x)]
-    i, rank, loss = min(gather_objects(faults))
-    update += i + 1 - len(losses)
-    k = len(sources) // len(losses)
-    mine = chain.from_iterable(sources[i * k : (i + 1) * k])
-    samples = gather_objects([{"rank": get_rank(), **source} for source in mine])
-    facts = {"update": update, "epoch": epoch, "rank": rank, "loss": str(loss)}
-    path = from_main(log.dump(f"nonfinite-{update}.json", {**facts, "samples": samples}))
-    raise InputError(
-        f"loss is {loss} at update {update} (epoch {epoch}) on rank {rank}; lower --lr, lengthen "
-        f"--warmup-epochs or try --precision fp32; its samples are listed in {path}"
-    )
-
-
-def train_one_epoch(training, loader, epoch, log, print_freq=10, max_bad_fraction=0.01):
-    """An epoch of updates; returns (the epoch's means over all ranks, its speed and size).
-
-    Metrics stay on the device and are read every print_freq updates. Raises InputError on every
-    rank at once when the loss is not finite, or too many samples cannot be read.
-    """
-    k = training.update_freq
-    updates = len(loader) // k
-    first, samples = epoch * updates, loader.batch_size * k * get_world_size()
-    meters, bad = Meters(), BadSamples(updates * samples, max_bad_fraction, log)
-    started, batches = time.perf_counter(), Batches(loader)
-    training.model.train()
-    with log.progress(updates, f"epoch {epoch}") as progress:
-        for i in range(updates):
-            meters.update(update(training, batches.take(k), first + i))
-            if (i + 1) % print_freq and i + 1 < updates:
-                continue
-            means, rows = meters.read()
-            bad.check(batches.bad, training.precision.device)
-            check_finite(means["loss"], rows["loss"], batches.sources, first + i, epoch, log)
-            batches.bad, batches.sources = [], []
-            elapsed = time.perf_counter() - started
-            seen = (i + 1) * samples
-            speed = {"samples_per_sec": seen / elapsed, "data_wait": batches.waited / elapsed}
-            progress(i + 1, means, {**speed, "elapsed": elapsed})
-            values = {**means, **speed, "lr": training.schedule[first + i]}
-            log.scalars({f"train/{key}": value for key, value in values.items()}, first + i)
-    return meters.averages(), {**speed, "pairs": seen, "bad_samples": bad.count}
-
-
-def share_of(dataset, device, batch_size, workers):
-    """This rank's batches of a labelled set: (row numbers, images and labels on the device).
-
-    Rank r of N has the rows r, r + N, ...: each is seen once, whatever N.
-    """
-    mine = torch.arange(get_rank(), len(dataset), get_world_size())
-    loader = DataLoader(
-        Subset(dataset, mine.tolist()),
-        batch_size,
-        num_workers=min(workers, len(mine)),
-        pin_memory=device.type == "cuda",
-    )
-    for i, batch in enumerate(loader):
-        yield mine[i * batch_size : (i + 1) * batch_size], *to_device(batch, device)
-
-
-@torch.no_grad()
-def predict(score_fn, width, dataset, precision, batch_size, workers):
-    """score_fn(images on the device) -> (B, width), over a labelled set of n images.
-
-    Returns (scores (n, width) float64, labels (n,) int64) on the CPU, in the set's order. Each
-    image is counted once, and every rank returns the same, as one process would.
-    """
-    device = precision.device
-    # Ranks fill in their own rows of zeros, so that the sum over ranks is the whole.
-    scores = torch.zeros(len(dataset), width + 1, dtype=torch.float64, device=device)
-    for rows, images, labels in share_of(dataset, device, batch_size, workers):
-        rows = rows.to(device)
-        with precision.autocast():
-            scores[rows, :-1] = score_fn(images).double()
-        scores[rows, -1] = labels.double()
-    scores = reduce_sum(scores).cpu()
-    return scores[:, :-1], scores[:, -1].long()
+    t = training
+    copies = [buffer.clone() for buffer in t.model.buffers()]
+    metrics = set_gradient(t, micro_batches, step)
+    checked = [metrics["loss"]]
+    if not t.precision.scaler.is_enabled():
+        checked += [p.grad.sum() for p in t.model.parameters() if p.grad is not None]
+    faults = sum(~torch.isfinite(x).all() for x in checked)
+    if not reduce_sum(faults.double()).item():
+        return metrics | take_step(t), True
+    restore_buffers(t.model, copies)
+    t.optimizer.zero_grad(set_to_none=True)
+    return metrics, False

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 import datasets
 import engine
+import loops
 import utils
 from checkpoint import load_model
 from tokenizer import SimpleTokenizer, trim
@@ -147,7 +148,7 @@ def recalls(images, texts, owners):
 
 @torch.no_grad()
 def embed_texts(model, tokenizer, texts, precision, batch_size=256):
-    """(m, D) unit rows in float64, each as engine.predict keeps images."""
+    """(m, D) unit rows in float64, each as loops.predict keeps images."""
     rows = []
     for start in range(0, len(texts), batch_size):
         tokens = trim(tokenizer(texts[start : start + batch_size])).to(precision.device)
@@ -156,19 +157,19 @@ def embed_texts(model, tokenizer, texts, precision, batch_size=256):
     return torch.cat(rows)
 
 
-def embed_images(model, dataset, precision, batch_size, workers):
+def embed_images(model, dataset, evaluation):
     """(n, D) unit rows in float64, on every rank."""
 
     def embed(images):
         return F.normalize(model.encode_image(to_float(images)).float(), dim=-1)
 
     width = model.image_projection.shape[1]
-    rows, _ = engine.predict(embed, width, dataset, precision, batch_size, workers)
-    return rows.to(precision.device)
+    rows, _ = loops.predict(embed, width, dataset, evaluation)
+    return rows.to(evaluation.precision.device)
 
 
 def main(args):
-    device = utils.init_distributed(args.device, args.dist_url)
+    device = utils.init_distributed(args.device, args.dist_url, args.deterministic)
 
     model, train_args = load_model(args.resume)
     if "text" not in model.views:
@@ -181,7 +182,8 @@ def main(args):
     captions = [text for _, texts in rows for text in texts]
     owners = torch.tensor([i for i, (_, texts) in enumerate(rows) for _ in texts], device=device)
 
-    images = embed_images(model, dataset, precision, args.batch_size, args.workers)
+    evaluation = loops.Evaluation(precision, args.batch_size, args.workers)
+    images = embed_images(model, dataset, evaluation)
     texts = embed_texts(model, tokenizer, captions, precision)
     result = recalls(images, texts, owners) | {"images": len(rows), "captions": len(captions)}
     if utils.is_main():

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 import datasets
 import engine
+import loops
 import metrics
 import utils
 from checkpoint import load_model
@@ -60,7 +61,7 @@ def open_task(name, image_size, catalog, labels, templates):
 
 
 @torch.no_grad()
-def build_classifier(model, tokenizer, classes, templates, precision, batch_size=256):
+def build_classifier(model, tokenizer, classes, templates, evaluation, batch_size=256):
     """(C, D) unit rows: per class the mean of its prompts' unit embeddings, normalised again."""
     prompts, owners = [], []
     for owner, names in enumerate(classes):
@@ -69,8 +70,9 @@ def build_classifier(model, tokenizer, classes, templates, precision, batch_size
             owners += [owner] * len(templates)
     embeds = []
     for start in range(0, len(prompts), batch_size):
-        text = trim(tokenizer(prompts[start : start + batch_size])).to(precision.device)
-        with precision.autocast():
+        evaluation.check()
+        text = trim(tokenizer(prompts[start : start + batch_size])).to(evaluation.precision.device)
+        with evaluation.precision.autocast():
             embeds.append(F.normalize(model.encode_text(text).float(), dim=-1))
     embeds = torch.cat(embeds)
     sums = embeds.new_zeros(len(classes), embeds.shape[1])
@@ -78,19 +80,17 @@ def build_classifier(model, tokenizer, classes, templates, precision, batch_size
     return F.normalize(sums, dim=-1)
 
 
-def rank_images(model, task, tokenizer, precision, batch_size=256, workers=10):
+def rank_images(model, task, tokenizer, evaluation):
     """The metrics.Ranking of a task's images by cosine similarity to its classes."""
     model.eval()
-    classifier = build_classifier(model, tokenizer, task.classes, task.templates, precision)
+    classifier = build_classifier(model, tokenizer, task.classes, task.templates, evaluation)
 
     def classify(images):
         embed = F.normalize(model.encode_image(images).float(), dim=-1)
         with torch.autocast(images.device.type, enabled=False):
             return embed @ classifier.T
 
-    return metrics.rank_set(
-        classify, len(task.classes), task.dataset, precision, batch_size, workers
-    )
+    return metrics.rank_set(classify, len(task.classes), task.dataset, evaluation)
 
 
 def summarize(task, ranking):
@@ -162,6 +162,7 @@ def evaluate_checkpoint(path, tasks_of, device, args):
         raise InputError(f"{path} holds {train_args.model}: it has no text to prompt")
     model.to(device)
     precision, tasks = engine.Precision(args.precision, device), tasks_of(model)
+    evaluation = loops.Evaluation(precision, args.batch_size, args.workers)
     folder, tokenizer = folder_of(path, args), SimpleTokenizer()
     results, examples = {}, {}
     if utils.is_main():
@@ -169,7 +170,7 @@ def evaluate_checkpoint(path, tasks_of, device, args):
         if len(args.resume) > 1:
             print(f"{path}:")
     for task in tasks:
-        ranking = rank_images(model, task, tokenizer, precision, args.batch_size, args.workers)
+        ranking = rank_images(model, task, tokenizer, evaluation)
         if not utils.is_main():
             continue
         result = summarize(task, ranking)
@@ -187,7 +188,7 @@ def evaluate_checkpoint(path, tasks_of, device, args):
 
 
 def main(args):
-    device = utils.init_distributed(args.device, args.dist_url)
+    device = utils.init_distributed(args.device, args.dist_url, args.deterministic)
 
     catalog = datasets.load_catalog(args.catalog)
     labels = utils.read_json(args.labels, "labels")

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-import engine
+import loops
 import metrics
 import utils
 from transforms import to_float
@@ -29,7 +29,7 @@ def cache_key(*facts):
 
 
 @torch.no_grad()
-def extract(tower, width, dataset, precision, path, batch_size=256, workers=10):
+def extract(tower, width, dataset, path, evaluation):
     """The features (n, W) and labels (n,) of a set, mapped from `path`.npy and `path`-labels.npy.
 
     Where the files are absent they are made: each rank writes its own rows, so that all ranks must
@@ -44,10 +44,8 @@ def extract(tower, width, dataset, precision, path, batch_size=256, workers=10):
                 np.lib.format.open_memmap(f"{file}.tmp", "w+", dtype, shape)
         barrier()
         features, labels = (np.load(f"{file}.tmp", mmap_mode="r+") for file in files)
-        for rows, images, classes in engine.share_of(
-            dataset, precision.device, batch_size, workers
-        ):
-            with precision.autocast():
+        for rows, images, classes in loops.share_of(dataset, evaluation):
+            with evaluation.precision.autocast():
                 features[rows] = tower(to_float(images)).float().cpu()
             labels[rows] = classes.cpu()
         features.flush()

@@ -18,9 +18,12 @@ import checkpoint
 import datasets
 import engine
 import eval_zeroshot
+import loops
 import losses
 import models
 import utils
+from interrupts import Interrupts
+from keeper import Keeper
 from tokenizer import SimpleTokenizer
 from transforms import to_float, to_unit
 from utils import InputError, natural, not_negative, number, positive, positive_int
@@ -69,7 +72,7 @@ def get_args_parser():
     add("--disable-amp", action="store_true", help="the same as --precision fp32")
     add("--compile", action=BooleanOptionalAction, help="torch.compile; by default on CUDA")
     add("--grad-checkpointing", action="store_true", help="less memory for a third more time")
-    add("--print-freq", default=10, type=positive_int, help="updates between readings of metrics")
+    loops.add_training_flags(add)
     add("--eval-freq", default=1, type=positive_int, help="epochs between two validations")
     add("--evaluate", action="store_true", help="validate the checkpoint and stop")
     add("--seed", default=0, type=natural)
@@ -155,6 +158,7 @@ def create_training(model, precision, updates, args):
         ),
         precision=precision,
         update_freq=args.update_freq,
+        skip_nonfinite=args.skip_nonfinite,
         exact=exact,
         clip_grad_norm=args.clip_grad_norm,
         prepare=prepare,
@@ -185,10 +189,9 @@ def compile_training(model, training, args):
 
 
 def announce(log, model, task, loader, training, args):
-    """The first lines of a run's log, and args.json."""
+    """The first lines of a run's log."""
     precision, k = training.precision, args.update_freq
     batch = args.batch_size * utils.get_world_size()
-    log.settings(utils.describe_run(args, effective_batch=batch * k, precision=precision.name))
     log.say(
         f"{args.model}: {len(loader.dataset)} images, {len(loader) // k} updates "
         f"an epoch of {batch} x {k}, {precision.name} on {precision.device.type}"
@@ -225,7 +228,12 @@ def advise(log, data_wait, loader):
 
 
 def main(args):
-    device = utils.init_distributed(args.device, args.dist_url)
+    with Interrupts() as interrupts:
+        train(interrupts, args)
+
+
+def train(interrupts, args):
+    device = utils.init_distributed(args.device, args.dist_url, args.deterministic)
     utils.seed_everything(args.seed)
 
     model = models.create_model(args.model, args.ssl_mlp_dim, args.ssl_emb_dim).to(device)
@@ -233,36 +241,44 @@ def main(args):
         raise InputError(f"--disable-amp contradicts --precision {args.precision}; give one")
     precision = engine.Precision("fp32" if args.disable_amp else args.precision, device)
     task, tokenizer = open_validation(model, args), SimpleTokenizer()
+    evaluation = loops.Evaluation(precision, args.batch_size, args.workers)
 
     if args.evaluate:
-        return evaluate_only(model, task, tokenizer, precision, args)
+        return evaluate_only(model, task, tokenizer, evaluation, args)
 
     loader = open_loader(model, tokenizer, device, args)
     updates = len(loader) // args.update_freq
-    training = create_training(model, precision, updates, args)
+    training, progress = create_training(model, precision, updates, args), loops.Progress()
 
-    # A requeued job names its first --resume again: the run's own progress comes first.
-    own = os.path.join(args.output_dir, "checkpoint.pt")
-    resume = utils.from_main(own if os.path.exists(own) else args.resume)
-    start_epoch, best_acc1 = checkpoint.restore(resume, model, training) if resume else (0, 0.0)
+    batch = args.batch_size * args.update_freq * utils.get_world_size()
+    facts = utils.describe_run(args, effective_batch=batch, precision=precision.name)
+    parts = {"state_dict": model, "optimizer": training.optimizer, "scaler": precision.scaler}
+    keeper = Keeper(
+        args.output_dir, parts | {"progress": progress}, interrupts, device, args, facts
+    )
+    evaluation.check = keeper.check
+    notes = keeper.restore(args.resume)
 
     # The picture first: where --root is wrong it fails before anything is written.
     picture = picture_of_views(loader) if utils.is_main() else None
-    log = utils.open_log(args.output_dir, start_epoch, start_epoch * updates)
+    log = utils.open_log(args.output_dir, progress.epoch, progress.epoch * updates + progress.step)
+    log.settings(facts)
+    keeper.begin(log)
     announce(log, model, task, loader, training, args)
     if args.compile if args.compile is not None else device.type == "cuda":
         reason = compile_training(model, training, args)
         if reason:
             log.say(f"warning: torch.compile failed, training goes on without it: {reason}")
     log.picture("views", picture)
-    if resume:
-        log.say(f"resumed {resume} after {start_epoch} of {args.epochs} epochs")
+    for note in notes:
+        log.say(note)
 
-    for epoch in range(start_epoch, args.epochs):
+    while progress.epoch < args.epochs:
+        epoch = progress.epoch
         utils.seed_everything(args.seed, epoch, utils.get_rank())
-        loader.sampler.epoch = epoch
-        means, speed = engine.train_one_epoch(
-            training, loader, epoch, log, args.print_freq, args.max_bad_fraction
+        loader.sampler.go_to(epoch, progress.step * args.update_freq)
+        means, speed = loops.train_one_epoch(
+            training, loader, progress, log, args.print_freq, args.max_bad_fraction, keeper
         )
         advise(log, speed["data_wait"], loader)
         stats = {f"train_{key}": value for key, value in means.items()}
@@ -270,29 +286,31 @@ def main(args):
         utils.broadcast_buffers(model)
         is_best = False
         if task and ((epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs):
-            result = validate(model, task, tokenizer, precision, args)
-            is_best, best_acc1 = result["accuracy"] > best_acc1, max(result["accuracy"], best_acc1)
+            result = validate(model, task, tokenizer, evaluation)
+            is_best = result["accuracy"] > progress.best_acc1
+            progress.best_acc1 = max(result["accuracy"], progress.best_acc1)
             stats |= {f"test_{key}": result[key] for key in ("accuracy", "acc1", "acc5")}
-            log.say(f"epoch {epoch}: {task.name} {result['accuracy']:.2f}, best {best_acc1:.2f}")
+            log.say(
+                f"epoch {epoch}: {task.name} {result['accuracy']:.2f}, "
+                f"best {progress.best_acc1:.2f}"
+            )
 
         stats |= {"epoch": epoch, "lr": training.schedule[(epoch + 1) * updates - 1], **speed}
         if hasattr(model, "logit_scale"):
             stats["logit_scale"] = model.logit_scale.exp().item()
         log.epoch(stats)
-        if utils.is_main():
-            checkpoint.save_run(args, model, training, epoch + 1, best_acc1, is_best)
+        progress.finish_epoch()
+        keeper.save(is_best)
     log.close()
 
 
-def validate(model, task, tokenizer, precision, args):
+def validate(model, task, tokenizer, evaluation):
     with torch.compiler.set_stance("force_eager"):  # its many shapes are not worth compiling
-        ranking = eval_zeroshot.rank_images(
-            model, task, tokenizer, precision, args.batch_size, args.workers
-        )
+        ranking = eval_zeroshot.rank_images(model, task, tokenizer, evaluation)
     return eval_zeroshot.summarize(task, ranking)
 
 
-def evaluate_only(model, task, tokenizer, precision, args):
+def evaluate_only(model, task, tokenizer, evaluation, args):
     if task is None:
         raise InputError(
             f"--evaluate has nothing to score for {args.model} and --val-dataset "
@@ -300,7 +318,7 @@ def evaluate_only(model, task, tokenizer, precision, args):
         )
     path = args.resume or os.path.join(args.output_dir, "checkpoint.pt")
     checkpoint.load_weights(model, checkpoint.load(path)["state_dict"], path)
-    result = validate(model, task, tokenizer, precision, args)
+    result = validate(model, task, tokenizer, evaluation)
     if utils.is_main():
         score = f"{task.name}: {result['metric']} {result['accuracy']:.2f}"
         print(f"{score}, {result['images']} images of {task.split}")

@@ -22,9 +22,12 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import datasets
 import engine
+import loops
 import metrics
 import models
 import utils
+from interrupts import Interrupts
+from keeper import Keeper
 from transforms import MEAN, STD, CenterCrop
 from utils import InputError, natural, not_negative, positive, positive_int
 
@@ -80,7 +83,7 @@ def get_args_parser():
     add("--smoothing", default=0.1, type=utils.number(float, 0, 1), help="of the labels")
 
     add = engine.add_system_flags(parser)
-    add("--print-freq", default=10, type=positive_int, help="updates between readings of metrics")
+    loops.add_training_flags(add)
     add("--eval-freq", default=1, type=positive_int, help="epochs between two scorings")
     add("--evaluate", action="store_true", help="score the checkpoint in --output-dir and stop")
     add("--seed", default=0, type=natural)
@@ -243,6 +246,7 @@ def create_training(model, precision, updates, classes, args):
         ),
         precision=precision,
         update_freq=args.update_freq,
+        skip_nonfinite=args.skip_nonfinite,
         clip_grad_norm=args.clip_grad,
         prepare=prepare,
         after_update=(lambda: ema.update(vit)) if ema else (lambda: None),
@@ -250,29 +254,22 @@ def create_training(model, precision, updates, classes, args):
     return training, ema
 
 
-def restore(path, vit, training, ema, pretrained):
-    """Loads an unfinished run; returns the epochs finished."""
-    state = checkpoint.load(path)
-    checkpoint.check_start(state, path, pretrained)
-    checkpoint.load_weights(vit, state["state_dict"], path, check="--dataset and --input-size")
-    if ema and "ema" in state:
-        ema.module.load_state_dict(state["ema"])
-    checkpoint.restore_optimizer(training.optimizer, state["optimizer"], path)
-    if state["scaler"]:
-        training.precision.scaler.load_state_dict(state["scaler"])
-    return state["epoch"]
-
-
-def save(path, vit, training, ema, epoch, digest, args):
-    state = {"epoch": epoch, "state_dict": vit.state_dict(), "args": vars(args)}
-    state |= {"pretrained": digest}
-    state |= {"optimizer": training.optimizer.state_dict()}
-    state |= {"scaler": training.precision.scaler.state_dict()}
-    checkpoint.save(path, state | ({"ema": ema.module.state_dict()} if ema else {}))
+def announce(log, train, updates, facts, notes, args):
+    preset = " ".join(f"--{k.replace('_', '-')} {getattr(args, k)}" for k in PRESETS["base"])
+    batch = facts["effective_batch"]
+    log.say(f"--preset {args.preset}: {preset}")
+    log.say(f"{args.dataset}: {len(train)} images, {updates} updates an epoch of {batch}")
+    for note in notes:
+        log.say(note)
 
 
 def main(args):
-    device = utils.init_distributed(args.device, args.dist_url)
+    with Interrupts() as interrupts:
+        finetune(interrupts, args)
+
+
+def finetune(interrupts, args):
+    device = utils.init_distributed(args.device, args.dist_url, args.deterministic)
     utils.seed_everything(args.seed)
 
     train, test, labels = datasets.open_splits(args.dataset, args.catalog, args.labels)
@@ -281,6 +278,7 @@ def main(args):
     size = models.input_size(vit)
     test = datasets.Views(test, CenterCrop(size, round(size * 256 / 224), bicubic=True))
     precision = engine.Precision(args.precision, device)
+    evaluation = loops.Evaluation(precision, args.batch_size, args.workers)
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         raise InputError(f"--batch-size {args.batch_size} is odd, Mixup takes pairs; make it even")
     views = datasets.LabelledViews(train, TimmView(size, args), args.seed)
@@ -288,38 +286,44 @@ def main(args):
     updates = len(loader) // args.update_freq
     training, ema = create_training(Classifier(vit), precision, updates, len(names), args)
 
+    progress, batch = loops.Progress(), args.batch_size * args.update_freq * utils.get_world_size()
+    parts = {"state_dict": vit, "optimizer": training.optimizer, "scaler": precision.scaler}
+    parts |= {"progress": progress} | ({"ema": ema.module} if ema else {})
+    facts = utils.describe_run(args, effective_batch=batch, precision=precision.name)
     folder = os.path.join(args.output_dir, f"finetune-{args.dataset}")
-    latest = os.path.join(folder, "checkpoint.pt")
-    is_old = utils.from_main(os.path.exists(latest))
-    if args.evaluate and not is_old:
-        raise InputError(f"--evaluate: {latest} is absent; train first")
     digest = checkpoint.file_digest(args.pretrained)
-    start_epoch = restore(latest, vit, training, ema, digest) if is_old else 0
+    keeper = Keeper(folder, parts, interrupts, device, args, facts, digest)
+    notes = keeper.restore(check="--dataset and --input-size")
+    if args.evaluate and not progress.updates:
+        raise InputError(f"--evaluate: {keeper.latest} is absent; train first")
 
     def score(model):
         model.eval()
-        return metrics.rank_set(model, len(names), test, precision, args.batch_size, args.workers)
+        return metrics.rank_set(model, len(names), test, evaluation)
 
     if not args.evaluate:
-        log = utils.open_log(folder, start_epoch, start_epoch * updates)
-        preset = " ".join(f"--{k.replace('_', '-')} {getattr(args, k)}" for k in PRESETS["base"])
-        batch = args.batch_size * args.update_freq * utils.get_world_size()
-        log.settings(utils.describe_run(args, effective_batch=batch, precision=precision.name))
-        log.say(f"--preset {args.preset}: {preset}")
-        log.say(f"{args.dataset}: {len(train)} images, {updates} updates an epoch of {batch}")
-        for epoch in range(start_epoch, args.epochs):
+        log = utils.open_log(folder, progress.epoch, progress.epoch * updates + progress.step)
+        log.settings(facts)
+        keeper.begin(log)
+        evaluation.check = keeper.check
+        announce(log, train, updates, facts, notes, args)
+        while progress.epoch < args.epochs:
+            epoch = progress.epoch
             utils.seed_everything(args.seed, epoch, utils.get_rank())
-            loader.sampler.epoch = epoch
-            means, speed = engine.train_one_epoch(training, loader, epoch, log, args.print_freq)
+            loader.sampler.go_to(epoch, progress.step * args.update_freq)
+            means, speed = loops.train_one_epoch(
+                training, loader, progress, log, args.print_freq, keeper=keeper
+            )
             stats = {f"train_{k}": v for k, v in means.items()} | speed | {"epoch": epoch}
             if (epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs:
                 stats["test_acc1"] = metrics.top1(score(vit))
             log.epoch(stats)
-            if utils.is_main():
-                save(latest, vit, training, ema, epoch + 1, digest, args)
-        log.close()
+            progress.finish_epoch()
+            keeper.save()
 
     results = {"finetune": score(vit)} | ({"finetune-ema": score(ema.module)} if ema else {})
+    if not args.evaluate:
+        log.close()
     for name, ranking in results.items() if utils.is_main() else ():
         facts = {"epochs": args.epochs, "input_size": size, "preset": args.preset}
         facts |= {"checkpoint": args.pretrained}

@@ -20,9 +20,12 @@ import checkpoint
 import datasets
 import engine
 import features
+import loops
 import metrics
 import models
 import utils
+from interrupts import Interrupts
+from keeper import Keeper
 from transforms import CenterCrop, CropAndFlip, to_float
 from utils import InputError, natural, not_negative, positive, positive_int
 
@@ -50,7 +53,7 @@ def get_args_parser():
     add("--no-flip", action="store_true", help="for images that have a left and a right, as text")
 
     add = engine.add_system_flags(parser)
-    add("--print-freq", default=10, type=positive_int, help="updates between readings of metrics")
+    loops.add_training_flags(add)
     add("--evaluate", action="store_true", help="linear: score the probe in --output-dir and stop")
     add("--seed", default=0, type=natural)
     return parser
@@ -130,22 +133,14 @@ def create_training(probe, precision, updates, args):
         ),
         schedule=np.repeat(lr * cosine, updates),
         precision=precision,
+        skip_nonfinite=args.skip_nonfinite,
         prepare=prepare,
     )
 
 
-def score_probe(probe, test, classes, precision, args):
+def score_probe(probe, test, classes, evaluation):
     probe.eval()
-    return metrics.rank_set(probe.classify, classes, test, precision, args.batch_size, args.workers)
-
-
-def restore(path, probe, optimizer, pretrained):
-    """Loads an unfinished probe; returns (epochs finished, best accuracy)."""
-    state = checkpoint.load(path)
-    checkpoint.check_start(state, path, pretrained)
-    checkpoint.load_weights(probe.head, state["state_dict"], path, check="--dataset")
-    optimizer.load_state_dict(state["optimizer"])
-    return state["epoch"], state["best_acc1"]
+    return metrics.rank_set(probe.classify, classes, test, evaluation)
 
 
 def check_frozen(tower, path):
@@ -156,51 +151,56 @@ def check_frozen(tower, path):
             raise RuntimeError(f"the frozen tower was changed: {key}")
 
 
-def train_probe(model, width, splits, precision, args):
+def train_probe(model, width, splits, evaluation, interrupts, args):
     """The linear probe, resumed where --output-dir holds an unfinished one."""
     train, test, names = splits
     test = datasets.Views(test, CenterCrop(model.image_size, round(model.image_size * 256 / 224)))
-    probe = Probe(model.visual, width, len(names)).to(precision.device)
+    precision, device = evaluation.precision, evaluation.precision.device
+    probe = Probe(model.visual, width, len(names)).to(device)
     view = CropAndFlip(model.image_size, args.crop_min, not args.no_flip)
     loader = datasets.open_loader(
-        datasets.LabelledViews(train, view, args.seed), args.batch_size, args.workers,
-        precision.device,
-    )  # fmt: skip
+        datasets.LabelledViews(train, view, args.seed), args.batch_size, args.workers, device
+    )
     updates = len(loader)
     training = create_training(probe, precision, updates, args)
+    progress = loops.Progress()
+    parts = {"state_dict": probe.head, "optimizer": training.optimizer, "progress": progress}
+    facts = utils.describe_run(args, lr=float(training.schedule[0]), precision=precision.name)
     folder = os.path.join(args.output_dir, f"linear-{args.dataset}")
-    latest = os.path.join(folder, "checkpoint.pt")
-    is_old = utils.from_main(os.path.exists(latest))
-    if args.evaluate and not is_old:
-        raise InputError(f"--evaluate: {latest} is absent; train the probe first")
     digest = checkpoint.file_digest(args.pretrained)
-    first, best = restore(latest, probe, training.optimizer, digest) if is_old else (0, 0.0)
+    keeper = Keeper(folder, parts, interrupts, device, args, facts, digest)
+    notes = keeper.restore(check="--dataset")
+    if args.evaluate and not progress.updates:
+        raise InputError(f"--evaluate: {keeper.latest} is absent; train the probe first")
     if args.evaluate:
-        return score_probe(probe, test, len(names), precision, args)
+        return score_probe(probe, test, len(names), evaluation)
 
-    log = utils.open_log(folder, first, first * updates)
-    log.settings(utils.describe_run(args, lr=training.schedule[0], precision=precision.name))
+    log = utils.open_log(folder, progress.epoch, progress.epoch * updates + progress.step)
+    log.settings(facts)
+    keeper.begin(log)
+    evaluation.check = keeper.check
     log.say(
         f"{args.dataset}: {len(train)} images of {len(names)} classes, {updates} updates an epoch; "
         f"learning rate {training.schedule[0]:g} by the {args.lr_scaling} rule"
     )
-    ranking = (
-        score_probe(probe, test, len(names), precision, args) if first >= args.epochs else None
-    )
-    for epoch in range(first, args.epochs):
-        loader.sampler.epoch = epoch
-        means, speed = engine.train_one_epoch(training, loader, epoch, log, args.print_freq)
-        ranking = score_probe(probe, test, len(names), precision, args)
+    for note in notes:
+        log.say(note)
+    is_done = progress.epoch >= args.epochs
+    ranking = score_probe(probe, test, len(names), evaluation) if is_done else None
+    while progress.epoch < args.epochs:
+        epoch = progress.epoch
+        loader.sampler.go_to(epoch, progress.step)
+        means, speed = loops.train_one_epoch(
+            training, loader, progress, log, args.print_freq, keeper=keeper
+        )
+        ranking = score_probe(probe, test, len(names), evaluation)
         summary = metrics.summarize(args.dataset, ranking)
-        best = max(best, summary["accuracy"])
+        progress.best_acc1 = max(progress.best_acc1, summary["accuracy"])
         stats = {f"train_{k}": v for k, v in means.items()} | speed
         stats |= {"epoch": epoch, "test_acc1": summary["acc1"], "test_acc5": summary["acc5"]}
         log.epoch(stats | {"lr": float(training.schedule[epoch * updates])})
-        if utils.is_main():
-            state = {"epoch": epoch + 1, "state_dict": probe.head.state_dict(), "best_acc1": best}
-            state |= {"optimizer": training.optimizer.state_dict(), "args": vars(args)}
-            state |= {"pretrained": digest}
-            checkpoint.save(latest, state)
+        progress.finish_epoch()
+        keeper.save()
     log.close()
     check_frozen(model.visual, args.pretrained)
     return ranking
@@ -210,12 +210,12 @@ def train_probe(model, width, splits, precision, args):
 # All classifiers: {name of the result: (its Ranking, further facts)}
 
 
-def classify_linear(model, width, splits, precision, args):
-    ranking = train_probe(model, width, splits, precision, args)
+def classify_linear(model, width, splits, evaluation, interrupts, args):
+    ranking = train_probe(model, width, splits, evaluation, interrupts, args)
     return {"linear": (ranking, {"epochs": args.epochs})}
 
 
-def extract_splits(model, width, splits, precision, args):
+def extract_splits(model, width, splits, evaluation, args):
     """Features of the train and the test split, seen as for zero-shot classification."""
     train, test, _ = splits
     view = CenterCrop(model.image_size)
@@ -223,27 +223,25 @@ def extract_splits(model, width, splits, precision, args):
     where = os.path.abspath(args.catalog), args.dataset
     for split, images in (("train", train), ("test", test)):
         data = datasets.Views(images, view)
-        key = features.cache_key(digest, vars(view), where, len(data), precision.name)
+        key = features.cache_key(digest, vars(view), where, len(data), evaluation.precision.name)
         path = os.path.join(args.output_dir, "features", f"{args.dataset}-{split}-{key}")
-        results += features.extract(
-            model.visual, width, data, precision, path, args.batch_size, args.workers
-        )
+        results += features.extract(model.visual, width, data, path, evaluation)
     return results
 
 
-def classify_logistic(model, width, splits, precision, args):
-    train, train_labels, test, test_labels = extract_splits(model, width, splits, precision, args)
+def classify_logistic(model, width, splits, evaluation, interrupts, args):
+    train, train_labels, test, test_labels = extract_splits(model, width, splits, evaluation, args)
     weights, c = features.fit_with_search(
         train, train_labels, len(splits[2]), metrics.METRICS.get(args.dataset, metrics.top1),
-        precision.device, args.seed,
+        evaluation.precision.device, args.seed,
     )  # fmt: skip
     return {"logistic": (features.rank_linear(test, test_labels, weights), {"C": c})}
 
 
-def classify_knn(model, width, splits, precision, args):
-    data = extract_splits(model, width, splits, precision, args)
+def classify_knn(model, width, splits, evaluation, interrupts, args):
+    data = extract_splits(model, width, splits, evaluation, args)
     rankings = features.knn_rankings(
-        *data, len(splits[2]), args.k, args.temperature, precision.device
+        *data, len(splits[2]), args.k, args.temperature, evaluation.precision.device
     )
     facts = {"temperature": args.temperature}
     return {f"knn-{k}": (ranking, {"k": k, **facts}) for k, ranking in rankings.items()}
@@ -253,7 +251,12 @@ CLASSIFIERS = {"linear": classify_linear, "logistic": classify_logistic, "knn": 
 
 
 def main(args):
-    device = utils.init_distributed(args.device, args.dist_url)
+    with Interrupts() as interrupts:
+        evaluate(interrupts, args)
+
+
+def evaluate(interrupts, args):
+    device = utils.init_distributed(args.device, args.dist_url, args.deterministic)
     utils.seed_everything(args.seed)
 
     model, _ = checkpoint.load_model(args.pretrained)
@@ -263,7 +266,8 @@ def main(args):
     names = metrics.display_names(labels)
 
     classify, width = CLASSIFIERS[args.classifier], models.output_width(model.visual)
-    results = classify(model, width, (train, test, names), precision, args)
+    evaluation = loops.Evaluation(precision, args.batch_size, args.workers)
+    results = classify(model, width, (train, test, names), evaluation, interrupts, args)
     for name, (ranking, facts) in results.items() if utils.is_main() else ():
         facts |= {"checkpoint": args.pretrained}
         metrics.report(args.output_dir, name, args.dataset, ranking, names, facts)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-import engine
+import loops
 import utils
 from transforms import to_float
 
@@ -36,7 +36,7 @@ def ranking_width(classes):
 
 
 def rank_classes(scores):
-    """(B, C) -> (B, K + 1): what a Ranking needs of each row, as engine.predict collects it."""
+    """(B, C) -> (B, K + 1): what a Ranking needs of each row, as loops.predict collects it."""
     scores = scores.double()  # half precision could not hold the classes' numbers beside them
     margin = scores[:, 1:2] - scores[:, :1] if scores.shape[1] > 1 else scores
     return torch.cat([scores.topk(min(5, scores.shape[1])).indices, margin], dim=1)
@@ -47,21 +47,16 @@ def collected(rows, labels):
     return Ranking(rows[:, :-1].long(), rows[:, -1], labels)
 
 
-def rank_set(classify, classes, dataset, precision, batch_size, workers):
+def rank_set(classify, classes, dataset, evaluation):
     """The Ranking of a labelled set of (3, S, S) uint8 images, the same on every rank.
 
     classify: normalised images (B, 3, S, S) on the device -> scores (B, C).
     """
-    return collected(
-        *engine.predict(
-            lambda images: rank_classes(classify(to_float(images))),
-            ranking_width(classes),
-            dataset,
-            precision,
-            batch_size,
-            workers,
-        )
-    )
+
+    def score(images):
+        return rank_classes(classify(to_float(images)))
+
+    return collected(*loops.predict(score, ranking_width(classes), dataset, evaluation))
 
 
 def top1(r):

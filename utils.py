@@ -4,6 +4,7 @@ Nothing here knows about models, losses or data. Shapes: N global batch, B local
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -20,6 +21,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_grad
 from tqdm import tqdm
+
+from interrupts import Stopped, Watchdog
 
 
 class InputError(Exception):
@@ -60,13 +63,44 @@ not_negative = number(float, 0.0)
 def run(script):
     """Calls a script; an InputError becomes one line on stderr and exit code 2."""
     try:
-        script()
+        with reported():
+            script()
     except InputError as error:
-        # From a loader's worker the text comes after its traceback.
-        message = " ".join(str(error).split("utils.InputError: ")[-1].split())
         rank = f" (rank {get_rank()})" if get_rank() else ""
-        print(f"error{rank}: {message}", file=sys.stderr, flush=True)
+        print(f"error{rank}: {one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def one_line(error):
+    # From a loader's worker the text comes after its traceback.
+    return " ".join(str(error).split("utils.InputError: ")[-1].split())
+
+
+@contextmanager
+def reported():
+    """What ends a script within is told to the other ranks, which otherwise would wait for it."""
+    try:
+        yield
+    except BaseException as error:
+        if watchdog := Watchdog.current():
+            watchdog.report(*describe_end(error))
+        raise
+    leave()
+
+
+def describe_end(error):
+    """(what ended this rank, in one line, the exit code that it means for the others)."""
+    if isinstance(error, Stopped):
+        return f"rank {get_rank()} was stopped by a signal", 0
+    if isinstance(error, InputError):
+        return f"rank {get_rank()} found: {one_line(error)}", 2
+    return f"rank {get_rank()} failed: {type(error).__name__}: {one_line(error)}", 1
+
+
+def leave():
+    """Parts from the other ranks at a script's end."""
+    if watchdog := Watchdog.current():
+        watchdog.close()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -94,14 +128,18 @@ def make_folder(path):
     return Path(path)
 
 
-def write_atomically(path, write):
-    """Calls write(file) on a binary file beside `path`, flushes it to disk, then renames it."""
+def write_atomically(path, write, prove=lambda path: None):
+    """Calls write(file) on a binary file beside `path`, flushes it to disk, then renames it.
+
+    prove: called with the path of the new file before it takes the place of the old one.
+    """
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        prove(temporary)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -123,12 +161,17 @@ def update_json(path, entries):
 # Ranks and gathers
 
 
-def init_distributed(device="auto", dist_url="env://"):
+def init_distributed(device="auto", dist_url="env://", deterministic=False):
     """Joins the ranks that a launcher (torchrun, submitit) started and returns this rank's device.
 
     device: auto (CUDA if there is one), cuda or cpu. Reads RANK, WORLD_SIZE and LOCAL_RANK; without
     them, or with one rank, no process group is made. NCCL serves CUDA, gloo the CPU.
+    deterministic: PyTorch takes algorithms that give the same bits every time, or says that for an
+    operation there is none.
     """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -140,13 +183,19 @@ def init_distributed(device="auto", dist_url="env://"):
                 f"this node has {gpus} GPUs; start no more than {gpus} processes on it"
             )
         torch.cuda.set_device(local_rank)
-        torch.backends.cudnn.benchmark = True  # images of one size
+        # Images are of one size; but which kernel wins a trial differs from start to start.
+        torch.backends.cudnn.benchmark = not deterministic
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
-        backend = "nccl" if device == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         # Converting the metadata of 15 million pairs may take ten minutes, while the others wait.
         timeout = timedelta(minutes=30)
-        dist.init_process_group(backend, dist_url, timeout, world_size, rank)
+        store, rank, world_size = next(dist.rendezvous(dist_url, rank, world_size, timeout=timeout))
+        ranks = dist.PrefixStore("ranks", store)
+        dist.init_process_group(
+            backend, store=ranks, timeout=timeout, world_size=world_size, rank=rank
+        )
+        Watchdog(store, rank, world_size).start()
     return torch.device(device)
 
 
@@ -241,19 +290,38 @@ def seed_everything(*numbers):
     torch.manual_seed(seed)
 
 
+CPU = torch.device("cpu")
+
+
+def random_state(device=CPU):
+    """The random states of Python, NumPy and PyTorch, as plain data that a checkpoint may hold."""
+    name, keys, *rest = np.random.get_state()
+    state = {"python": random.getstate(), "numpy": (name, torch.from_numpy(keys), *rest)}
+    state["torch"] = torch.get_rng_state()
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_random_state(state, device=CPU):
+    """Goes back to a random_state; that of CUDA only where there is one."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy(), *rest))
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
 @contextmanager
 def seeded(seed):
     """Python, NumPy and PyTorch (CPU) draw from `seed` within, and go on as before after it."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    state = random_state()
     random.seed(seed)
     np.random.seed(seed)
     torch.random.default_generator.manual_seed(seed)
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+        set_random_state(state)
 
 
 def cosine_scheduler(
@@ -288,32 +356,50 @@ def param_groups(model, weight_decay):
 class Meters:
     """Means of metrics that stay on their device until read, so that no step waits.
 
-    `update` takes a dict of scalar tensors, equal keys every time. `read` returns (the means over
-    all ranks since the last read, the values of each update on this rank, {key: list}), and adds
-    the means to the epoch's in `averages()`.
+    `update` takes a dict of scalar tensors, equal keys every time. Neither how often it is read nor
+    an interruption between (`state_dict`) changes a bit of any mean.
     """
 
     def __init__(self):
-        self.window, self.totals, self.steps = [], {}, 0
+        self.keys, self.pending = [], []  # (keys,) of each update on this rank
+        self.window, self.totals, self.steps = [], [], 0
 
     def update(self, metrics):
         self.keys = list(metrics)
-        self.window.append(torch.stack([value.detach().double() for value in metrics.values()]))
+        self.pending.append(torch.stack([value.detach().double() for value in metrics.values()]))
 
     def read(self):
-        if not self.window:
-            return {}, {}
-        values, self.window = torch.stack(self.window), []  # (updates, keys)
-        sums = reduce_sum(values.sum(0)).tolist()
-        for key, total in zip(self.keys, sums, strict=True):
-            self.totals[key] = self.totals.get(key, 0.0) + total / get_world_size()
-        self.steps += len(values)
-        weight = len(values) * get_world_size()
-        means = {key: total / weight for key, total in zip(self.keys, sums, strict=True)}
-        return means, dict(zip(self.keys, values.T.tolist(), strict=True))
+        """Fetches what was updated since; returns the values of each update on this rank, {key:
+        list}. All ranks read at once."""
+        if not self.pending:
+            return {key: [] for key in self.keys}
+        own, self.pending = torch.stack(self.pending), []  # (updates, keys)
+        for row in (reduce_sum(own.clone()) / get_world_size()).tolist():
+            self.window.append(row)
+            totals = self.totals or [0.0] * len(row)
+            self.totals = [total + value for total, value in zip(totals, row, strict=True)]
+            self.steps += 1
+        return dict(zip(self.keys, own.T.tolist(), strict=True))
+
+    def means(self):
+        """Over all ranks and the updates read since the last call."""
+        window, self.window = self.window, []
+        sums = map(sum, zip(*window, strict=True))
+        return {key: total / len(window) for key, total in zip(self.keys, sums, strict=False)}
 
     def averages(self):
-        return {key: total / self.steps for key, total in self.totals.items()}
+        """Over all ranks and updates that were read."""
+        return {key: v / self.steps for key, v in zip(self.keys, self.totals, strict=False)}
+
+    STATE = ("keys", "window", "totals", "steps")
+
+    def state_dict(self):
+        """What was read; to be asked for after `read`."""
+        return {name: copy.copy(getattr(self, name)) for name in self.STATE}
+
+    def load_state_dict(self, state):
+        for name in self.STATE:
+            setattr(self, name, state[name])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -341,7 +427,7 @@ def describe_run(args, **derived):
         "argv": sys.argv,
         "git": git_revision(),
         "versions": {"python": platform.python_version()}
-        | {module.__name__: module.__version__ for module in modules},
+        | {module.__name__: str(module.__version__) for module in modules},
         "world_size": get_world_size(),
         **derived,
     }
@@ -377,6 +463,14 @@ class RunLog:
         self.writer = SummaryWriter(output_dir, purge_step=first_update)
         self.said = set()
 
+    @contextmanager
+    def tolerant(self):
+        """A full disk costs lines of the log, never the run."""
+        try:
+            yield
+        except OSError as error:
+            self.say_once(f"warning: the log is incomplete: {error.strerror or error}")
+
     def say(self, text):
         print(text, flush=True)
 
@@ -390,10 +484,14 @@ class RunLog:
 
     def epoch(self, stats):
         """One JSON object a line; TensorBoard gets the same numbers by epoch."""
-        with open(self.file, "a", encoding="utf-8") as file:
+        with self.tolerant(), open(self.file, "a", encoding="utf-8") as file:
             file.write(json.dumps(stats) + "\n")
         self.scalars({f"epoch/{key}": value for key, value in stats.items()}, stats["epoch"])
-        self.writer.flush()
+        self.flush()
+
+    def flush(self):
+        with self.tolerant():
+            self.writer.flush()
 
     def dump(self, name, value):
         """Keeps a value as a JSON file beside the log; returns its path."""
@@ -401,16 +499,19 @@ class RunLog:
         return str(self.output_dir / name)
 
     def scalars(self, values, step):
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
+        with self.tolerant():
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
 
     def picture(self, name, image, step=0):
-        self.writer.add_image(name, image, step)
+        with self.tolerant():
+            self.writer.add_image(name, image, step)
 
     @contextmanager
-    def progress(self, total, title):
+    def progress(self, total, title, done=0):
         """Yields report(done, means, speed): a bar on a terminal, a line each time elsewhere."""
-        with tqdm(total=total, desc=title, disable=not sys.stderr.isatty(), unit="update") as bar:
+        is_plain = not sys.stderr.isatty()
+        with tqdm(total=total, desc=title, disable=is_plain, unit="update", initial=done) as bar:
 
             def report(done, means, speed):
                 bar.update(done - bar.n)
@@ -427,19 +528,20 @@ class RunLog:
             yield report
 
     def close(self):
-        self.writer.close()
+        with self.tolerant():
+            self.writer.close()
 
 
 class SilentLog:
     """The log of the ranks that keep none."""
 
-    def progress(self, total, title):
+    def progress(self, total, title, done=0):
         return nullcontext(self.ignore)
 
     def ignore(self, *args):
         pass
 
-    say = say_once = settings = epoch = dump = scalars = picture = close = ignore
+    say = say_once = settings = epoch = flush = dump = scalars = picture = close = ignore
 
 
 def open_log(*args):

@@ -18,6 +18,7 @@ from conftest import exact_training, seeded_embeddings, views_of
 
 import engine
 import features
+import loops
 import losses
 import models
 import utils
@@ -118,14 +119,18 @@ def nonfinite(folder):
     loader = DataLoader(Sourced(), 2, collate_fn=collate)
     log = utils.open_log(folder / "nonfinite")
     try:
-        engine.train_one_epoch(training, loader, 1, log)
+        loops.train_one_epoch(training, loader, loops.Progress(epoch=1), log)
     except utils.InputError as error:
         return str(error), str(error).rpartition(" ")[2]
 
 
-def predictions():
+def evaluation(batch_size, workers):
     precision = engine.Precision("fp32", torch.device("cpu"))
-    return engine.predict(lambda x: x[:, :2], 2, Numbered(), precision, 4, 0)
+    return loops.Evaluation(precision, batch_size, workers)
+
+
+def predictions():
+    return loops.predict(lambda x: x[:, :2], 2, Numbered(), evaluation(4, 0))
 
 
 class Single(Numbered):
@@ -135,8 +140,7 @@ class Single(Numbered):
 
 def few_predictions():
     """Fewer images than ranks."""
-    precision = engine.Precision("fp32", torch.device("cpu"))
-    return engine.predict(lambda x: x[:, :2] + 1, 2, Single(), precision, 4, 2)
+    return loops.predict(lambda x: x[:, :2] + 1, 2, Single(), evaluation(4, 2))
 
 
 class Pictures(Numbered):
@@ -146,16 +150,16 @@ class Pictures(Numbered):
 
 def frozen_features(folder):
     """Features of 11 images by the ranks together; each has its own folder of one process."""
-    precision = engine.Precision("fp32", torch.device("cpu"))
     path = str(folder / f"features{utils.get_world_size()}" / "x")
-    return features.extract(lambda x: x[:, :2, 0, 0], 2, Pictures(), precision, path, 4, 0)
+    return features.extract(lambda x: x[:, :2, 0, 0], 2, Pictures(), path, evaluation(4, 0))
 
 
 def meters():
     meter = utils.Meters()
     for value in (1.0, 2.0):
         meter.update({"loss": torch.tensor(value + utils.get_rank())})
-    return meter.read()[0]
+    meter.read()
+    return meter.means()
 
 
 def main(folder):

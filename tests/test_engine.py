@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import engine
+import loops
 import main
 import models
 from utils import InputError, SilentLog
@@ -80,7 +81,9 @@ def test_the_cpu_defaults_to_fp32():
 
 def test_an_epoch_leaves_out_batches_that_fill_no_update():
     t = training(update_freq=2)
-    means, speed = engine.train_one_epoch(t, loader(torch.randn(20, 3), 4), 0, SilentLog())
+    means, speed = loops.train_one_epoch(
+        t, loader(torch.randn(20, 3), 4), loops.Progress(), SilentLog()
+    )
     assert speed["pairs"] == 16  # five batches of 4, two updates of 2
     assert set(means) == {"loss"}
     assert 0 <= speed["data_wait"] <= 1 and speed["samples_per_sec"] > 0
@@ -91,7 +94,9 @@ def test_a_loss_that_is_not_finite_stops_with_its_step():
     data = torch.randn(8, 3)
     data[5] = torch.nan
     with pytest.raises(InputError, match=r"loss is nan at update 10 \(epoch 2\) on rank 0"):
-        engine.train_one_epoch(t, loader(data, 2), 2, SilentLog(), print_freq=2)
+        loops.train_one_epoch(
+            t, loader(data, 2), loops.Progress(epoch=2), SilentLog(), print_freq=2
+        )
 
 
 def test_the_samples_of_a_loss_that_is_not_finite_are_listed(two_ranks):

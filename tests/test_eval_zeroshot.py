@@ -11,6 +11,7 @@ from conftest import run_script, train_flags, write_folders
 import datasets
 import engine
 import eval_zeroshot
+import loops
 import main
 import utils
 from models import create_model
@@ -69,7 +70,9 @@ def test_labels_and_templates_are_pinned(tables):
 def test_classifier_equals_one_class_at_a_time(batch_size):
     model, tokenizer = create_model("CLIP_VITTINY8").eval(), SimpleTokenizer()
     classes, templates = ["dog", ["cat", "kitten"], "x"], ["a {}.", "photo of the {}"]
-    got = eval_zeroshot.build_classifier(model, tokenizer, classes, templates, FP32, batch_size)
+    got = eval_zeroshot.build_classifier(
+        model, tokenizer, classes, templates, loops.Evaluation(FP32), batch_size
+    )
     for row, names in zip(got, (["dog"], ["cat", "kitten"], ["x"]), strict=True):
         texts = [template.format(name) for name in names for template in templates]
         with torch.no_grad():
@@ -104,11 +107,13 @@ def test_scores_equal_a_plain_loop(tiny, trained):
     catalog, tokenizer = datasets.load_catalog(tiny / "catalog.json"), SimpleTokenizer()
     labels, templates = (utils.read_json(p, p) for p in (datasets.LABELS, datasets.TEMPLATES))
     task = eval_zeroshot.open_task("digits", 32, catalog, labels, templates)
-    ranking = eval_zeroshot.rank_images(model, task, tokenizer, FP32, batch_size=7, workers=0)
+    ranking = eval_zeroshot.rank_images(model, task, tokenizer, loops.Evaluation(FP32, 7, 0))
     result = eval_zeroshot.summarize(task, ranking)
     hits = 0
     with torch.no_grad():
-        texts = eval_zeroshot.build_classifier(model, tokenizer, task.classes, task.templates, FP32)
+        texts = eval_zeroshot.build_classifier(
+            model, tokenizer, task.classes, task.templates, loops.Evaluation(FP32)
+        )
         for image, label in task.dataset:
             hits += (model.encode_image(to_float(image[None])) @ texts.T).argmax().item() == label
     assert result["accuracy"] == pytest.approx(100 * hits / 30)

@@ -10,6 +10,7 @@ from sklearn.linear_model import LogisticRegression
 import checkpoint
 import engine
 import features
+import loops
 import metrics
 
 CPU = torch.device("cpu")
@@ -40,9 +41,9 @@ def test_features_are_kept_on_disk_and_taken_once(tmp_path):
         return images.flatten(1)[:, :4]
 
     path = tmp_path / "features" / "x"
-    first, labels = features.extract(tower, 4, Tiny(), FP32, str(path), 3, 0)
+    first, labels = features.extract(tower, 4, Tiny(), str(path), loops.Evaluation(FP32, 3, 0))
     assert calls == [3, 3, 1] and labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
-    again, _ = features.extract(tower, 4, Tiny(), FP32, str(path), 3, 0)
+    again, _ = features.extract(tower, 4, Tiny(), str(path), loops.Evaluation(FP32, 3, 0))
     assert len(calls) == 3 and torch.equal(first, again)
     assert sorted(p.name for p in path.parent.iterdir()) == ["x-labels.npy", "x.npy"]
 

@@ -12,6 +12,7 @@ from test_checkpoint import save_released
 
 import main
 import utils
+from keeper import Keeper
 from utils import InputError
 
 
@@ -114,13 +115,13 @@ def assert_equal(a, b):
 def test_one_epoch_and_one_more_equal_two_bit_for_bit(tiny, tmp_path, monkeypatch):
     whole = train(tiny, tmp_path / "whole", epochs=2)
 
-    save = main.checkpoint.save_run
+    save = Keeper.save
 
     def save_and_stop(*args):
         save(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(main.checkpoint, "save_run", save_and_stop)
+    monkeypatch.setattr(Keeper, "save", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         train(tiny, tmp_path / "parts", epochs=2)
     monkeypatch.undo()

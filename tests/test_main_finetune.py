@@ -126,17 +126,17 @@ def test_training_resuming_and_the_average_of_weights(probed, tmp_path, capsys):
     whole = weights(tmp_path / "whole")
     assert not torch.equal(whole["ema"]["head.weight"], whole["state_dict"]["head.weight"])
 
-    keep, calls = main_finetune.engine.train_one_epoch, []
+    keep, calls = main_finetune.loops.train_one_epoch, []
 
-    def once(*args):
+    def once(*args, **options):
         if calls:
             raise KeyboardInterrupt
         calls.append(1)
-        return keep(*args)
+        return keep(*args, **options)
 
     extra = ["--model-ema", "--model-ema-decay", 0.5]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main_finetune.engine, "train_one_epoch", once)
+        patch.setattr(main_finetune.loops, "train_one_epoch", once)
         with pytest.raises(KeyboardInterrupt):
             call(probed, tmp_path / "parts", *extra)
     call(probed, tmp_path / "parts", *extra)

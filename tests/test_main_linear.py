@@ -43,12 +43,12 @@ def test_the_probe_trains_its_head_alone_and_goes_on(probed, tmp_path, capsys):
     def stop(*args, **options):  # after the first epoch's checkpoint
         raise KeyboardInterrupt
 
-    keep, calls = main_linear.engine.train_one_epoch, []
+    keep, calls = main_linear.loops.train_one_epoch, []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            main_linear.engine,
+            main_linear.loops,
             "train_one_epoch",
-            lambda *a: stop() if calls else (calls.append(1), keep(*a))[1],
+            lambda *a, **o: stop() if calls else (calls.append(1), keep(*a, **o))[1],
         )
         with pytest.raises(KeyboardInterrupt):
             call(probed, tmp_path / "parts")
