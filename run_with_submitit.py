@@ -11,10 +11,13 @@ again, and goes on from the last checkpoint in its folder; `scancel JOB` ends it
 import argparse
 import importlib
 import re
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import submitit
+from submitit.slurm.slurm import SlurmJobEnvironment
 
 import utils
 
@@ -74,6 +77,30 @@ def parse(script, job_dir, argv):
     return script.get_args_parser().parse_args(["--output-dir", job_dir, *argv])
 
 
+def requeue_when_preempted():
+    """SIGTERM, too, queues this job again, if nobody else has yet decided what becomes of it.
+
+    By SIGTERM alone Slurm announces a preemption with time of grace, and does not queue again
+    what ends by itself in that time. Jobs that are cancelled, or queued again by others, get it as
+    well; these are no longer RUNNING.
+    """
+    environment = SlurmJobEnvironment()
+    requeue = signal.getsignal(environment._usr_sig())
+    bypass = signal.getsignal(signal.SIGTERM)
+
+    def handle(signum, frame):
+        is_first = environment.global_rank == 0
+        is_free = is_first and state_of(environment.job_id) == "RUNNING"
+        (requeue if is_free else bypass)(signum, frame)
+
+    signal.signal(signal.SIGTERM, handle)
+
+
+def state_of(job_id):
+    command = ["squeue", "--noheader", "--format=%T", f"--jobs={job_id}"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
+
+
 class Job:
     """What each task runs; submitit pickles it, and queues it again after a preemption."""
 
@@ -83,10 +110,14 @@ class Job:
     def __call__(self):
         environment = submitit.helpers.TorchDistributedEnvironment()
         environment.export(set_cuda_visible_devices=False, overwrite=True)
+        if SlurmJobEnvironment().activated():
+            requeue_when_preempted()
         sys.path.insert(0, REPOSITORY)
+        from utils import run  # not before: submitit loads this class from elsewhere
+
         script = importlib.import_module(self.script)
         job_dir = self.job_dir.replace("%j", submitit.JobEnvironment().job_id)
-        script.main(parse(script, job_dir, self.argv))
+        run(lambda: script.main(parse(script, job_dir, self.argv)))
 
     def checkpoint(self):
         return submitit.helpers.DelayedSubmission(self)
@@ -132,7 +163,7 @@ def open_executor(job_dir, args):
     executor.update_parameters(
         slurm_signal_delay_s=120,
         # The task must listen to the signal that is asked for here, whatever its environment.
-        slurm_setup=[f"export SUBMITIT_PREEMPT_SIGNAL={submitit.JobEnvironment.USR_SIG}"],
+        slurm_setup=[f"export SUBMITIT_PREEMPT_SIGNAL={SlurmJobEnvironment.USR_SIG}"],
         # Slurm passes --cpus-per-task no longer on to srun; one dead task ends the others.
         slurm_srun_args=[f"--cpus-per-task={args.cpus}", "--kill-on-bad-exit=1"],
         # A cluster may forbid to queue jobs again unless they ask for it.

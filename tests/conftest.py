@@ -120,6 +120,12 @@ def train_flags(tiny, output_dir, *extra, model="SLIP_VITTINY8", epochs=1, val="
     return [*flags.split(), *map(str, extra)]
 
 
+def without_folder(flags):
+    """The same for run_with_submitit.py, which chooses the folder."""
+    at = flags.index("--output-dir")
+    return flags[:at] + flags[at + 2 :]
+
+
 @pytest.fixture(scope="session")
 def probed(tiny, tmp_path_factory):
     """A folder with a barely trained checkpoint, and a labelled set of two splits."""

@@ -18,7 +18,8 @@ from pathlib import Path
 
 DAEMONS = ("slurmd", "slurmctld", "munged")  # in the order of their end
 
-# Two tasks fit on any machine: the node claims four CPUs. Without accounting, and quick to act.
+# The node claims four CPUs, so that jobs of two tasks fit on any machine. No accounting; quick to
+# act; queues no job again that does not ask for it; jobs of "urgent" take away those of "tests".
 CONFIG = """
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
@@ -38,7 +39,7 @@ SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1,bf_interval=1
 FirstJobId={first_job}
-JobRequeue=1
+JobRequeue=0
 KillWait=30
 ReturnToService=2
 StateSaveLocation={folder}/state
@@ -48,7 +49,10 @@ SlurmdPidFile={folder}/slurmd.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.log
 NodeName={host} NodeAddr=127.0.0.1 CPUs=4 RealMemory=4000
-PartitionName=tests Nodes=ALL Default=YES MaxTime=60
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=tests Nodes=ALL Default=YES MaxTime=60 PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=60 PriorityTier=2
 """
 
 
@@ -114,7 +118,7 @@ def start_daemons(folder):
     flags = {"key-file": "key", "socket": "socket", "pid-file": "pid", "seed-file": "seed"}
     flags |= {"log-file": "log"}
     munge = [f"--{flag}={folder}/munged.{suffix}" for flag, suffix in flags.items()]
-    for command in (["munged", *munge], ["slurmctld"], ["slurmd"]):
+    for command in (["munged", *munge], ["slurmctld", "-c"], ["slurmd"]):
         run(*command, folder=folder, check=True)
     if not wait_for(lambda: run("sinfo", "-h", "-o", "%T", folder=folder) == "idle", 30):
         raise SystemExit(f"the node is not idle after 30 seconds; see {folder}/slurm*.log")

@@ -1,10 +1,12 @@
 """The launcher, through submitit's local executor: real processes, as Slurm would start them."""
 
 import os
+import signal
+import time
+from pathlib import Path
 
 import pytest
-import submitit
-from conftest import train_flags
+from conftest import train_flags, without_folder
 from submitit.slurm.slurm import SlurmJobEnvironment
 
 import run_with_submitit
@@ -16,19 +18,25 @@ def launch(flags):
     return run_with_submitit.main(*run_with_submitit.get_args_parser().parse_known_args(flags))
 
 
-def test_two_tasks_train_as_two_ranks(tiny, tmp_path, monkeypatch):
+def test_two_interrupted_tasks_go_on_as_two_ranks(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    script = train_flags(tiny, tmp_path / "unused", val="none")
-    at = script.index("--output-dir")
-    script = script[:at] + script[at + 2 :]
+    monkeypatch.setenv("SUBMITIT_PREEMPT_SIGNAL", "USR1")  # another one than this version's
+    script = train_flags(tiny, "unused", "--workers", 2, val="none", epochs=4)
     flags = ["--cluster", "local", "--nodes", "1", "--ngpus", "2", "--timeout", "5"]
-    job = launch([*flags, "--shared_dir", str(tmp_path / "shared"), *script])
+    flags += ["--shared_dir", str(tmp_path / "shared")]
+    job = launch([*flags, *without_folder(script)])
+    while not job.done() and "epoch 0" not in (job.stdout() or ""):
+        time.sleep(0.05)
+    for task in Path(f"/proc/{job.job_id}/task/{job.job_id}/children").read_text().split():
+        os.kill(int(task), signal.SIGUSR1)
+
     job.results()
+    assert "stopped by SIGUSR1 after" in job.stdout() and "\nresumed " in job.stdout()
     folder = tmp_path / "shared" / job.job_id
     assert (folder / "checkpoint.pt").exists()
     settings = utils.read_json(folder / "args.json", "settings")
     assert settings["world_size"] == 2 and settings["effective_batch"] == 8
-    assert utils.read_log(folder / "log.txt")[0]["pairs"] == 16
+    assert [row["pairs"] for row in utils.read_log(folder / "log.txt")] == 4 * [16]
 
 
 def test_wrong_flags_are_told_before_submission(tmp_path):
@@ -116,7 +124,6 @@ def test_wrong_slurm_options(text):
 
 def test_the_signal_is_the_one_that_submitit_listens_to(sbatch_file, monkeypatch):
     """Its name differs between versions of submitit, and the job may have another environment."""
-    monkeypatch.setattr(submitit.JobEnvironment, "USR_SIG", "USR1")
     monkeypatch.setattr(SlurmJobEnvironment, "USR_SIG", "USR1")
     lines = sbatch_file([])
     assert "#SBATCH --signal=USR1@120" in lines
