@@ -82,7 +82,7 @@ def restore(state, path, parts, check="--model"):
 
 
 def restore_optimizer(optimizer, saved, path):
-    """Loads moments and step counts; weight decay, betas and eps stay those of the flags.
+    """Loads moments, step counts and rates; weight decay, betas and eps stay those of the flags.
 
     Moments take their parameter's layout in memory, which fused AdamW relies on.
     """
@@ -94,7 +94,9 @@ def restore_optimizer(optimizer, saved, path):
         for i, moments in saved["state"].items():  # fused AdamW trusts these shapes
             fits &= torch.is_tensor(moments.get("step", torch.zeros(())))
             fits &= all(params[i].shape == moments[k].shape for k in names)
-    except (KeyError, IndexError, TypeError, AttributeError):
+        for mine, theirs in zip(own, saved["param_groups"], strict=True):
+            mine["lr"] = float(theirs["lr"])
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         fits = False
     if not fits:
         raise InputError(f"checkpoint {path}: its optimizer is of another model; check --model")

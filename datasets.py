@@ -5,6 +5,7 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import torch
 import torchvision
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
@@ -148,6 +149,7 @@ def open_loader(dataset, batch_size, workers, device, update_freq=1, collate_fn=
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
         worker_init_fn=shield_worker,
+        generator=torch.Generator(),  # of its workers' seeds: takes none of the run's numbers
     )
 
 

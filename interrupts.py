@@ -86,6 +86,11 @@ def obey_parent():
     os._exit(0)
 
 
+def describe_silence(ranks, seconds):
+    names = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+    return f"{names} gave no sign of life for {seconds:g} s: killed, or the machine is gone"
+
+
 class Watchdog(threading.Thread):
     """Ends this process when another rank is gone: a collective would wait for it for half an hour.
 
@@ -93,11 +98,11 @@ class Watchdog(threading.Thread):
     any rank finds, or meets itself and reports, ends all of them, with that cause on stderr.
     """
 
-    def __init__(self, store, rank, world_size, beat=2.0, limit=30.0):
+    def __init__(self, store, rank, world_size, beat=1.0, limit=40.0):
         super().__init__(daemon=True)
         # A connection of its own: the other's blocks while ranks wait for each other.
         self.store = dist.PrefixStore("watchdog", store.clone())
-        self.rank, self.next = rank, (rank + 1) % world_size
+        self.rank, self.world_size, self.next = rank, world_size, (rank + 1) % world_size
         self.beat, self.limit, self.ended = beat, limit, threading.Event()
 
     @classmethod
@@ -122,20 +127,39 @@ class Watchdog(threading.Thread):
             if beats != seen or is_done:
                 seen, changed = beats, time.monotonic()
             elif time.monotonic() - changed > self.limit:
-                self.report(
-                    f"rank {self.next} has given no sign of life for {self.limit:g} s: it was "
-                    "killed, or its machine is gone"
-                )
+                self.report(describe_silence([self.next], self.limit))
 
     def read(self, key):
         return self.store.get(key) if self.store.check([key]) else None
 
     def report(self, cause, code=1):
-        """Tells every rank of a fault; the first one counts."""
+        """Tells every rank of a fault; returns the first one that any told."""
         try:
-            self.store.compare_set("fault", "", f"{code} {cause}")
+            return self.store.compare_set("fault", "", f"{code} {cause}").decode()
+        except RuntimeError:  # nobody is left to be told
+            return f"{code} {cause}"
+
+    def explain(self, cause):
+        """What may be behind an error of this rank, `cause`: another's, or one that is gone."""
+        silent = [] if self.read_safely("fault") else self.silent()
+        return self.report(describe_silence(silent, 3 * self.beat) if silent else cause)
+
+    def silent(self):
+        """Ranks that give no sign of life for three beats."""
+        others = [r for r in range(self.world_size) if r != self.rank]
+        before = {r: self.read_safely(f"beat{r}") for r in others}
+        time.sleep(3 * self.beat)
+        return [
+            r
+            for r in others
+            if self.read_safely(f"beat{r}") == before[r] and not self.read_safely(f"done{r}")
+        ]
+
+    def read_safely(self, key):
+        try:
+            return self.read(key)
         except RuntimeError:
-            return  # nobody is left to be told
+            return None
 
     def close(self):
         """This rank is through, without a fault."""

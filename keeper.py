@@ -206,7 +206,9 @@ class Keeper:
             for path in self.numbered()[self.keep_last - 1 :]:
                 os.unlink(path)
         except Exception as error:  # PyTorch's writer raises what it likes
-            reason = " ".join(str(error).split())[:200]
+            while not isinstance(error, OSError) and error.__context__:
+                error = error.__context__
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
             self.log.say(
                 f"warning: the checkpoint could not be saved ({reason}); training goes on, the one "
                 "before it is whole"

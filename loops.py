@@ -164,15 +164,6 @@ def describe_fault(losses, sources, update, epoch, log):
     )
 
 
-def start_batches(loader, progress, device):
-    """The batches left of an epoch; random states go on after the loader has drawn its own."""
-    batches = Batches(loader)
-    if progress.random:
-        set_random_state(progress.random, device)
-        progress.random = None
-    return batches
-
-
 def train_one_epoch(
     training, loader, progress, log, print_freq=10, max_bad_fraction=0.01, keeper=None
 ):
@@ -187,7 +178,10 @@ def train_one_epoch(
     updates, samples = len(loader) // k, loader.batch_size * k * get_world_size()
     progress.start(updates, samples)
     first, total = epoch * updates, updates * samples
-    batches = start_batches(loader, progress, t.precision.device) if progress.step < updates else ()
+    batches = Batches(loader) if progress.step < updates else None
+    if progress.random:
+        set_random_state(progress.random, t.precision.device)
+        progress.random = None
     started, waited = time.perf_counter() - progress.elapsed, progress.waited
 
     def read(update):
@@ -263,6 +257,7 @@ def share_of(dataset, evaluation):
         num_workers=min(e.workers, len(mine)),
         pin_memory=device.type == "cuda",
         worker_init_fn=shield_worker,
+        generator=torch.Generator(),  # of its workers' seeds: takes none of the run's numbers
     )
     batches = iter(loader)
     for start in range(0, math.ceil(len(dataset) / get_world_size()), e.batch_size):

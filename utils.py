@@ -83,18 +83,22 @@ def reported():
         yield
     except BaseException as error:
         if watchdog := Watchdog.current():
-            watchdog.report(*describe_end(error))
+            tell(watchdog, f"rank {get_rank()}", error)
         raise
     leave()
 
 
-def describe_end(error):
-    """(what ended this rank, in one line, the exit code that it means for the others)."""
+def tell(watchdog, rank, error):
+    """Reports what ended this rank, and says what ended the others where that came first."""
     if isinstance(error, Stopped):
-        return f"rank {get_rank()} was stopped by a signal", 0
-    if isinstance(error, InputError):
-        return f"rank {get_rank()} found: {one_line(error)}", 2
-    return f"rank {get_rank()} failed: {type(error).__name__}: {one_line(error)}", 1
+        watchdog.report(f"{rank} was stopped by a signal", 0)
+    elif isinstance(error, InputError):
+        watchdog.report(f"{rank} found: {one_line(error)}", 2)
+    else:
+        own = f"{rank} failed: {type(error).__name__}: {one_line(error)}"
+        cause = watchdog.explain(own).partition(" ")[2]
+        if cause != own:
+            print(f"error ({rank}): stopped, as {cause}", file=sys.stderr, flush=True)
 
 
 def leave():
@@ -296,7 +300,8 @@ CPU = torch.device("cpu")
 def random_state(device=CPU):
     """The random states of Python, NumPy and PyTorch, as plain data that a checkpoint may hold."""
     name, keys, *rest = np.random.get_state()
-    state = {"python": random.getstate(), "numpy": (name, torch.from_numpy(keys), *rest)}
+    keys = torch.from_numpy(keys.astype(np.int64))  # unsigned tensors cannot be pickled
+    state = {"python": random.getstate(), "numpy": (name, keys, *rest)}
     state["torch"] = torch.get_rng_state()
     return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
@@ -305,7 +310,7 @@ def set_random_state(state, device=CPU):
     """Goes back to a random_state; that of CUDA only where there is one."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy(), *rest))
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -4,8 +4,6 @@ import functools
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from launch import run_script
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -25,7 +24,6 @@ import utils
 torch.set_num_threads(1)  # pytest-xdist shares the cores out among processes
 
 HERE = Path(__file__).parent
-REPOSITORY = HERE.parent
 
 
 @functools.cache
@@ -137,22 +135,6 @@ def probed(tiny, tmp_path_factory):
     absent = {"path": "digits", "type": "imagefolder", "train": "nowhere"}
     (root / "catalog.json").write_text(json.dumps({"digits": entry, "mnist": absent}))
     return root
-
-
-def run_script(script, flags, ranks=1, cwd=REPOSITORY):
-    """Runs a script as a user does; with several ranks through torchrun."""
-    command = [sys.executable]
-    if ranks > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, str(REPOSITORY / script), *map(str, flags)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=environment,
-        timeout=240,
-    )
 
 
 def exact_training(name, k, exact=True):

@@ -5,7 +5,8 @@ import json
 
 import pytest
 import torch
-from conftest import run_script, train_flags
+from conftest import train_flags
+from launch import run_command
 
 import benchmark
 import engine
@@ -48,7 +49,7 @@ def test_phases_add_up_to_the_time(tiny, command, is_paper, flags):
 def test_the_command_compares_and_writes_figures(tmp_path):
     flags = "step --model SLIP_VITTINY8 --batch-size 8 --device cpu --ssl-mlp-dim 32 --paper "
     flags += "--updates 1 --rounds 1 --save"
-    run = run_script("benchmark.py", [*flags.split(), tmp_path / "figures"])
+    run = run_command("benchmark.py", [*flags.split(), tmp_path / "figures"])
     assert run.returncode == 0, run.stderr
     saved = json.loads((tmp_path / "figures/step.json").read_text())
     results = saved["results"]

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PeakMemory, run_script, save_image, train_flags
+from conftest import PeakMemory, save_image, train_flags
+from launch import run_script
 
 import eval_retrieval
 import main

@@ -6,7 +6,8 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_script, train_flags, write_folders
+from conftest import train_flags, write_folders
+from launch import run_command, run_script
 
 import datasets
 import engine
@@ -86,7 +87,7 @@ def evaluate_flags(tiny, trained, out, *extra):
 
 
 def test_the_command_writes_results(tiny, trained, tmp_path):
-    run = run_script("eval_zeroshot.py", evaluate_flags(tiny, trained, tmp_path))
+    run = run_command("eval_zeroshot.py", evaluate_flags(tiny, trained, tmp_path))
     assert run.returncode == 0, run.stderr
     result = json.loads((tmp_path / "results.json").read_text())["digits"]
     assert result["metric"] == "top1" and result["split"] == "test"

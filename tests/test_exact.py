@@ -3,7 +3,8 @@
 import pytest
 import timm
 import torch
-from conftest import PeakMemory, exact_training, run_script, views_of
+from conftest import PeakMemory, exact_training, views_of
+from launch import run_script
 
 import engine
 import main

@@ -6,7 +6,8 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import run_script, train_flags, write_coco
+from conftest import train_flags, write_coco
+from launch import run_command, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_checkpoint import save_released
 
@@ -169,7 +170,7 @@ def test_workers_do_not_change_a_run(tiny, tmp_path):
 def test_two_ranks_equal_one_process(tiny, tmp_path, model):
     one = train(tiny, tmp_path / "one", "--gather-with-grad", "--batch-size", 8, model=model)
     flags = train_flags(tiny, tmp_path / "two", "--gather-with-grad", model=model)
-    run = run_script("main.py", flags, ranks=2)
+    run = run_command("main.py", flags, ranks=2)
     assert run.returncode == 0, run.stderr
     assert step_losses(tmp_path / "two") == pytest.approx(step_losses(one), rel=1e-5, abs=1e-5)
     expected, got = rows(one)[0], rows(tmp_path / "two")[0]
@@ -231,7 +232,7 @@ def test_bad_input_leaves_nothing_behind(tiny, tmp_path, flags, match):
 
 def test_the_command_prints_one_line_and_exits_with_2(tiny, tmp_path):
     flags = train_flags(tiny, tmp_path / "out", "--workers", 1, val="none")
-    run = run_script("main.py", [*flags, "--model", "SLIP_VITX"])
+    run = run_command("main.py", [*flags, "--model", "SLIP_VITX"])
     assert run.returncode == 2 and run.stdout == ""
     assert run.stderr.startswith("error: unknown model") and run.stderr.count("\n") == 1
 
@@ -349,7 +350,7 @@ def test_a_machine_without_compiler_trains_uncompiled(tiny, tmp_path, monkeypatc
     monkeypatch.setenv("CXX", "/bin/false")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     options = {"model": "CLIP_VITTINY8", "val": "none"}
-    run = run_script("main.py", train_flags(tiny, tmp_path / "a", "--compile", **options))
+    run = run_command("main.py", train_flags(tiny, tmp_path / "a", "--compile", **options))
     assert run.returncode == 0, run.stderr
     assert "warning: torch.compile failed, training goes on without it: " in run.stdout
     eager = losses_of(tiny, tmp_path / "b", model="CLIP_VITTINY8")

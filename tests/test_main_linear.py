@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import run_script
+from launch import run_script
 
 import main_linear
 from utils import InputError

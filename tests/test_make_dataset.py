@@ -18,7 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from conftest import REPOSITORY, save_image, write_folders
+from conftest import save_image, write_folders
+from launch import REPOSITORY
 
 import captions
 import make_dataset

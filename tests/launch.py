@@ -1,0 +1,123 @@
+"""Starts the scripts as processes, each in a process group of its own.
+
+`run_command` is what a user types: it imports everything anew, 8 s of a core. `start` and
+`run_script` fork from a process that has imported it already, and run no PyTorch there.
+"""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+REPOSITORY = Path(__file__).parent.parent
+SCRIPTS = ["main", "main_linear", "main_finetune", "eval_zeroshot", "eval_retrieval"]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
+
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload([*SCRIPTS, "torch.utils.tensorboard", "timm.data"])
+
+
+def run_command(script, flags, ranks=1, cwd=REPOSITORY, options=()):
+    """Runs a script as a user does; with several ranks through torchrun, with its options."""
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return subprocess.run(
+        [*command, *options, str(REPOSITORY / script), *map(str, flags)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, **ENVIRONMENT},
+        timeout=240,
+    )
+
+
+class Running:
+    """A forked script; its stdout and stderr go to one file."""
+
+    def __init__(self, script, flags, log, environment):
+        with_paths = {**ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}
+        before = {key: os.environ.get(key) for key in with_paths}
+        os.environ.update(with_paths)  # of the server, if it starts now
+        try:
+            arguments = (str(script), [*map(str, flags)], str(log), environment)
+            self.process = server.Process(target=run_forked, args=arguments)
+            self.process.start()
+        finally:
+            for key, value in before.items():
+                os.environ.pop(key) if value is None else os.environ.update({key: value})
+        self.log, self.pid = Path(log), self.process.pid
+
+    def text(self):
+        return self.log.read_text() if self.log.exists() else ""
+
+    def wait(self, timeout=120):
+        """The exit code, negative where a signal was the end."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.kill()
+            raise AssertionError(f"it has not ended after {timeout} s:\n{self.text()}")
+        return self.process.exitcode
+
+    def wait_for(self, condition, timeout=60):
+        """Until condition() is true, while the script runs; returns whether it came true."""
+        end = time.monotonic() + timeout
+        while self.process.exitcode is None and time.monotonic() < end:
+            if condition():
+                return True
+            time.sleep(0.001)
+        return False
+
+    def says(self, text, timeout=60):
+        return self.wait_for(lambda: text in self.text(), timeout)
+
+    def signal(self, signum, whole_group=False):
+        with suppress(ProcessLookupError):
+            (os.killpg if whole_group else os.kill)(self.pid, signum)
+
+    def kill(self):
+        self.signal(signal.SIGKILL, whole_group=True)
+        self.process.join(30)
+
+
+def run_forked(script, flags, log, environment):
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a new process
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    sys.stdout, sys.stderr = (os.fdopen(i, "w", buffering=1, closefd=False) for i in (1, 2))
+    os.environ.update(environment)
+    sys.argv = [script, *flags]
+    runpy.run_path(str(REPOSITORY / script), run_name="__main__")
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(script, flags, log, ranks=1):
+    """A list of Running, one a rank; their logs are `log` with the rank's number behind it."""
+    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        Running(script, flags, f"{log}{r}", common | {"RANK": str(r), "LOCAL_RANK": str(r)})
+        for r in range(ranks)
+    ]
+
+
+def run_script(script, flags, ranks=1):
+    """Runs a script to its end; returncode is the first that is not 0, stdout that of all ranks."""
+    running = start(script, flags, os.path.join(tempfile.mkdtemp(), "rank"), ranks)
+    codes = [process.wait() for process in running]
+    text = "".join(process.text() for process in running)
+    return SimpleNamespace(returncode=next(filter(None, codes), 0), stdout=text, stderr=text)

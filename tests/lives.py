@@ -1,0 +1,85 @@
+"""Scripts around main.py that end it early; run by the tests, on one rank or several.
+
+python lives.py stop FOLDER FLAGS  # stopped each time it could be, and started again
+python lives.py die HOW FLAGS      # rank 1 ends in its third update: exit, raise or kill
+python lives.py once FILE FLAGS    # the same by kill, the first time
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+import main
+import utils
+from interrupts import NOTHING, Stopped
+from keeper import Keeper
+
+
+class Stops:
+    """Replaces Keeper.due: a stop the first time that a run can be stopped at a place."""
+
+    def __init__(self):
+        self.seen, self.calls, self.at = set(), 0, None
+
+    def due(self, keeper):
+        p = keeper.progress
+        self.calls = self.calls + 1 if self.at == p.updates else 0
+        self.at = p.updates
+        if (self.at, self.calls) in self.seen:
+            return NOTHING
+        self.seen.add((self.at, self.calls))
+        return signal.SIGUSR2
+
+
+def stop_everywhere(folder, flags):
+    """Prints the number of lives; each has a meeting place of its own."""
+    stops, lives = Stops(), 0
+    Keeper.due = lambda keeper: stops.due(keeper)
+    is_over = False
+    while not is_over:
+        lives, stops.at = lives + 1, None
+        args = main.get_args_parser().parse_args([*flags, "--dist-url", f"file://{folder}/{lives}"])
+        torch.manual_seed(lives)  # nothing of an earlier life may help a later one
+        try:
+            with utils.reported():
+                main.main(args)
+            is_over = True
+        except Stopped:
+            continue
+    print("lives:", lives)
+
+
+def die(how):
+    os._exit(3) if how == "exit" else os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_rank_1(how, flags, marker=None):
+    due, calls = Keeper.due, []
+
+    def fatal(keeper):
+        calls.append(1)
+        if len(calls) == 3 and utils.get_rank() == 1 and not (marker and marker.exists()):
+            if marker:
+                marker.touch()
+            if how == "raise":
+                raise RuntimeError("rank 1 has had enough")
+            die(how)
+        return due(keeper)
+
+    Keeper.due = fatal
+    utils.run(lambda: main.main(main.get_args_parser().parse_args(flags)))
+
+
+if __name__ == "__main__":
+    command, value, *flags = sys.argv[1:]
+    if command == "stop":
+        stop_everywhere(value, flags)
+    elif command == "die":
+        end_rank_1(value, flags)
+    else:
+        end_rank_1("kill", flags, Path(value))

@@ -1,0 +1,285 @@
+"""An interrupted run equals an undisturbed one, however it ended: docs/reliability.md says which.
+
+Run with -s to see the figures that page quotes.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import train_flags
+from launch import run_command, run_script, start
+from test_main import assert_equal, rows, step_losses, train, weights
+
+import checkpoint
+import utils
+
+CLOCK = ("samples_per_sec", "data_wait")  # what may differ between two runs
+
+
+def small(tiny, folder, *extra, epochs=2, val="none", model="SIMCLR_VITTINY8"):
+    """Flags of a training whose checkpoint is small: a SimCLR of 4 updates an epoch."""
+    return train_flags(tiny, folder, *extra, epochs=epochs, val=val, model=model)
+
+
+def assert_same_run(folder, other):
+    """Equal to the last bit: losses of each update, epochs' means, weights, optimizer, counts."""
+    assert step_losses(folder) == step_losses(other)
+    for row, expected in zip(rows(folder), rows(other), strict=True):
+        assert {k: v for k, v in row.items() if k not in CLOCK} == {
+            k: v for k, v in expected.items() if k not in CLOCK
+        }
+    got, expected = weights(folder), weights(other)
+    for key in ("state_dict", "optimizer", "scaler", "epoch", "best_acc1", "random"):
+        assert_equal(got[key], expected[key])
+    for state in (got, expected):
+        del state["progress"]["elapsed"], state["progress"]["waited"]
+    assert_equal(got["progress"], expected["progress"])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("workers", [0, 2, 4])
+def test_a_run_stopped_at_every_update_equals_an_undisturbed_one(tiny, tmp_path, ranks, workers):
+    extra = ["--workers", workers, "--print-freq", 3, "--batch-size", 4 // ranks]
+    whole = run_script("main.py", small(tiny, tmp_path / "whole", *extra), ranks)
+    assert whole.returncode == 0, whole.stderr
+    (tmp_path / "meet").mkdir()
+    flags = ["stop", tmp_path / "meet", *small(tiny, tmp_path / "parts", *extra)]
+    parts = run_script("tests/lives.py", flags, ranks)
+    assert parts.returncode == 0, parts.stderr
+    assert "lives: 9" in parts.stdout  # stopped after each of 8 updates
+    assert "stopped by SIGUSR2 after 1 epochs and 3 updates; the same command" in parts.stdout
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--update-freq", 2, "--accum", "exact"],
+        ["--update-freq", 2, "--precision", "fp16"],
+        ["--precision", "bf16", "--clip-grad-norm", 1, "--augment", "device"],
+    ],
+)
+def test_a_slip_run_stopped_also_in_validation(tiny, tmp_path, extra):
+    options = {"val": "digits", "model": "SLIP_VITTINY8", "epochs": 2}
+    extra = [*extra, "--batch-size", 4]
+    whole = run_script("main.py", small(tiny, tmp_path / "whole", *extra, **options))
+    assert whole.returncode == 0, whole.stderr
+    (tmp_path / "meet").mkdir()
+    flags = ["stop", tmp_path / "meet", *small(tiny, tmp_path / "parts", *extra, **options)]
+    parts = run_script("tests/lives.py", flags)
+    assert parts.returncode == 0, parts.stderr
+    assert (
+        int(parts.stdout.split("lives: ")[1])
+        > weights(tmp_path / "whole")["progress"]["updates"] + 4
+    )
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_on_another_number_of_ranks_the_losses_agree(tiny, tmp_path):
+    """Two ranks of 4, then one with two micro-batches of 4: the same samples, views and loss."""
+    exact = ["--accum", "exact", "--batch-size", 4, "--gather-with-grad"]
+    options = {"model": "SLIP_VITTINY8", "epochs": 3}
+    whole = run_script("main.py", small(tiny, tmp_path / "whole", *exact, **options), 2)
+    assert whole.returncode == 0, whole.stderr
+    parts = tmp_path / "parts"
+    first = start("main.py", small(tiny, parts, *exact, **options), tmp_path / "log", 2)
+    assert first[0].says("epoch 0 [1/2]")
+    first[1].signal(signal.SIGTERM)
+    assert [process.wait() for process in first] == [0, 0]
+    done = weights(parts)["progress"]["updates"]
+    assert 1 <= done < 6
+    train(tiny, parts, *exact, "--update-freq", 2, val="none", **options)
+    assert step_losses(parts) == pytest.approx(step_losses(tmp_path / "whole"), abs=1e-5)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize("ranks, whole_group", [(1, True), (2, False)])
+def test_a_signal_saves_and_ends_all_ranks_with_code_0(tiny, tmp_path, signum, ranks, whole_group):
+    """To the last rank alone, or to a process and its loader's workers together."""
+    flags = small(tiny, tmp_path / "run", "--workers", 2, "--batch-size", 2, epochs=1000)
+    running = start("main.py", flags, tmp_path / "log", ranks)
+    assert running[0].says("epoch 1 [1/"), running[0].text()
+    sent = time.monotonic()
+    running[-1].signal(signum, whole_group)
+    assert [process.wait(60) for process in running] == [0] * ranks
+    assert time.monotonic() - sent < 30
+    text = running[0].text()
+    assert f"stopped by {signum.name} after " in text
+    assert all("Traceback" not in process.text() for process in running), text
+    progress = weights(tmp_path / "run")["progress"]
+    assert progress["updates"] == progress["epoch"] * (8 // ranks) + progress["step"] > 0
+    assert f"after {progress['epoch']} epochs and {progress['step']} updates" in text
+
+
+def test_a_signal_before_the_first_update_ends_at_once(tiny, tmp_path):
+    (running,) = start("main.py", small(tiny, tmp_path / "run"), tmp_path / "log")
+    running.signal(signal.SIGUSR1)  # nobody's: it kills, as always
+    assert running.wait() == -signal.SIGUSR1
+
+
+# ---------------------------------------------------------------------------------------------
+# SIGKILL
+
+KILLS = 30
+
+
+def kill_in_a_save(running, folder, rng):
+    """Kills the process group while a checkpoint is being written; whether that came about."""
+    unfinished = folder / "checkpoint.pt.tmp"
+    running.wait_for(unfinished.exists)
+    time.sleep(rng.random() * 0.01)
+    running.kill()
+    return unfinished.exists()
+
+
+def kill_at_random(running, rng):
+    """At a moment of starting up, training or saving."""
+    if rng.random() < 0.8:
+        running.wait_for(lambda: "epoch " in running.text())
+    time.sleep(rng.random() * 0.5)
+    running.kill()
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tiny, tmp_path, capsys):
+    """Every update is saved; half of the kills come while a file is being written."""
+    rng, folder, kills, in_saves = random.Random(0), tmp_path / "parts", 0, 0
+    extra = ["--update-freq", 2, "--accum", "exact", "--batch-size", 2, "--workers", 1]
+    options = {"epochs": 100}
+    flags = small(tiny, folder, *extra, "--save-every-minutes", 1e-9, **options)
+    while kills < KILLS:
+        (running,) = start("main.py", flags, tmp_path / f"log{kills}")
+        if kills % 2 and folder.exists():
+            in_saves += kill_in_a_save(running, folder, rng)
+        else:
+            kill_at_random(running, rng)
+        assert running.process.exitcode == -signal.SIGKILL, running.text()
+        kills += 1
+    done = checkpoint.load(folder / "checkpoint.pt")["progress"]["updates"]
+    last = run_script("main.py", flags)
+    assert last.returncode == 0 and "warning" not in last.stdout.partition("resumed")[0], (
+        last.stdout
+    )
+    whole = run_script("main.py", small(tiny, tmp_path / "whole", *extra, **options))
+    assert whole.returncode == 0, whole.stderr
+    for key in ("state_dict", "optimizer", "random"):
+        assert_equal(weights(folder)[key], weights(tmp_path / "whole")[key])
+    assert [r["train_loss"] for r in rows(folder)] == [
+        r["train_loss"] for r in rows(tmp_path / "whole")
+    ]
+    assert in_saves >= KILLS // 3
+    with capsys.disabled():
+        print(
+            f"\nkills survived: {kills}, {in_saves} of them while a checkpoint was being written, "
+        )
+        print(f"within the first {done} updates")
+
+
+# ---------------------------------------------------------------------------------------------
+# A rank that is gone
+
+
+@pytest.mark.parametrize(
+    "how, cause",
+    [
+        ("exit", "rank 1 gave no sign of life for 3 s: killed, or the machine is gone"),
+        ("kill", "rank 1 gave no sign of life for 3 s: killed, or the machine is gone"),
+        ("raise", "rank 1 failed: RuntimeError: rank 1 has had enough"),
+    ],
+)
+def test_a_dead_rank_ends_the_others(tiny, tmp_path, how, cause):
+    flags = ["die", how, *small(tiny, tmp_path / "run", "--batch-size", 2, epochs=1000)]
+    first, second = start("tests/lives.py", flags, tmp_path / "log", 2)
+    assert second.wait() == {"exit": 3, "kill": -signal.SIGKILL, "raise": 1}[how]
+    died = time.monotonic()
+    assert first.wait() == 1
+    assert time.monotonic() - died < 60
+    assert f"error (rank 0): stopped, as {cause}" in first.text(), first.text()
+
+
+def test_torchrun_starts_a_run_again_and_it_goes_on(tiny, tmp_path):
+    whole = run_script("main.py", small(tiny, tmp_path / "whole", "--batch-size", 2), 2)
+    assert whole.returncode == 0, whole.stderr
+    extra = ["--batch-size", 2, "--save-every-minutes", 1e-9]
+    flags = ["once", tmp_path / "marker", *small(tiny, tmp_path / "parts", *extra)]
+    run = run_command("tests/lives.py", flags, ranks=2, options=["--max-restarts", "1"])
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "marker").exists() and "resumed " in run.stdout
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+# ---------------------------------------------------------------------------------------------
+# Files that cannot be written, or read
+
+
+def test_a_full_disk_costs_checkpoints_but_not_the_run(tiny, tmp_path):
+    mount = tmp_path / "small"
+    mount.mkdir()
+    train(tiny, tmp_path / "roomy", val="none", model="SIMCLR_VITTINY8")
+    size = (tmp_path / "roomy/checkpoint.pt").stat().st_size
+    options = f"size={int(1.5 * size)}"
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", mount])
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        run = run_script("main.py", small(tiny, mount / "run", "--keep-last", 1, epochs=3))
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.count("warning: the checkpoint could not be saved (") == 2
+        assert "No space left on device" in run.stdout and "Traceback" not in run.stdout
+        assert checkpoint.load(mount / "run/checkpoint.pt")["epoch"] == 1
+        assert not (mount / "run/checkpoint.pt.tmp").exists()
+        again = run_script("main.py", small(tiny, mount / "run", "--keep-last", 1, epochs=3))
+        assert "after 1 epochs" in again.stdout
+    finally:
+        subprocess.run(["umount", mount])
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, empty, os.unlink])
+def test_a_damaged_latest_checkpoint_is_passed_over(tiny, tmp_path, damage, capsys):
+    whole = train(tiny, tmp_path / "whole", val="none", model="SIMCLR_VITTINY8", epochs=3)
+    parts = train(tiny, tmp_path / "parts", val="none", model="SIMCLR_VITTINY8", epochs=2)
+    damage(parts / "checkpoint.pt")
+    capsys.readouterr()
+    args = {"val": "none", "model": "SIMCLR_VITTINY8", "epochs": 3}
+    train(tiny, parts, **args)
+    said = capsys.readouterr().out
+    assert f"resumed {parts}/checkpoint-00000004.pt after 1 epochs" in said
+    if damage is not os.unlink:
+        assert f"warning: checkpoint {parts}/checkpoint.pt is damaged: " in said
+        assert "; going on from the one before it" in said
+    assert_equal(weights(parts)["state_dict"], weights(whole)["state_dict"])
+
+
+def test_where_no_checkpoint_is_whole_nothing_starts_anew(tiny, tmp_path):
+    train(tiny, tmp_path, val="none", model="SIMCLR_VITTINY8", epochs=2)
+    for path in tmp_path.glob("checkpoint*.pt"):
+        empty(path)
+    with pytest.raises(utils.InputError, match="no checkpoint in .* is whole, move them away: "):
+        train(tiny, tmp_path, val="none", model="SIMCLR_VITTINY8", epochs=3)
+
+
+@pytest.mark.parametrize("keep, expected", [(1, []), (2, [8]), (3, [8, 4])])
+def test_so_many_checkpoints_are_kept(tiny, tmp_path, keep, expected):
+    extra = ["--keep-last", keep]
+    train(tiny, tmp_path, *extra, val="none", model="SIMCLR_VITTINY8", epochs=3)
+    found = sorted((int(p.stem[-8:]) for p in tmp_path.glob("checkpoint-*.pt")), reverse=True)
+    assert found == expected
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["progress"]["updates"] == 12
