@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import subprocess
 import weakref
 from pathlib import Path
 

@@ -10,7 +10,8 @@ import time
 
 import pytest
 import torch
-from conftest import REPOSITORY, run_script, train_flags, without_folder, write_coco
+from conftest import train_flags, without_folder, write_coco
+from launch import REPOSITORY, run_script
 
 import checkpoint
 import main
