@@ -23,13 +23,13 @@ import utils
 
 REPOSITORY = str(Path(__file__).resolve().parent)
 
-
-SLURM_HELP = "any other option of sbatch; may be repeated"
 MAX_TIMEOUTS = 30  # of a job; the archived code's. Preemptions do not count.
 
 # Options of sbatch that are flags here, because srun or submitit must know them, too; or are fixed.
 OWN = ["time", "nodes", "ntasks_per_node", "cpus_per_task"]
 OWN += ["signal", "output", "error", "open_mode", "array"]
+
+OPTION = "any other option of sbatch; may be repeated"
 
 
 def option(text):
@@ -39,7 +39,7 @@ def option(text):
         raise argparse.ArgumentTypeError(f"{text!r} must be key=value, as nice=100, or a key")
     key = match[1].replace("-", "_")
     if key in OWN:
-        raise argparse.ArgumentTypeError(f"{text!r}: not by --slurm")
+        raise argparse.ArgumentTypeError(f"{text!r} has a flag of its own, or is fixed")
     return key, match[2][1:] if match[2] else True
 
 
@@ -65,7 +65,7 @@ def get_args_parser():
     add("--account", help="whom the job is charged to")
     add("--qos", help="quality of service")
     add("--comment", help="shown by squeue")
-    add("--slurm", default=[], action="append", type=option, metavar="KEY=VALUE", help=SLURM_HELP)
+    add("--slurm", default=[], action="append", type=option, metavar="KEY=VALUE", help=OPTION)
     add("--shared_dir", default="runs", help="folder that all nodes see")
     add("--job_dir", help="folder of the job; SHARED_DIR/%%j (its id) if not given")
     add("--cluster", choices=("slurm", "local"), help="default: Slurm if present")
@@ -97,8 +97,12 @@ def requeue_when_preempted():
 
 
 def state_of(job_id):
+    """What Slurm says, "RUNNING" for one; "" where it does not answer."""
     command = ["squeue", "--noheader", "--format=%T", f"--jobs={job_id}"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 class Job:

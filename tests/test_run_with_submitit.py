@@ -118,7 +118,7 @@ def test_without_gpus_none_are_asked_for(sbatch_file):
 
 @pytest.mark.parametrize("text", ["=3", "nice=", "Nice=3", "nice 3", "--nice=3", "time=5"])
 def test_wrong_slurm_options(text):
-    with pytest.raises(InputError, match=r"--slurm.*must be key=value|--slurm.*not by --slurm"):
+    with pytest.raises(InputError, match="--slurm: .* must be key=value|--slurm: .* has a flag"):
         run_with_submitit.get_args_parser().parse_args([f"--slurm={text}"])
 
 
@@ -139,6 +139,36 @@ def test_what_slurm_refuses_is_one_line(sbatch_file, tmp_path):
 def test_the_local_executor_has_one_node(tmp_path):
     with pytest.raises(InputError, match="Use nodes=1"):
         launch(["--cluster", "local", "--nodes", "2", "--job_dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "state, rank, called",
+    [
+        ("RUNNING", 0, "requeue"),
+        ("RUNNING", 1, "bypass"),  # the first task does it for all
+        ("COMPLETING", 0, "bypass"),  # scancel, scontrol requeue
+        ("CANCELLED", 0, "bypass"),
+        ("", 0, "bypass"),
+    ],
+)
+def test_sigterm_queues_only_a_running_job_again(state, rank, called, tmp_path, monkeypatch):
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\necho {state}\n")
+    (tmp_path / "squeue").chmod(0o755)
+    for name, value in {"PATH": tmp_path, "SLURM_JOB_ID": 7, "SLURM_PROCID": rank}.items():
+        monkeypatch.setenv(name, str(value))
+    seen = []
+    kinds = {signal.SIGTERM: "bypass", signal.SIGUSR2: "requeue"}
+    before = {
+        signum: signal.signal(signum, lambda *_, kind=kind: seen.append(kind))
+        for signum, kind in kinds.items()
+    }
+    try:
+        run_with_submitit.requeue_when_preempted()
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    assert seen == [called]
 
 
 def test_a_preempted_job_is_submitted_again_unchanged():

@@ -76,8 +76,9 @@ class Job:
     def wait_for_queue(self, restarts):
         """Until the job waits again, and then no longer: Slurm would wait two minutes."""
         self.wait_for(lambda: int(self.facts()["Restarts"]) == restarts)
-        self.wait_for(lambda: self.facts()["JobState"] == "PENDING")
-        command("scontrol", "update", f"JobId={self.number}", "StartTime=now")
+        self.wait_for(lambda: self.facts()["JobState"] in ("PENDING", "RUNNING"))
+        if self.facts()["JobState"] == "PENDING":
+            command("scontrol", "update", f"JobId={self.number}", "StartTime=now")
 
 
 def test_a_job_taken_away_three_times_ends_as_an_undisturbed_run(tiny, tmp_path, monkeypatch):
