@@ -100,9 +100,8 @@ class Watchdog(threading.Thread):
 
     def __init__(self, store, rank, world_size, beat=1.0, limit=40.0):
         super().__init__(daemon=True)
-        # A connection of its own: the other's blocks while ranks wait for each other.
-        self.store = dist.PrefixStore("watchdog", store.clone())
-        self.rank, self.world_size, self.next = rank, world_size, (rank + 1) % world_size
+        self.store, self.rank, self.world_size = store, rank, world_size
+        self.next = (rank + 1) % world_size
         self.beat, self.limit, self.ended = beat, limit, threading.Event()
 
     @classmethod

@@ -195,11 +195,15 @@ def init_distributed(device="auto", dist_url="env://", deterministic=False):
         # Converting the metadata of 15 million pairs may take ten minutes, while the others wait.
         timeout = timedelta(minutes=30)
         store, rank, world_size = next(dist.rendezvous(dist_url, rank, world_size, timeout=timeout))
-        ranks = dist.PrefixStore("ranks", store)
+        # torchrun's store outlives the ranks that it starts again: what those before left misleads.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        ranks = dist.PrefixStore(f"ranks{attempt}", store)
         dist.init_process_group(
             backend, store=ranks, timeout=timeout, world_size=world_size, rank=rank
         )
-        Watchdog(store, rank, world_size).start()
+        # A connection of its own: the other's blocks while ranks wait for each other.
+        own = dist.PrefixStore(f"watchdog{attempt}", store.clone())
+        Watchdog(own, rank, world_size).start()
     return torch.device(device)
 
 

@@ -81,10 +81,14 @@ class Running:
 
     def signal(self, signum, whole_group=False):
         with suppress(ProcessLookupError):
-            (os.killpg if whole_group else os.kill)(self.pid, signum)
+            if whole_group:
+                os.killpg(self.pid, signum)
+            else:
+                os.kill(self.pid, signum)
 
     def kill(self):
         self.signal(signal.SIGKILL, whole_group=True)
+        self.signal(signal.SIGKILL)  # it may have no group yet
         self.process.join(30)
 
 
