@@ -2,41 +2,107 @@
 
     python run_with_submitit.py --script main --nodes 8 --ngpus 8 --shared_dir /shared/$USER/slip \\
         --dataset yfcc15m --root YFCC --metadata yfcc15m.pkl --model SLIP_VITB16
+    python run_with_submitit.py --ngpus 0 --nodes 1 --tasks-per-node 2 --cpus 4 ...  # no GPUs
 
 Flags it does not know go to the script. A job that is preempted or reaches --timeout is queued
-again, and goes on from the last checkpoint in its folder.
+again, and goes on from the last checkpoint in its folder; `scancel JOB` ends it for good.
 """
 
+import argparse
 import importlib
+import re
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import submitit
+from submitit.slurm.slurm import SlurmJobEnvironment
 
 import utils
 
 REPOSITORY = str(Path(__file__).resolve().parent)
 
+MAX_TIMEOUTS = 30  # of a job; the archived code's. Preemptions do not count.
+
+# Options of sbatch that are flags here, because srun or submitit must know them, too; or are fixed.
+OWN = ["time", "nodes", "ntasks_per_node", "cpus_per_task"]
+OWN += ["signal", "output", "error", "open_mode", "array"]
+
+OPTION = "any other option of sbatch; may be repeated"
+
+
+def option(text):
+    """An argparse type: "key=value" -> (key, value), and "key" -> (key, True), of sbatch."""
+    match = re.fullmatch(r"([a-z][a-z0-9_-]*)(=\S.*)?", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} must be key=value, as nice=100, or a key")
+    key = match[1].replace("-", "_")
+    if key in OWN:
+        raise argparse.ArgumentTypeError(f"{text!r} has a flag of its own, or is fixed")
+    return key, match[2][1:] if match[2] else True
+
 
 def get_args_parser():
     parser = utils.ArgumentParser("run_with_submitit.py", "Runs a script as a Slurm job")
-    parser.add_argument("--script", default="main", help="script to run, without .py")
-    parser.add_argument(
-        "--ngpus", default=8, type=utils.natural, help="GPUs, and as many tasks, per node"
+    add = parser.add_argument
+    add("--script", default="main", help="script to run, without .py")
+    add("--ngpus", default=8, type=utils.natural, help="GPUs per node; 0: a cluster without")
+    add("--nodes", default=8, type=utils.positive_int, help="machines")
+    add("--tasks-per-node", type=utils.positive_int, help="ranks; by default one per GPU, or 1")
+    add("--cpus", default=10, type=utils.positive_int, help="CPU cores per task")
+    add("--mem", type=utils.positive, help="memory in GB per node (default: the cluster's)")
+    add("-t", "--timeout", default=4320, type=utils.positive_int, help="minutes")
+    add("--partition", help="Slurm's partition (default: the cluster's)")
+    add("--constraint", help="features that nodes must have")
+    add(
+        "--use_volta32",
+        dest="constraint",
+        action="store_const",
+        const="volta32gb",
+        help="the same as --constraint volta32gb",
     )
-    parser.add_argument("--nodes", default=8, type=utils.positive_int)
-    parser.add_argument("-t", "--timeout", default=4320, type=utils.positive_int, help="minutes")
-    parser.add_argument("--partition", help="Slurm partition (default: the cluster's)")
-    parser.add_argument("--comment", help="shown by squeue")
-    parser.add_argument("--shared_dir", default="runs", help="folder that all nodes see")
-    parser.add_argument("--job_dir", help="folder of the job; SHARED_DIR/%%j (its id) if not given")
-    parser.add_argument("--cluster", choices=("slurm", "local"), help="default: Slurm if present")
+    add("--account", help="whom the job is charged to")
+    add("--qos", help="quality of service")
+    add("--comment", help="shown by squeue")
+    add("--slurm", default=[], action="append", type=option, metavar="KEY=VALUE", help=OPTION)
+    add("--shared_dir", default="runs", help="folder that all nodes see")
+    add("--job_dir", help="folder of the job; SHARED_DIR/%%j (its id) if not given")
+    add("--cluster", choices=("slurm", "local"), help="default: Slurm if present")
     return parser
 
 
 def parse(script, job_dir, argv):
     """The script's flags; the user's own --output-dir comes later, and so wins."""
     return script.get_args_parser().parse_args(["--output-dir", job_dir, *argv])
+
+
+def requeue_when_preempted():
+    """SIGTERM, too, queues this job again, if nobody else has yet decided what becomes of it.
+
+    By SIGTERM alone Slurm announces a preemption with time of grace, and does not queue again
+    what ends by itself in that time. Jobs that are cancelled, or queued again by others, get it as
+    well; these are no longer RUNNING.
+    """
+    environment = SlurmJobEnvironment()
+    requeue = signal.getsignal(environment._usr_sig())
+    bypass = signal.getsignal(signal.SIGTERM)
+
+    def handle(signum, frame):
+        is_first = environment.global_rank == 0
+        is_free = is_first and state_of(environment.job_id) == "RUNNING"
+        (requeue if is_free else bypass)(signum, frame)
+
+    signal.signal(signal.SIGTERM, handle)
+
+
+def state_of(job_id):
+    """What Slurm says, "RUNNING" for one; "" where it does not answer."""
+    command = ["squeue", "--noheader", "--format=%T", f"--jobs={job_id}"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 class Job:
@@ -47,11 +113,15 @@ class Job:
 
     def __call__(self):
         environment = submitit.helpers.TorchDistributedEnvironment()
-        environment.export(set_cuda_visible_devices=False)
+        environment.export(set_cuda_visible_devices=False, overwrite=True)
+        if SlurmJobEnvironment().activated():
+            requeue_when_preempted()
         sys.path.insert(0, REPOSITORY)
+        from utils import run  # not before: submitit loads this class from elsewhere
+
         script = importlib.import_module(self.script)
         job_dir = self.job_dir.replace("%j", submitit.JobEnvironment().job_id)
-        script.main(parse(script, job_dir, self.argv))
+        run(lambda: script.main(parse(script, job_dir, self.argv)))
 
     def checkpoint(self):
         return submitit.helpers.DelayedSubmission(self)
@@ -64,21 +134,46 @@ def main(args, argv):
 
     parse(importlib.import_module(args.script), job_dir, argv)  # tell wrong flags before queueing
 
-    executor = submitit.AutoExecutor(folder=job_dir, cluster=args.cluster)
+    try:
+        executor = open_executor(job_dir, args)
+        job = executor.submit(Job(args.script, argv, str(Path(job_dir).absolute())))
+    except (ValueError, RuntimeError) as error:  # submitit's, with what Slurm said
+        raise utils.InputError(f"the job was not submitted: {error}") from error
+    print(f"submitted job {job.job_id}; its logs and checkpoints are in {job.paths.folder}")
+    return job
+
+
+def open_executor(job_dir, args):
+    executor = submitit.AutoExecutor(
+        folder=job_dir, cluster=args.cluster, slurm_max_num_timeout=MAX_TIMEOUTS
+    )
     executor.update_parameters(
         name=args.script,
         nodes=args.nodes,
-        gpus_per_node=args.ngpus,
-        tasks_per_node=max(args.ngpus, 1),
-        cpus_per_task=10,
+        tasks_per_node=args.tasks_per_node or max(args.ngpus, 1),
+        cpus_per_task=args.cpus,
         timeout_min=args.timeout,
     )
-    slurm = {"partition": args.partition, "comment": args.comment, "signal_delay_s": 120}
-    given = {f"slurm_{key}": value for key, value in slurm.items() if value is not None}
-    executor.update_parameters(**given)
-    job = executor.submit(Job(args.script, argv, str(Path(job_dir).absolute())))
-    print(f"submitted job {job.job_id}; its logs and checkpoints are in {job.paths.folder}")
-    return job
+    optional = {
+        "gpus_per_node": args.ngpus or None,  # a cluster without GPUs refuses even 0 of them
+        "mem_gb": args.mem,
+        "slurm_partition": args.partition,
+        "slurm_constraint": args.constraint,
+        "slurm_account": args.account,
+        "slurm_qos": args.qos,
+        "slurm_comment": args.comment,
+    }
+    executor.update_parameters(**{k: v for k, v in optional.items() if v is not None})
+    executor.update_parameters(
+        slurm_signal_delay_s=120,
+        # The task must listen to the signal that is asked for here, whatever its environment.
+        slurm_setup=[f"export SUBMITIT_PREEMPT_SIGNAL={SlurmJobEnvironment.USR_SIG}"],
+        # Slurm passes --cpus-per-task no longer on to srun; one dead task ends the others.
+        slurm_srun_args=[f"--cpus-per-task={args.cpus}", "--kill-on-bad-exit=1"],
+        # A cluster may forbid to queue jobs again unless they ask for it.
+        slurm_additional_parameters={"requeue": True, **dict(args.slurm)},
+    )
+    return executor
 
 
 if __name__ == "__main__":

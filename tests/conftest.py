@@ -1,8 +1,10 @@
 """Small real files for the tests: a caption set, labelled sets, and ways to run the scripts."""
 
+import functools
 import hashlib
 import json
 import os
+import subprocess
 import weakref
 from pathlib import Path
 
@@ -25,9 +27,20 @@ torch.set_num_threads(1)  # pytest-xdist shares the cores out among processes
 HERE = Path(__file__).parent
 
 
+@functools.cache
+def slurm_answers():
+    try:
+        sinfo = subprocess.run(["sinfo"], capture_output=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return sinfo.returncode == 0
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("slurm") and not slurm_answers():
+        pytest.skip("needs a Slurm cluster that answers sinfo; tests/slurm_cluster.py starts one")
 
 
 @pytest.fixture(scope="session")
@@ -104,6 +117,12 @@ def train_flags(tiny, output_dir, *extra, model="SLIP_VITTINY8", epochs=1, val="
     flags += f"--epochs {epochs} --batch-size 4 --ssl-mlp-dim 32 --ssl-emb-dim 16 --workers 0 "
     flags += "--print-freq 1 --device cpu --lr 1e-3"
     return [*flags.split(), *map(str, extra)]
+
+
+def without_folder(flags):
+    """The same for run_with_submitit.py, which chooses the folder."""
+    at = flags.index("--output-dir")
+    return flags[:at] + flags[at + 2 :]
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,13 @@
 """The launcher, through submitit's local executor: real processes, as Slurm would start them."""
 
+import os
+import signal
+import time
+from pathlib import Path
+
 import pytest
-from conftest import train_flags
+from conftest import train_flags, without_folder
+from submitit.slurm.slurm import SlurmJobEnvironment
 
 import run_with_submitit
 import utils
@@ -12,19 +18,25 @@ def launch(flags):
     return run_with_submitit.main(*run_with_submitit.get_args_parser().parse_known_args(flags))
 
 
-def test_two_tasks_train_as_two_ranks(tiny, tmp_path, monkeypatch):
+def test_two_interrupted_tasks_go_on_as_two_ranks(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    script = train_flags(tiny, tmp_path / "unused", val="none")
-    at = script.index("--output-dir")
-    script = script[:at] + script[at + 2 :]
+    monkeypatch.setenv("SUBMITIT_PREEMPT_SIGNAL", "USR1")  # another one than this version's
+    script = train_flags(tiny, "unused", "--workers", 2, val="none", epochs=4)
     flags = ["--cluster", "local", "--nodes", "1", "--ngpus", "2", "--timeout", "5"]
-    job = launch([*flags, "--shared_dir", str(tmp_path / "shared"), *script])
+    flags += ["--shared_dir", str(tmp_path / "shared")]
+    job = launch([*flags, *without_folder(script)])
+    while not job.done() and "epoch 0" not in (job.stdout() or ""):
+        time.sleep(0.05)
+    for task in Path(f"/proc/{job.job_id}/task/{job.job_id}/children").read_text().split():
+        os.kill(int(task), signal.SIGUSR1)
+
     job.results()
+    assert "stopped by SIGUSR1 after" in job.stdout() and "\nresumed " in job.stdout()
     folder = tmp_path / "shared" / job.job_id
     assert (folder / "checkpoint.pt").exists()
     settings = utils.read_json(folder / "args.json", "settings")
     assert settings["world_size"] == 2 and settings["effective_batch"] == 8
-    assert utils.read_log(folder / "log.txt")[0]["pairs"] == 16
+    assert [row["pairs"] for row in utils.read_log(folder / "log.txt")] == 4 * [16]
 
 
 def test_wrong_flags_are_told_before_submission(tmp_path):
@@ -40,6 +52,123 @@ def test_scripts_that_cannot_be_jobs(tmp_path, script, match):
     with pytest.raises(InputError, match=match):
         launch(["--cluster", "local", "--job_dir", str(tmp_path / "job"), "--script", script])
     assert not (tmp_path / "job").exists()
+
+
+@pytest.fixture
+def sbatch_file(tmp_path, monkeypatch):
+    """Submits to a Slurm of two fake commands; returns the lines of what sbatch was given."""
+    for name in ("sbatch", "srun"):
+        (tmp_path / name).write_text("#!/bin/sh\necho Submitted batch job 7\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def submit(flags):
+        job = launch(["--cluster", "slurm", "--job_dir", str(tmp_path / "job%j"), *flags])
+        assert job.job_id == "7" and job.paths.folder == tmp_path / "job7"
+        return job.paths.submission_file.read_text().splitlines()
+
+    return submit
+
+
+def test_the_archived_layout_is_the_default(sbatch_file):
+    lines = sbatch_file([])
+    wanted = "nodes=8 gpus-per-node=8 ntasks-per-node=8 cpus-per-task=10 time=4320 job-name=main"
+    assert {f"#SBATCH --{option}" for option in wanted.split()} <= set(lines)
+    # queued again where a cluster's default is not to; told two minutes before the time limit
+    assert {"#SBATCH --requeue", "#SBATCH --signal=USR2@120"} <= set(lines)
+    srun = next(line for line in lines if line.startswith("srun"))
+    assert "--kill-on-bad-exit=1" in srun and "--cpus-per-task=10" in srun
+    unset = ("mem", "partition", "constraint", "account", "qos", "comment")
+    assert not [line for line in lines if line.startswith(tuple(f"#SBATCH --{x}" for x in unset))]
+
+
+@pytest.mark.parametrize(
+    "flags, option",
+    [
+        ("--tasks-per-node 3", "ntasks-per-node=3"),
+        ("--ngpus 0", "ntasks-per-node=1"),
+        ("--ngpus 0 --tasks-per-node 2", "ntasks-per-node=2"),
+        ("--mem 320", "mem=320GB"),
+        ("--mem 0.5", "mem=512MB"),
+        ("--cpus 4", "cpus-per-task=4"),
+        ("--timeout 60", "time=60"),
+        ("--partition long", "partition=long"),
+        ("--constraint a100&ib", "constraint='a100&ib'"),
+        ("--use_volta32", "constraint=volta32gb"),
+        ("--account lab", "account=lab"),
+        ("--qos high", "qos=high"),
+        ("--comment deadline", "comment=deadline"),
+        ("--slurm nice=100 --slurm licenses=a:1", "nice=100"),
+        ("--slurm nice=100 --slurm licenses=a:1", "licenses=a:1"),
+        ("--slurm gpus_per_node=a100:4", "gpus-per-node=a100:4"),
+        ("--slurm exclusive", "exclusive"),
+        ("--ngpus 2 --script main_linear --pretrained x.pt", "job-name=main_linear"),
+    ],
+)
+def test_each_flag_is_an_option_of_sbatch(sbatch_file, flags, option):
+    lines = sbatch_file(flags.split())
+    assert [x for x in lines if x.startswith(f"#SBATCH --{option.split('=')[0]}")] == [
+        f"#SBATCH --{option}"
+    ]
+
+
+def test_without_gpus_none_are_asked_for(sbatch_file):
+    assert "--gpus" not in "".join(sbatch_file(["--ngpus", "0"]))
+
+
+@pytest.mark.parametrize("text", ["=3", "nice=", "Nice=3", "nice 3", "--nice=3", "time=5"])
+def test_wrong_slurm_options(text):
+    with pytest.raises(InputError, match="--slurm: .* must be key=value|--slurm: .* has a flag"):
+        run_with_submitit.get_args_parser().parse_args([f"--slurm={text}"])
+
+
+def test_the_signal_is_the_one_that_submitit_listens_to(sbatch_file, monkeypatch):
+    """Its name differs between versions of submitit, and the job may have another environment."""
+    monkeypatch.setattr(SlurmJobEnvironment, "USR_SIG", "USR1")
+    lines = sbatch_file([])
+    assert "#SBATCH --signal=USR1@120" in lines
+    assert "export SUBMITIT_PREEMPT_SIGNAL=USR1" in lines
+
+
+def test_what_slurm_refuses_is_one_line(sbatch_file, tmp_path):
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho invalid partition >&2\nexit 1\n")
+    with pytest.raises(InputError, match="not submitted: invalid partition"):
+        sbatch_file([])
+
+
+def test_the_local_executor_has_one_node(tmp_path):
+    with pytest.raises(InputError, match="Use nodes=1"):
+        launch(["--cluster", "local", "--nodes", "2", "--job_dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "state, rank, called",
+    [
+        ("RUNNING", 0, "requeue"),
+        ("RUNNING", 1, "bypass"),  # the first task does it for all
+        ("COMPLETING", 0, "bypass"),  # scancel, scontrol requeue
+        ("CANCELLED", 0, "bypass"),
+        ("", 0, "bypass"),
+    ],
+)
+def test_sigterm_queues_only_a_running_job_again(state, rank, called, tmp_path, monkeypatch):
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\necho {state}\n")
+    (tmp_path / "squeue").chmod(0o755)
+    for name, value in {"PATH": tmp_path, "SLURM_JOB_ID": 7, "SLURM_PROCID": rank}.items():
+        monkeypatch.setenv(name, str(value))
+    seen = []
+    kinds = {signal.SIGTERM: "bypass", signal.SIGUSR2: "requeue"}
+    before = {
+        signum: signal.signal(signum, lambda *_, kind=kind: seen.append(kind))
+        for signum, kind in kinds.items()
+    }
+    try:
+        run_with_submitit.requeue_when_preempted()
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    assert seen == [called]
 
 
 def test_a_preempted_job_is_submitted_again_unchanged():
