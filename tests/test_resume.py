@@ -153,7 +153,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tiny, t
     """Every update is saved; half of the kills come while a file is being written."""
     rng, folder, kills, in_saves = random.Random(0), tmp_path / "parts", 0, 0
     extra = ["--update-freq", 2, "--accum", "exact", "--batch-size", 2, "--workers", 1]
-    options = {"epochs": 100}
+    options = {"epochs": 40}
     flags = small(tiny, folder, *extra, "--save-every-minutes", 1e-9, **options)
     while kills < KILLS:
         (running,) = start("main.py", flags, tmp_path / f"log{kills}")
@@ -165,9 +165,8 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tiny, t
         kills += 1
     done = weights(folder)["progress"]["updates"]
     last = run_script("main.py", flags)
-    assert last.returncode == 0 and "warning" not in last.stdout.partition("resumed")[0], (
-        last.stdout
-    )
+    assert last.returncode == 0, last.stdout
+    assert "is damaged" not in last.stdout and "could not be saved" not in last.stdout
     whole = run_script("main.py", small(tiny, tmp_path / "whole", *extra, **options))
     assert whole.returncode == 0, whole.stderr
     for key in ("state_dict", "optimizer", "random"):
