@@ -182,7 +182,8 @@ class MeasuredTraining:
         self.batches = self.from_files(model) if options.command == "train" else self.synthetic()
         self.notes = [f"{precision.name} on {device.type}"]
         if args.compile if args.compile is not None else device.type == "cuda":
-            reason = training_script.compile_training(model, self.training, args)
+            views = training_script.empty_views(model, device, args.batch_size)
+            reason = training_script.compile_training(model, self.training, views)
             self.notes.append(f"torch.compile failed: {reason}" if reason else "compiled")
         self.watch, self.meters = Watch(device), utils.Meters()
         self.time_phases(model)

@@ -308,6 +308,7 @@ def finetune(interrupts, args):
         keeper.begin(log)
         evaluation.check = keeper.check
         announce(log, train, updates, facts, notes, args)
+        engine.settle_buckets(training, datasets.empty_batch(size, device))
         while progress.epoch < args.epochs:
             epoch = progress.epoch
             utils.seed_everything(args.seed, epoch, utils.get_rank())

@@ -185,6 +185,7 @@ def train_probe(model, width, splits, evaluation, interrupts, args):
     )
     for note in notes:
         log.say(note)
+    engine.settle_buckets(training, datasets.empty_batch(model.image_size, device))
     is_done = progress.epoch >= args.epochs
     ranking = score_probe(probe, test, len(names), evaluation) if is_done else None
     while progress.epoch < args.epochs:
