@@ -312,7 +312,6 @@ def finetune(interrupts, args):
         while progress.epoch < args.epochs:
             epoch = progress.epoch
             utils.seed_everything(args.seed, epoch, utils.get_rank())
-            loader.sampler.go_to(epoch, progress.step * args.update_freq)
             means, speed = loops.train_one_epoch(
                 training, loader, progress, log, args.print_freq, keeper=keeper
             )

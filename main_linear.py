@@ -190,7 +190,6 @@ def train_probe(model, width, splits, evaluation, interrupts, args):
     ranking = score_probe(probe, test, len(names), evaluation) if is_done else None
     while progress.epoch < args.epochs:
         epoch = progress.epoch
-        loader.sampler.go_to(epoch, progress.step)
         means, speed = loops.train_one_epoch(
             training, loader, progress, log, args.print_freq, keeper=keeper
         )

@@ -91,8 +91,8 @@ def test_so_does_one_that_is_stopped_in_validation(tiny, tmp_path):
     extra = ["--update-freq", 2]
     whole = train(tiny, tmp_path / "whole", *extra, **options)
     parts = run_stopped(tmp_path, "main", small(tiny, tmp_path / "parts", *extra, **options))
-    batches = 1 + math.ceil(30 / 4)
-    assert f"lives: {1 + 2 + batches}\n" in parts.stdout
+    places = 2 + math.ceil(30 / 4)  # after two updates; before images, and prompts on the way there
+    assert f"lives: {places + 1}\n" in parts.stdout
     assert_same_run(tmp_path / "parts", whole)
 
 
