@@ -218,7 +218,8 @@ class MeasuredTraining:
             loader = archived_loader(model, pairs, self.args)
         else:
             loader = training_script.open_loader(model, SimpleTokenizer(), self.device, self.args)
-        for loader.sampler.epoch in itertools.count():
+        for epoch in itertools.count():
+            loader.sampler.go_to(epoch)
             for batch in loader:
                 yield {k: v for k, v in batch.items() if k not in ("bad", "sources")}
 

@@ -276,6 +276,7 @@ def train(interrupts, args):
     for note in notes:
         log.say(note)
 
+    interrupts.hold()
     while progress.epoch < args.epochs:
         epoch = progress.epoch
         utils.seed_everything(args.seed, epoch, utils.get_rank())

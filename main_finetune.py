@@ -309,6 +309,7 @@ def finetune(interrupts, args):
         evaluation.check = keeper.check
         announce(log, train, updates, facts, notes, args)
         engine.settle_buckets(training, datasets.empty_batch(size, device))
+        interrupts.hold()
         while progress.epoch < args.epochs:
             epoch = progress.epoch
             utils.seed_everything(args.seed, epoch, utils.get_rank())

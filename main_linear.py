@@ -188,6 +188,7 @@ def train_probe(model, width, splits, evaluation, interrupts, args):
     engine.settle_buckets(training, datasets.empty_batch(model.image_size, device))
     is_done = progress.epoch >= args.epochs
     ranking = score_probe(probe, test, len(names), evaluation) if is_done else None
+    interrupts.hold()
     while progress.epoch < args.epochs:
         epoch = progress.epoch
         means, speed = loops.train_one_epoch(
