@@ -62,7 +62,7 @@ class Interrupts(ExitStack):
 
     def stop(self, signum):
         """Hands the signal to the handler that was there before; raises Stopped if that returns."""
-        handler = self.previous[signum]
+        handler = self.previous.get(signum)
         if callable(handler):
             handler(signum, None)
         raise Stopped(0)
