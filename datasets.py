@@ -323,7 +323,8 @@ def split_name(catalog, name, is_train):
     """
     entry, part = catalog[name], "train" if is_train else "test"
     is_torchvision = CATALOG_TYPES.get(entry["type"]) is open_torchvision and name in SETS
-    return entry.get(part, getattr(SETS[name], part) if is_torchvision else part)
+    own = getattr(SETS[name], part) if is_torchvision else part
+    return own and entry.get(part, own)
 
 
 def is_present(entry):
@@ -370,6 +371,8 @@ def open_splits(name, catalog, labels, allow_outside=False):
         get_downstream_dataset(catalog, name, is_train, unchanged, table[name])
         for is_train in (True, False)
     )
+    if (split := split_name(catalog, name, True)) == split_name(catalog, name, False):
+        raise InputError(f"{name}: train and test are both {split!r}; correct the catalog")
     return train, test, table[name]
 
 
