@@ -158,7 +158,7 @@ def embed_texts(model, tokenizer, texts, precision, batch_size=256):
         tokens = trim(tokenizer(texts[start : start + batch_size])).to(precision.device)
         with precision.autocast():
             rows.append(F.normalize(model.encode_text(tokens).float(), dim=-1).double())
-    return torch.cat(rows)
+    return loops.check_finite(torch.cat(rows))
 
 
 def embed_images(model, dataset, evaluation):

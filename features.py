@@ -46,7 +46,7 @@ def extract(tower, width, dataset, path, evaluation):
         features, labels = (np.load(f"{file}.tmp", mmap_mode="r+") for file in files)
         for rows, images, classes in loops.share_of(dataset, evaluation):
             with evaluation.precision.autocast():
-                features[rows] = tower(to_float(images)).float().cpu()
+                features[rows] = loops.check_finite(tower(to_float(images)).float().cpu())
             labels[rows] = classes.cpu()
         features.flush()
         labels.flush()

@@ -150,8 +150,8 @@ SETS = {
     "fer2013": TorchvisionSet(with_split(tv.FER2013), names=lambda d: FEELINGS),
     "stl10": TorchvisionSet(with_split(tv.STL10)),
     "eurosat": TorchvisionSet(whole(tv.EuroSAT), None, "all", splits=ALL),
-    # Its signs have numbers only, by which labels.json lists them: 0 is 20 km/h, 14 stop, 42 the end
-    # of "no passing" for trucks. A test pins the list, so only its length is checked.
+    # Its signs have numbers only, by which labels.json lists them: 0 is 20 km/h, 14 stop, 42 the
+    # end of "no passing" for trucks. A test pins the list, so only its length is checked.
     "gtsrb": TorchvisionSet(with_split(tv.GTSRB), names=lambda d: range(43)),
     "kitti_distance": TorchvisionSet(
         whole(tv.Kitti, train=True),  # the images whose objects are known

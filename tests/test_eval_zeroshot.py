@@ -180,6 +180,14 @@ def test_a_method_without_text_cannot_be_prompted(tiny, tmp_path):
         call(tiny, tmp_path, tmp_path)
 
 
+def test_weights_that_are_not_finite_score_nothing(tiny, trained, tmp_path):
+    state = torch.load(trained / "checkpoint.pt", weights_only=True)
+    state["state_dict"]["visual.norm.bias"][0] = float("nan")
+    torch.save(state, tmp_path / "c.pt")
+    with pytest.raises(InputError, match="outputs are not finite: its checkpoint's weights"):
+        call(tiny, trained, tmp_path, "--resume", tmp_path / "c.pt")
+
+
 def test_absent_sets_are_reported(tiny, trained, tmp_path, capsys):
     write_folders(tmp_path / "digits" / "test", each=1)
     entry = {"type": "imagefolder", "path": "digits"}

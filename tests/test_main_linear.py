@@ -119,6 +119,16 @@ def test_bad_input(probed, tmp_path, extra, match):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("classifier", ["knn", "logistic", "linear"])
+def test_weights_that_are_not_finite_score_nothing(classifier, probed, tmp_path):
+    state = torch.load(probed / "run/checkpoint.pt", weights_only=True)
+    state["state_dict"]["visual.norm.bias"][0] = float("nan")
+    torch.save(state, tmp_path / "c.pt")
+    match = "loss is nan at" if classifier == "linear" else "outputs are not finite"
+    with pytest.raises(InputError, match=match):
+        call(probed, tmp_path, "--pretrained", tmp_path / "c.pt", "--classifier", classifier)
+
+
 def test_a_probe_of_other_classes_or_another_tower_is_refused(probed, tmp_path):
     call(probed, tmp_path)
     other = torch.load(probed / "run/checkpoint.pt", weights_only=True)
