@@ -92,6 +92,21 @@ def restore(state, path, parts, check="--model"):
                 raise InputError(f"checkpoint {path}: its {key} is of another kind") from error
 
 
+def check_flags(state, facts, names, path):
+    """Raises InputError where a run would go on with other flags, or other facts, than it began.
+
+    facts: of utils.describe_run; names: the flags and facts that may not differ.
+    """
+    old, new = {**state, **vars(state["args"])}, {**facts, **facts["args"]}
+    for name in names:
+        if name in old and repr(old[name]) != repr(new[name]):
+            flag = f"--{name.replace('_', '-')}" if name in facts["args"] else name
+            raise InputError(
+                f"checkpoint {path} was trained with {flag} {repr(old[name])[:80]}, not "
+                f"{new[name]!r}; give the same, or another --output-dir"
+            )
+
+
 def restore_optimizer(optimizer, saved, path):
     """Loads moments, step counts and rates; weight decay, betas and eps stay those of the flags.
 

@@ -38,6 +38,12 @@ PRESETS = {
 }
 
 
+# What a run goes on with as it began: its schedule is laid out for all of it.
+FIXED = ("preset", "epochs", "warmup_epochs", "layer_decay", "drop_path", "lr", "warmup_lr")
+FIXED += ("min_lr", "weight_decay", "clip_grad", "aa", "color_jitter", "no_flip", "crop_min")
+FIXED += ("reprob", "mixup", "cutmix", "smoothing", "seed", "effective_batch")
+
+
 class PresetParser(utils.ArgumentParser):
     """Flags that are not given take the preset's values."""
 
@@ -294,9 +300,15 @@ def finetune(interrupts, args):
     folder = os.path.join(args.output_dir, f"finetune-{args.dataset}")
     digest = checkpoint.file_digest(args.pretrained)
     keeper = Keeper(folder, parts, interrupts, device, args, facts, digest)
-    notes = keeper.restore(check="--dataset and --input-size")
+    fixed = ("preset",) if args.evaluate else FIXED
+    notes = keeper.restore(check="--dataset and --input-size", fixed=fixed)
     if args.evaluate and not progress.updates:
         raise InputError(f"--evaluate: {keeper.latest} is absent; train first")
+    if "ema" in keeper.absent and args.evaluate:
+        raise InputError(f"--model-ema: {keeper.latest} holds no average; leave the flag")
+    if "ema" in keeper.absent:
+        ema.set(vit)
+        notes.append("the checkpoint holds no average of weights: it starts from its weights")
 
     def score(model):
         model.eval()
@@ -327,7 +339,7 @@ def finetune(interrupts, args):
     if not args.evaluate:
         log.close()
     for name, ranking in results.items() if utils.is_main() else ():
-        facts = {"epochs": args.epochs, "input_size": size, "preset": args.preset}
+        facts = {"epochs": progress.epoch, "input_size": size, "preset": args.preset}
         facts |= {"checkpoint": args.pretrained}
         metrics.report(args.output_dir, name, args.dataset, ranking, names, facts)
 

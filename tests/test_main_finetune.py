@@ -127,17 +127,9 @@ def test_training_resuming_and_the_average_of_weights(probed, tmp_path, capsys):
     whole = weights(tmp_path / "whole")
     assert not torch.equal(whole["ema"]["head.weight"], whole["state_dict"]["head.weight"])
 
-    keep, calls = main_finetune.loops.train_one_epoch, []
-
-    def once(*args, **options):
-        if calls:
-            raise KeyboardInterrupt
-        calls.append(1)
-        return keep(*args, **options)
-
     extra = ["--model-ema", "--model-ema-decay", 0.5]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main_finetune.loops, "train_one_epoch", once)
+        patch.setattr(main_finetune.loops, "train_one_epoch", stop_after(1))
         with pytest.raises(KeyboardInterrupt):
             call(probed, tmp_path / "parts", *extra)
     call(probed, tmp_path / "parts", *extra)
@@ -148,6 +140,47 @@ def test_training_resuming_and_the_average_of_weights(probed, tmp_path, capsys):
     before = result(tmp_path / "parts", "finetune")
     call(probed, tmp_path / "parts", "--evaluate", *extra)
     assert result(tmp_path / "parts", "finetune") == before
+
+
+def stop_after(epochs):
+    """train_one_epoch that many times, then an interruption."""
+    keep, calls = main_finetune.loops.train_one_epoch, []
+
+    def train(*args, **options):
+        if len(calls) == epochs:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return keep(*args, **options)
+
+    return train
+
+
+def test_an_average_that_never_was(probed, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(main_finetune.loops, "train_one_epoch", stop_after(1))
+        with pytest.raises(KeyboardInterrupt):
+            call(probed, tmp_path)
+    first = weights(tmp_path)["state_dict"]
+    with pytest.raises(InputError, match="--model-ema: .*holds no average; leave the flag"):
+        call(probed, tmp_path, "--model-ema", "--evaluate")
+    call(probed, tmp_path, "--model-ema", "--model-ema-decay", 0.999999)
+    assert "holds no average of weights: it starts from its weights" in capsys.readouterr().out
+    for key, value in weights(tmp_path)["ema"].items():
+        assert torch.allclose(value, first[key], atol=1e-4), key
+    call(probed, tmp_path, "--model-ema", "--evaluate")
+
+
+def test_flags_that_would_not_be_applied_are_refused(probed, tmp_path):
+    call(probed, tmp_path)
+    for extra, match in (
+        (["--lr", 50], "trained with --lr 0.001, not 50.0; give the same, or another --output-dir"),
+        (["--epochs", 3], "trained with --epochs 2, not 3"),
+        (["--update-freq", 2], "trained with effective_batch 8, not 16"),
+    ):
+        with pytest.raises(InputError, match=match):
+            call(probed, tmp_path, *extra)
+    call(probed, tmp_path, "--evaluate", "--epochs", 90)
+    assert result(tmp_path, "finetune")["epochs"] == 2
 
 
 def test_another_checkpoint_does_not_go_on_with_a_run(probed, tmp_path):

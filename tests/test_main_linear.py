@@ -60,6 +60,22 @@ def test_the_probe_trains_its_head_alone_and_goes_on(probed, tmp_path, capsys):
     assert result(tmp_path / "parts", "linear") == found
 
 
+def test_flags_that_would_not_be_applied_are_refused(probed, tmp_path):
+    call(probed, tmp_path)
+    settings = (tmp_path / "linear-digits/args.json").read_text()
+    for extra, match in (
+        (["--lr", 50], "trained with --lr 0.1, not 50.0; give the same, or another --output-dir"),
+        (["--epochs", 3], "trained with --epochs 2, not 3"),
+        (["--lr-scaling", "global"], "trained with --lr-scaling 'archived', not 'global'"),
+        (["--batch-size", 4], "trained with effective_batch 8, not 4"),
+    ):
+        with pytest.raises(InputError, match=match):
+            call(probed, tmp_path, *extra)
+    assert (tmp_path / "linear-digits/args.json").read_text() == settings
+    call(probed, tmp_path, "--evaluate", "--epochs", 90, "--batch-size", 16)
+    assert result(tmp_path, "linear")["epochs"] == 2
+
+
 def test_a_tower_that_changed_is_noticed(probed):
     from checkpoint import load_model
 
@@ -140,4 +156,4 @@ def test_a_probe_of_other_classes_or_another_tower_is_refused(probed, tmp_path):
     state["state_dict"]["bias"] = torch.zeros(7)
     torch.save(state, path)
     with pytest.raises(InputError, match="of another shape: bias.*check --dataset"):
-        call(probed, tmp_path, "--epochs", 3)
+        call(probed, tmp_path)
