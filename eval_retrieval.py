@@ -177,7 +177,10 @@ def main(args):
 
     model, train_args = load_model(args.resume)
     if "text" not in model.views:
-        raise InputError(f"{args.resume} holds {train_args.model}: it has no text to retrieve by")
+        raise InputError(
+            f"{args.resume} holds {train_args.model}: it has no text to retrieve by; choose a "
+            "checkpoint of CLIP or SLIP"
+        )
     model.to(device)
     precision, tokenizer = engine.Precision(args.precision, device), SimpleTokenizer()
 

@@ -128,6 +128,9 @@ def create_vit(path, classes, args):
         raise InputError(
             f"{path} holds {state['args'].model}, whose tower is no ViT: BeiT's recipe is for ViTs"
         )
+    size, patch = models.input_size(vit), vit.patch_embed.patch_size[0]
+    if size % patch:
+        raise InputError(f"--input-size {size} is no multiple of the patch of {patch} pixels")
     nn.init.trunc_normal_(vit.head.weight, std=2e-5)
     nn.init.zeros_(vit.head.bias)
     weights = {
@@ -135,12 +138,15 @@ def create_vit(path, classes, args):
         for key, value in state["state_dict"].items()
         if key.startswith("visual.")
     }
-    with checkpoint.bounded(path):
-        weights["pos_embed"] = timm.layers.resample_abs_pos_embed(
-            weights["pos_embed"], vit.patch_embed.grid_size, num_prefix_tokens=vit.num_prefix_tokens
-        )
+    if "pos_embed" in weights:
+        with checkpoint.bounded(path):
+            weights["pos_embed"] = timm.layers.resample_abs_pos_embed(
+                weights["pos_embed"],
+                vit.patch_embed.grid_size,
+                num_prefix_tokens=vit.num_prefix_tokens,
+            )
     own = {f"head.{key}": value for key, value in vit.head.state_dict().items()}
-    checkpoint.load_weights(vit, weights | own, path)
+    checkpoint.load_weights(vit, weights | own, path, "--pretrained")
     return vit
 
 
@@ -181,19 +187,16 @@ class TimmView:
     """timm's training augmentation of a PIL image, drawing from the given generator alone."""
 
     def __init__(self, size, args):
-        self.transform = timm.data.create_transform(
-            size,
-            is_training=True,
-            scale=(args.crop_min, 1.0),
-            hflip=0.0 if args.no_flip else 0.5,
-            color_jitter=args.color_jitter,
-            auto_augment=None if args.aa == "none" else args.aa,
-            interpolation="bicubic",
-            re_prob=args.reprob,
-            re_mode="pixel",
-            mean=MEAN,
-            std=STD,
-        )
+        options = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "re_mode": "pixel"}
+        options |= {"scale": (args.crop_min, 1.0), "hflip": 0.0 if args.no_flip else 0.5}
+        options |= {"color_jitter": args.color_jitter, "re_prob": args.reprob}
+        options["auto_augment"] = None if args.aa == "none" else args.aa
+        try:
+            self.transform = timm.data.create_transform(size, is_training=True, **options)
+        except (AssertionError, LookupError, TypeError, ValueError) as error:
+            raise InputError(
+                f"--aa {args.aa!r} is no augmentation of timm's, as rand-m9-mstd0.5-inc1: {error}"
+            ) from error
         for step in self.transform.transforms:
             for operation in getattr(step, "ops", ()):  # RandAugment's
                 if operation.aug_fn is timm.data.auto_augment.posterize:

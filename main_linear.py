@@ -156,7 +156,7 @@ def check_frozen(tower, path):
 
 
 def train_probe(model, width, splits, evaluation, interrupts, args):
-    """(the linear probe's Ranking, its epochs); goes on where --output-dir holds an unfinished one."""
+    """(the probe's Ranking, its epochs); goes on where --output-dir holds an unfinished one."""
     train, test, names = splits
     test = datasets.Views(test, CenterCrop(model.image_size, round(model.image_size * 256 / 224)))
     precision, device = evaluation.precision, evaluation.precision.device

@@ -10,6 +10,7 @@ from test_main_linear import flags as probe_flags
 from test_main_linear import result
 
 import main_finetune
+import main_linear
 import models
 from transforms import MEAN, STD
 from utils import InputError
@@ -207,6 +208,10 @@ def test_two_ranks(probed, tmp_path):
         (["--update-freq", 9], "--update-freq 9 is more than the 5 batches of an epoch"),
         (["--evaluate"], "--evaluate: .*checkpoint.pt is absent"),
         (["--preset", "huge"], "invalid choice: 'huge'"),
+        (["--aa", "foo"], "--aa 'foo' is no augmentation of timm's, as rand-m9-mstd0.5-inc1"),
+        (["--aa", "rand-m9-foo1"], "--aa 'rand-m9-foo1' is no augmentation"),
+        (["--input-size", 5], "--input-size 5 is no multiple of the patch of 8 pixels"),
+        (["--input-size", 33], "--input-size 33 is no multiple of the patch of 8 pixels"),
         (["--warmup-epochs", 3], "--warmup-epochs 3 exceeds --epochs 2"),
     ],
 )
@@ -214,6 +219,24 @@ def test_bad_input(probed, tmp_path, extra, match):
     with pytest.raises(InputError, match=match):
         call(probed, tmp_path / "out", *extra)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("prefix", ["visual.", "visual.pos_embed"])
+def test_a_checkpoint_without_its_tower(probed, tmp_path, prefix):
+    state = torch.load(probed / "run/checkpoint.pt", weights_only=True)
+    kept = {k: v for k, v in state["state_dict"].items() if not k.startswith(prefix)}
+    torch.save({**state, "state_dict": kept}, tmp_path / "c.pt")
+    with pytest.raises(InputError, match="keys missing: .*pos_embed.*; check --pretrained"):
+        call(probed, tmp_path / "out", "--pretrained", tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize("labels", ['{"digits": 5}', "[1]", '{"digits": [[]]}'])
+@pytest.mark.parametrize("script", [main_finetune, main_linear])
+def test_labels_of_another_kind(script, probed, tmp_path, labels):
+    (tmp_path / "labels.json").write_text(labels)
+    given = probe_flags(probed, tmp_path / "out", "--labels", tmp_path / "labels.json")
+    with pytest.raises(InputError, match="labels"):
+        script.main(script.get_args_parser().parse_args(given))
 
 
 def test_a_tower_that_is_no_vit(tmp_path):
