@@ -1,5 +1,6 @@
 """Data: the samples of pre-training, and the catalog of labelled sets for evaluation."""
 
+import hashlib
 import os
 import re
 from itertools import chain
@@ -303,6 +304,11 @@ class FileList(Dataset):
     def __len__(self):
         return len(self.images)
 
+    @property
+    def samples(self):
+        paths = (os.path.join(self.root, str(image)) for image in self.images)
+        return list(zip(paths, self.labels, strict=True))
+
     def __getitem__(self, index):
         image = load_image(os.path.join(self.root, str(self.images[index])))
         return self.transform(image), self.labels[index]
@@ -374,6 +380,24 @@ def open_splits(name, catalog, labels, allow_outside=False):
     if (split := split_name(catalog, name, True)) == split_name(catalog, name, False):
         raise InputError(f"{name}: train and test are both {split!r}; correct the catalog")
     return train, test, table[name]
+
+
+def fingerprint(name, catalog, is_train, images):
+    """A text that changes with a set's place and split, its files' paths, sizes, times and labels.
+
+    images: the set as open_splits opens it.
+    """
+    entry, split = catalog[name], split_name(catalog, name, is_train)
+    digest = hashlib.sha256(repr((entry["type"], entry["path"], split)).encode())
+    for path, label in images.samples:
+        file = re.split(r"(?<=\.zip|\.tar)/", path)[0]  # an image may lie in an archive
+        try:
+            stat = os.stat(file)
+            state = stat.st_size, stat.st_mtime_ns
+        except OSError:  # reading it will tell
+            state = None
+        digest.update(repr((path, label, state)).encode())
+    return digest.hexdigest()
 
 
 def get_downstream_dataset(catalog, name, is_train, transform, labels):

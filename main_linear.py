@@ -230,10 +230,14 @@ def extract_splits(model, width, splits, evaluation, args):
     train, test, _ = splits
     view = CenterCrop(model.image_size)
     digest, results = checkpoint.file_digest(args.pretrained), []
-    where = os.path.abspath(args.catalog), args.dataset
+    catalog = datasets.load_catalog(args.catalog, args.allow_outside_root)
     for split, images in (("train", train), ("test", test)):
         data = datasets.Views(images, view)
-        key = features.cache_key(digest, vars(view), where, len(data), evaluation.precision.name)
+        content = utils.from_main(
+            utils.is_main()
+            and datasets.fingerprint(args.dataset, catalog, split == "train", images)
+        )
+        key = features.cache_key(digest, vars(view), content, evaluation.precision.name)
         path = os.path.join(args.output_dir, "features", f"{args.dataset}-{split}-{key}")
         results += features.extract(model.visual, width, data, path, evaluation)
     return results

@@ -5,6 +5,7 @@ ALIASES what labels.json calls those that differ by more than case and punctuati
 a partner is an error, on either side.
 """
 
+import os
 from dataclasses import dataclass
 
 import torchvision.datasets as tv
@@ -219,6 +220,16 @@ class Labelled(Dataset):
 
     def __len__(self):
         return len(self.dataset)
+
+    @property
+    def samples(self):
+        """All files below the root, since torchvision has no common way to list a set's own; in
+        place of their labels the root has the matched classes."""
+        folders = sorted(os.walk(self.dataset.root, followlinks=True))
+        files = (
+            os.path.join(folder, file) for folder, _, names in folders for file in sorted(names)
+        )
+        return [(str(self.dataset.root), self.numbers), *((file, None) for file in files)]
 
     def __getitem__(self, index):
         try:

@@ -100,6 +100,32 @@ def test_features_are_taken_once_and_alike_on_two_ranks(probed, tmp_path):
     assert len(list((tmp_path / "two/features").iterdir())) == 4
 
 
+def test_features_of_other_pictures_are_others(probed, tmp_path):
+    """Folders that are swapped, other labels, a place or split of the same size."""
+    import shutil
+
+    root, extra = tmp_path / "set", ["--catalog", tmp_path / "set/catalog.json"]
+    shutil.copytree(probed / "digits", root / "digits")
+    shutil.copy(probed / "catalog.json", root)
+    extra += ["--classifier", "knn", "--k", 1]
+    kept = tmp_path / "out/features"
+
+    def count():
+        call(probed, tmp_path / "out", *extra)
+        return len(list(kept.iterdir()))
+
+    assert [count(), count()] == [4, 4]
+    folder = root / "digits/test"
+    (folder / "0_class").rename(folder / "x")
+    (folder / "1_class").rename(folder / "0_class")
+    (folder / "x").rename(folder / "1_class")
+    assert count() == 6
+    shutil.copytree(folder, root / "digits/other")
+    entry = {"path": "digits", "type": "imagefolder", "test": "other"}
+    (root / "catalog.json").write_text(json.dumps({"digits": entry}))
+    assert count() == 8  # the training part has another entry as well
+
+
 def test_the_probe_on_two_ranks_by_the_global_rule(probed, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     call(probed, one, "--lr-scaling", "global")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import pickle
 
 import h5py
@@ -282,6 +283,8 @@ def test_labels_are_those_of_the_pictures(name, tmp_path, no_checksums):
                 open_set(tmp_path, name, is_train)
             continue
         dataset = open_set(tmp_path, name, is_train)
+        (_, numbers), *files = dataset.samples
+        assert numbers == dataset.numbers and all(os.path.isfile(file) for file, _ in files)
         if name == "cifar10" and is_train:  # five files of one content
             dataset = [dataset[i] for i in range(10)]
         labels = [dataset[i][1] for i in range(len(dataset))]
