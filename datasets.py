@@ -233,11 +233,14 @@ def load_image(path):
 
 def check_names(name, labels):
     """Raises InputError unless the classes of a set are texts or lists of synonyms, as it needs."""
-    for label in labels if isinstance(labels, list) else [None]:
+    if not isinstance(labels, list):
+        raise InputError(f"labels of {name!r} are {repr(labels)[:80]}, not a list; correct them")
+    for label in labels:
         synonyms = label if isinstance(label, list) else [label]
         if not synonyms or not all(is_text(synonym) for synonym in synonyms):
             raise InputError(
-                f"labels of {name!r}: {repr(label)[:80]} is neither a text nor a list of texts"
+                f"labels of {name!r}: {repr(label)[:80]} is neither a text nor a list of texts; "
+                "correct it"
             )
 
 

@@ -192,13 +192,19 @@ def test_another_checkpoint_does_not_go_on_with_a_run(probed, tmp_path):
         call(probed, tmp_path / "out", "--pretrained", tmp_path / "other.pt")
 
 
-def test_two_ranks(probed, tmp_path):
-    extra = ["--batch-size", 4, "--update-freq", 2, "--epochs", 1]
-    run = run_script("main_finetune.py", flags(probed, tmp_path, *extra), ranks=2)
+def test_two_ranks_train_what_one_does(probed, tmp_path):
+    """Without Mixup, whose numbers are each rank's own."""
+    extra = ["--mixup", 0, "--cutmix", 0, "--epochs", 1, "--update-freq", 2]
+    one, two = tmp_path / "one", tmp_path / "two"
+    call(probed, one, *extra)
+    run = run_script("main_finetune.py", flags(probed, two, *extra, "--batch-size", 4), ranks=2)
     assert run.returncode == 0, run.stderr
-    found = result(tmp_path, "finetune")
-    call(probed, tmp_path, "--evaluate", *extra)
-    assert result(tmp_path, "finetune") == found
+    for key, value in weights(one)["state_dict"].items():
+        assert torch.allclose(weights(two)["state_dict"][key], value, atol=1e-5), key
+    found = result(two, "finetune")
+    assert found["accuracy"] == result(one, "finetune")["accuracy"]
+    call(probed, two, "--evaluate", *extra)
+    assert result(two, "finetune") == found
 
 
 @pytest.mark.parametrize(
@@ -230,12 +236,19 @@ def test_a_checkpoint_without_its_tower(probed, tmp_path, prefix):
         call(probed, tmp_path / "out", "--pretrained", tmp_path / "c.pt")
 
 
-@pytest.mark.parametrize("labels", ['{"digits": 5}', "[1]", '{"digits": [[]]}'])
+@pytest.mark.parametrize(
+    "labels, match",
+    [
+        ('{"digits": 5}', "labels of 'digits' are 5, not a list"),
+        ("[1]", "labels .* is no JSON object"),
+        ('{"digits": [[]]}', "labels of 'digits': .* is neither a text nor a list of texts"),
+    ],
+)
 @pytest.mark.parametrize("script", [main_finetune, main_linear])
-def test_labels_of_another_kind(script, probed, tmp_path, labels):
+def test_labels_of_another_kind(script, probed, tmp_path, labels, match):
     (tmp_path / "labels.json").write_text(labels)
     given = probe_flags(probed, tmp_path / "out", "--labels", tmp_path / "labels.json")
-    with pytest.raises(InputError, match="labels"):
+    with pytest.raises(InputError, match=match):
         script.main(script.get_args_parser().parse_args(given))
 
 

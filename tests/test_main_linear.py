@@ -137,6 +137,22 @@ def test_the_probe_on_two_ranks_by_the_global_rule(probed, tmp_path):
     assert result(two, "linear")["accuracy"] == result(one, "linear")["accuracy"]
 
 
+def test_mixed_precision_is_of_the_tower_alone(probed, tmp_path):
+    call(probed, tmp_path / "fp32")
+    call(probed, tmp_path / "bf16", "--precision", "bf16")
+    fp32, bf16 = head(tmp_path / "fp32"), head(tmp_path / "bf16")
+    for key, value in fp32.items():
+        assert bf16[key].dtype == torch.float32 and not torch.equal(bf16[key], value)
+        assert torch.allclose(bf16[key], value, atol=1e-3), key
+    kinds = []
+    probe = main_linear.Probe(torch.nn.Linear(4, 4), 4, 2)
+    probe.head.register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
+    probe.tower.register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
+    with main_linear.engine.Precision("bf16", torch.device("cpu")).autocast():
+        probe(torch.ones(1, 4), torch.zeros(1))
+    assert kinds == [torch.bfloat16, torch.float32]
+
+
 def test_the_archived_rule_divides_by_the_number_of_gpus():
     args = argparse.Namespace(lr=0.1, batch_size=128)
     assert main_linear.archived_lr(args, 8) == pytest.approx(0.00625)
