@@ -2,6 +2,7 @@
 
     python benchmark.py step --model SLIP_VITB16 --batch-size 256 --paper  # synthetic batches
     python benchmark.py train --model SLIP_VITB16 --workers 14 --paper     # from JPEG files
+    python benchmark.py save --model SLIP_VITB16   # how long training waits for a checkpoint
     python benchmark.py data    # samples per second and core: archived code and ours
     python benchmark.py classifier  # prompts to a zero-shot classifier
     python benchmark.py features    # memory of classifiers on ImageNet-sized features
@@ -11,6 +12,7 @@
 today's libraries; --against="FLAGS" the same run with other flags.
 """
 
+import argparse
 import itertools
 import os
 import resource
@@ -33,10 +35,13 @@ import benchmark_data
 import captions
 import datasets
 import engine
+import loops
 import losses
 import main as training_script
 import models
 import utils
+from interrupts import Interrupts
+from keeper import Keeper
 from tokenizer import SimpleTokenizer
 
 # glibc gives large blocks back to the system at once, and then page faults hide what is measured.
@@ -182,7 +187,8 @@ class MeasuredTraining:
         self.batches = self.from_files(model) if options.command == "train" else self.synthetic()
         self.notes = [f"{precision.name} on {device.type}"]
         if args.compile if args.compile is not None else device.type == "cuda":
-            reason = training_script.compile_training(model, self.training, args)
+            views = training_script.empty_views(model, device, args.batch_size)
+            reason = training_script.compile_training(model, self.training, views)
             self.notes.append(f"torch.compile failed: {reason}" if reason else "compiled")
         self.watch, self.meters = Watch(device), utils.Meters()
         self.time_phases(model)
@@ -212,7 +218,8 @@ class MeasuredTraining:
             loader = archived_loader(model, pairs, self.args)
         else:
             loader = training_script.open_loader(model, SimpleTokenizer(), self.device, self.args)
-        for loader.sampler.epoch in itertools.count():
+        for epoch in itertools.count():
+            loader.sampler.go_to(epoch)
             for batch in loader:
                 yield {k: v for k, v in batch.items() if k not in ("bad", "sources")}
 
@@ -380,6 +387,49 @@ def benchmark_steps(options, flags):
 
 
 # ---------------------------------------------------------------------------------------------
+# Saving
+
+
+def trained_once(name, device):
+    """A model and its optimizer, with all the moments that a checkpoint holds."""
+    model = models.create_model(name).to(device)
+    optimizer = torch.optim.AdamW(utils.param_groups(model, 0.1), fused=True)
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    optimizer.zero_grad()
+    return model, optimizer
+
+
+def timed(call):
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def benchmark_save(options):
+    """Seconds that training waits for a save, and that its thread needs to write and prove it."""
+    device = utils.init_distributed(options.device)
+    model, optimizer = trained_once(options.model, device)
+    args = argparse.Namespace(keep_last=2, save_every_minutes=0)
+    parts = {"state_dict": model, "optimizer": optimizer, "progress": loops.Progress()}
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder, Interrupts() as interrupts:
+        keeper = Keeper(folder, parts, interrupts, device, args, {"args": {"model": options.model}})
+        keeper.begin(utils.SilentLog())
+        plain = {key: part.state_dict() for key, part in parts.items()}
+        print(f"save: {options.model} on {device.type}; {benchmark_data.machine()}\n")
+        for i in range(options.rounds):
+            synchronize(device)
+            waits, writes = timed(keeper.save), timed(keeper.wait)
+            usual = timed(lambda: torch.save(plain, f"{folder}/plain.pt"))
+            size = os.path.getsize(keeper.latest) / 1e9
+            print(
+                f"round {i}: training waits {waits:.3f} s, the thread writes {writes:.2f} s more; "
+                f"torch.save alone {usual:.2f} s; {size:.2f} GB"
+            )
+
+
+# ---------------------------------------------------------------------------------------------
 
 
 def get_args_parser():
@@ -397,6 +447,13 @@ def get_args_parser():
         steps.add_argument("--save", help="folder for the figures as JSON and PNG")
         steps.set_defaults(measure=benchmark_steps)
     steps.add_argument("--samples", type=utils.positive_int, default=2048, help="JPEGs to write")
+
+    saving = commands.add_parser("save", description="how long training waits for a checkpoint")
+    saving.add_argument("--model", default="SLIP_VITB16")
+    saving.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
+    saving.add_argument("--rounds", type=utils.positive_int, default=3)
+    saving.add_argument("--folder", help="for the checkpoints; by default the system's")
+    saving.set_defaults(measure=benchmark_save)
 
     data = commands.add_parser("data", description="samples per second and core, from files")
     data.add_argument(

@@ -223,6 +223,12 @@ class LabelledViews(Views):
         return {"image": self.view(image, rng), "label": label}
 
 
+def empty_batch(size, device):
+    """As of LabelledViews, prepared: one image of zeros, to rehearse with."""
+    label = torch.zeros(1, dtype=torch.long, device=device)
+    return {"image": torch.zeros(1, 3, size, size, device=device), "label": label}
+
+
 def unchanged(image):
     return image
 

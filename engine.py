@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import get_world_size, natural, reduce_sum
+from utils import get_world_size, natural, random_state, reduce_sum, set_random_state
 
 PRECISIONS = {
     "bf16": torch.bfloat16,
@@ -209,14 +209,43 @@ class RandomState:
 def kept_buffers(model):
     """Undoes what happens to a model's buffers within: batch norm counts no batch twice."""
     copies = [buffer.clone() for buffer in model.buffers()]
-    yield
-    restore_buffers(model, copies)
+    try:
+        yield
+    finally:
+        restore_buffers(model, copies)
 
 
 @torch.no_grad()
 def restore_buffers(model, copies):
     for buffer, kept in zip(model.buffers(), copies, strict=True):
         buffer.copy_(kept)
+
+
+@contextmanager
+def rehearsal(model, device):
+    """What runs within leaves no trace in a model's buffers and gradients, nor in random states."""
+    state = random_state(device)
+    try:
+        with kept_buffers(model):
+            yield
+    finally:
+        model.zero_grad()
+        set_random_state(state, device)
+
+
+def settle_buckets(training, views):
+    """Has DDP arrange its buckets of gradients, for which it needs a backward pass, of any views.
+
+    From then on a sum over ranks adds in the same order at every update. Otherwise the first one of
+    a run that goes on would differ, in the last bits, from the same one of an undisturbed run.
+    """
+    t = training
+    if not isinstance(t.model, DistributedDataParallel):
+        return
+    with rehearsal(t.model, t.precision.device):
+        with t.precision.autocast():
+            outputs = t.model(**views)
+        sum(x.float().sum() for x in outputs.values() if x.requires_grad).backward()
 
 
 def average_gradients(model, bucket=2**25):

@@ -43,7 +43,10 @@ def host_copy(value, old=None):
 
 def lock_folder(folder):
     """The open lock file of a run's folder. Raises InputError where another process holds it."""
-    file = open(os.path.join(folder, ".lock"), "a+")  # noqa: SIM115  # held until the run ends
+    try:
+        file = open(os.path.join(folder, ".lock"), "a+")  # noqa: SIM115  # held until the run ends
+    except OSError as error:
+        raise InputError(f"--output-dir {folder}: {error.strerror}; choose another") from error
     patience = time.monotonic() + LOCK_PATIENCE
     while True:
         try:
@@ -152,7 +155,6 @@ class Keeper:
         self.log = log
         if utils.is_main() and not self.lock:
             self.lock = lock_folder(self.folder)
-        self.interrupts.hold()
 
     # Saving
 

@@ -167,7 +167,8 @@ def describe_fault(losses, sources, update, epoch, log):
 def train_one_epoch(
     training, loader, progress, log, print_freq=10, max_bad_fraction=0.01, keeper=None
 ):
-    """The epoch that `progress` is in, from the update that it is at; the loader begins there.
+    """The epoch that `progress` is in, from the update that it is at, to which the loader's sampler
+    goes (go_to).
 
     Returns (the epoch's means over all ranks, its speed and size). Metrics stay on the device and
     are read every print_freq updates, and before `keeper`, asked after each, saves the run. Raises
@@ -178,6 +179,7 @@ def train_one_epoch(
     updates, samples = len(loader) // k, loader.batch_size * k * get_world_size()
     progress.start(updates, samples)
     first, total = epoch * updates, updates * samples
+    loader.sampler.go_to(epoch, progress.step * k)
     batches = Batches(loader) if progress.step < updates else None
     if progress.random:
         set_random_state(progress.random, t.precision.device)

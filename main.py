@@ -167,23 +167,23 @@ def create_training(model, precision, updates, args):
     )
 
 
-def compile_training(model, training, args):
-    """Compiles the blocks of the towers and the loss; returns why not, where that fails.
-
-    The trial runs the towers on zeros, and leaves random state and batch norm as they were.
-    """
-    device = training.precision.device
-    size = (args.batch_size, 3, model.image_size, model.image_size)
+def empty_views(model, device, batch_size):
+    """A batch of zeros, to rehearse with."""
+    size = (batch_size, 3, model.image_size, model.image_size)
     views = {view: torch.zeros(size, device=device) for view in model.views}
     if "text" in views:
-        views["text"] = torch.zeros(args.batch_size, 77, dtype=torch.long, device=device)
+        views["text"] = torch.zeros(batch_size, 77, dtype=torch.long, device=device)
+    return views
+
+
+def compile_training(model, training, views):
+    """Compiles the blocks of the towers and the loss; returns why not, where that fails."""
 
     def trial():
-        with engine.kept_buffers(model), torch.random.fork_rng():
+        with engine.rehearsal(model, training.precision.device):
             with training.precision.autocast():
                 features = model.towers(**views)
             sum(x.float().sum() for x in features.values()).backward()
-            model.zero_grad()
 
     rows = [m for m in training.criterion.modules() if isinstance(m, losses.RowLoss)]
     return engine.compile_modules([*model.blocks(), *rows], trial)
@@ -266,18 +266,20 @@ def train(interrupts, args):
     log.settings(facts)
     keeper.begin(log)
     announce(log, model, task, loader, training, args)
+    views = empty_views(model, device, args.batch_size)
     if args.compile if args.compile is not None else device.type == "cuda":
-        reason = compile_training(model, training, args)
+        reason = compile_training(model, training, views)
         if reason:
             log.say(f"warning: torch.compile failed, training goes on without it: {reason}")
+    engine.settle_buckets(training, views)
     log.picture("views", picture)
     for note in notes:
         log.say(note)
 
+    interrupts.hold()
     while progress.epoch < args.epochs:
         epoch = progress.epoch
         utils.seed_everything(args.seed, epoch, utils.get_rank())
-        loader.sampler.go_to(epoch, progress.step * args.update_freq)
         means, speed = loops.train_one_epoch(
             training, loader, progress, log, args.print_freq, args.max_bad_fraction, keeper
         )

@@ -323,10 +323,11 @@ def finetune(interrupts, args):
         keeper.begin(log)
         evaluation.check = keeper.check
         announce(log, train, updates, facts, notes, args)
+        engine.settle_buckets(training, datasets.empty_batch(size, device))
+        interrupts.hold()
         while progress.epoch < args.epochs:
             epoch = progress.epoch
             utils.seed_everything(args.seed, epoch, utils.get_rank())
-            loader.sampler.go_to(epoch, progress.step * args.update_freq)
             means, speed = loops.train_one_epoch(
                 training, loader, progress, log, args.print_freq, keeper=keeper
             )

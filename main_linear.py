@@ -194,11 +194,12 @@ def train_probe(model, width, splits, evaluation, interrupts, args):
     )
     for note in notes:
         log.say(note)
+    engine.settle_buckets(training, datasets.empty_batch(model.image_size, device))
     is_done = progress.epoch >= args.epochs
     ranking = score_probe(probe, test, len(names), evaluation) if is_done else None
+    interrupts.hold()
     while progress.epoch < args.epochs:
         epoch = progress.epoch
-        loader.sampler.go_to(epoch, progress.step)
         means, speed = loops.train_one_epoch(
             training, loader, progress, log, args.print_freq, keeper=keeper
         )

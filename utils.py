@@ -500,15 +500,15 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter  # slow to import: only when needed
 
         self.output_dir = make_folder(output_dir)
-        self.file = self.output_dir / "log.txt"
+        self.file, self.said = self.output_dir / "log.txt", set()
         if self.file.exists() and first_epoch == 0:  # another run's: kept aside
             os.replace(self.file, f"{self.file}.old")
         elif self.file.exists():  # leave out epochs that will be run again
             kept = [row for row in read_log(self.file) if row["epoch"] < first_epoch]
             text = "".join(json.dumps(row) + "\n" for row in kept)
-            write_atomically(self.file, lambda file: file.write(text.encode()))
+            with self.tolerant():
+                write_atomically(self.file, lambda file: file.write(text.encode()))
         self.writer = SummaryWriter(output_dir, purge_step=first_update)
-        self.said = set()
 
     @contextmanager
     def tolerant(self):
@@ -527,7 +527,8 @@ class RunLog:
             self.say(text)
 
     def settings(self, settings):
-        write_json(self.output_dir / "args.json", settings)
+        with self.tolerant():
+            write_json(self.output_dir / "args.json", settings)
 
     def epoch(self, stats):
         """One JSON object a line; TensorBoard gets the same numbers by epoch."""

@@ -1,10 +1,11 @@
-"""Scripts around main.py that end it early; run by the tests, on one rank or several.
+"""Scripts around ours that end them early; run by the tests, on one rank or several.
 
-python lives.py stop FOLDER FLAGS  # stopped each time it could be, and started again
+python lives.py stop FOLDER main FLAGS  # stopped each time it could be, and started again
 python lives.py die HOW FLAGS      # rank 1 ends in its third update: exit, raise or kill
 python lives.py once FILE FLAGS    # the same by kill, the first time
 """
 
+import importlib
 import os
 import signal
 import sys
@@ -36,18 +37,19 @@ class Stops:
         return signal.SIGUSR2
 
 
-def stop_everywhere(folder, flags):
-    """Prints the number of lives; each has a meeting place of its own."""
-    stops, lives = Stops(), 0
+def stop_everywhere(folder, name, *flags):
+    """Prints the number of lives; the ranks of each meet at a place of its own."""
+    script, stops, lives = importlib.import_module(name), Stops(), 0
     Keeper.due = lambda keeper: stops.due(keeper)
     is_over = False
     while not is_over:
         lives, stops.at = lives + 1, None
-        args = main.get_args_parser().parse_args([*flags, "--dist-url", f"file://{folder}/{lives}"])
+        url = f"file://{folder}/{lives}"
+        args = script.get_args_parser().parse_args([*flags, "--dist-url", url])
         torch.manual_seed(lives)  # nothing of an earlier life may help a later one
         try:
             with utils.reported():
-                main.main(args)
+                script.main(args)
             is_over = True
         except Stopped:
             continue
@@ -78,7 +80,7 @@ def end_rank_1(how, flags, marker=None):
 if __name__ == "__main__":
     command, value, *flags = sys.argv[1:]
     if command == "stop":
-        stop_everywhere(value, flags)
+        stop_everywhere(value, *flags)
     elif command == "die":
         end_rank_1(value, flags)
     else:

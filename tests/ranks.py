@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import exact_training, seeded_embeddings, views_of
+from conftest import InOrder, exact_training, seeded_embeddings, views_of
 
 import engine
 import features
@@ -116,7 +116,7 @@ def nonfinite(folder):
         schedule=np.full(6, 0.1),
         precision=engine.Precision("fp32", torch.device("cpu")),
     )
-    loader = DataLoader(Sourced(), 2, collate_fn=collate)
+    loader = DataLoader(Sourced(), 2, collate_fn=collate, sampler=InOrder(Sourced(), 2))
     log = utils.open_log(folder / "nonfinite")
     try:
         loops.train_one_epoch(training, loader, loops.Progress(epoch=1), log)

@@ -33,7 +33,7 @@ def open_pairs(root, views=VIEWS, seed=0, augment="cpu"):
 def loader_of(dataset, workers=0, batch_size=4, epoch=5, rank=0, world_size=1):
     batches = len(dataset) // (batch_size * world_size)
     sampler = EpochSampler(len(dataset), batch_size, batches, rank, world_size, seed=3)
-    sampler.epoch = epoch
+    sampler.go_to(epoch)
     return DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers, collate_fn=COLLATE)
 
 
@@ -44,6 +44,17 @@ def equal(a, b):
     if isinstance(a, (tuple, list)):
         return len(a) == len(b) and all(map(equal, a, b))
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def test_an_epoch_can_begin_at_any_batch_of_a_rank():
+    for rank in (0, 1):
+        sampler = EpochSampler(50, 4, 6, rank, 2, seed=3)
+        sampler.go_to(2)
+        whole = list(sampler)
+        for batch in range(7):
+            sampler.go_to(2, batch)
+            assert list(sampler) == whole[4 * batch :]
+            assert len(sampler) == 24  # of the epoch: updates are counted by it
 
 
 @pytest.mark.parametrize("augment", ["cpu", "device"])
@@ -162,7 +173,7 @@ def test_global_batches_are_the_same_on_any_number_of_ranks():
     for step in range(12):
         both = halves[0][4 * step : 4 * step + 4] + halves[1][4 * step : 4 * step + 4]
         assert both == whole[8 * step : 8 * step + 8]
-    sampler.epoch = 1
+    sampler.go_to(1)
     assert [i for _, i in sampler] != [i for _, i in whole]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import InOrder
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -40,7 +41,8 @@ def training(precision="fp32", update_freq=1, lr=0.1, dtype=torch.float32, devic
 
 
 def loader(data, batch_size):
-    return DataLoader([{"x": row} for row in data], batch_size)
+    rows = [{"x": row} for row in data]
+    return DataLoader(rows, batch_size, sampler=InOrder(rows, batch_size))
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
@@ -258,7 +260,12 @@ def test_a_gradient_that_is_not_finite_is_left_out_as_well():
     assert "gradient is not finite at update 0" in log.lines[0]
 
 
-def test_the_epoch_goes_on_in_another_batch_where_it_was():
-    progress = loops.Progress(epoch=1, step=6, batch=8)
-    progress.start(updates=3, batch=16)
-    assert (progress.step, progress.batch) == (3, 16)
+def test_an_epoch_goes_on_behind_the_samples_it_has_seen():
+    """Also where its batch is another one now: three updates of 4 were six of 2."""
+    data = torch.randn(24, 3)
+    t, progress = training(), loops.Progress(epoch=1, step=6, batch=2)
+    loops.train_one_epoch(t, loader(data, 4), progress, SilentLog())
+    other = training()
+    loops.train_one_epoch(other, loader(data[12:], 4), loops.Progress(), SilentLog())
+    assert torch.equal(t.model.weight, other.model.weight)
+    assert (progress.step, progress.batch, progress.samples) == (6, 4, 12)
