@@ -83,7 +83,7 @@ def restore(state, path, parts, check="--model"):
     missing = {"optimizer", "epoch"} - state.keys()
     if missing:
         raise InputError(f"checkpoint {path} holds no {', '.join(missing)} to go on from")
-    restore_optimizer(parts["optimizer"], state["optimizer"], path)
+    restore_optimizer(parts["optimizer"], state["optimizer"], path, check)
     for key in parts.keys() - {"state_dict", "optimizer"}:
         if state.get(key):  # a scaler's is empty where a run used none
             try:
@@ -92,7 +92,22 @@ def restore(state, path, parts, check="--model"):
                 raise InputError(f"checkpoint {path}: its {key} is of another kind") from error
 
 
-def restore_optimizer(optimizer, saved, path):
+def check_flags(state, facts, names, path):
+    """Raises InputError where a run would go on with other flags, or other facts, than it began.
+
+    facts: of utils.describe_run; names: the flags and facts that may not differ.
+    """
+    old, new = {**state, **vars(state["args"])}, {**facts, **facts["args"]}
+    for name in names:
+        if name in old and repr(old[name]) != repr(new[name]):
+            flag = f"--{name.replace('_', '-')}" if name in facts["args"] else name
+            raise InputError(
+                f"checkpoint {path} was trained with {flag} {repr(old[name])[:80]}, not "
+                f"{new[name]!r}; give the same, or another --output-dir"
+            )
+
+
+def restore_optimizer(optimizer, saved, path, check="--model"):
     """Loads moments, step counts and rates; weight decay, betas and eps stay those of the flags.
 
     Moments take their parameter's layout in memory, which fused AdamW relies on.
@@ -110,7 +125,7 @@ def restore_optimizer(optimizer, saved, path):
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         fits = False
     if not fits:
-        raise InputError(f"checkpoint {path}: its optimizer is of another model; check --model")
+        raise InputError(f"checkpoint {path}: its optimizer is of another model; check {check}")
     state = {
         i: moments | {k: torch.empty_like(params[i]).copy_(moments[k]) for k in names}
         for i, moments in saved["state"].items()
@@ -125,7 +140,7 @@ def restore_optimizer(optimizer, saved, path):
 def file_digest(path):
     """The SHA-256 of a file. Raises InputError if it is absent."""
     if not os.path.isfile(path):
-        raise InputError(f"checkpoint {str(path)!r} is absent; check --pretrained")
+        raise InputError(f"checkpoint {str(path)!r} is absent; check the path")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -248,7 +263,7 @@ def load(path):
     """
     if not os.path.isfile(path):
         what = "is no regular file" if os.path.exists(path) else "is absent"
-        raise InputError(f"checkpoint {str(path)!r} {what}; check --resume")
+        raise InputError(f"checkpoint {str(path)!r} {what}; check the path")
     with distrusted(path):
         check_content(path)
         with torch.serialization.safe_globals(SAFE_GLOBALS):
@@ -295,7 +310,10 @@ def model_name(state, path):
     """The name of the model that a loaded checkpoint holds."""
     name = getattr(state["args"], "model", None)
     if not isinstance(name, str):
-        raise InputError(f"checkpoint {path} does not say which model it holds")
+        raise InputError(
+            f"checkpoint {path} does not say which model it holds; its args need a model, as "
+            "'SLIP_VITB16'"
+        )
     return name
 
 
@@ -329,5 +347,5 @@ def load_model(path):
         model = create_model(
             name, getattr(args, "ssl_mlp_dim", 4096), getattr(args, "ssl_emb_dim", 256)
         )
-    load_weights(model, state["state_dict"], path)
+    load_weights(model, state["state_dict"], path, f"its args, which say {name}")
     return model.eval(), args

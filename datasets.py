@@ -1,5 +1,6 @@
 """Data: the samples of pre-training, and the catalog of labelled sets for evaluation."""
 
+import hashlib
 import os
 import re
 from itertools import chain
@@ -238,11 +239,14 @@ def load_image(path):
 
 def check_names(name, labels):
     """Raises InputError unless the classes of a set are texts or lists of synonyms, as it needs."""
-    for label in labels if isinstance(labels, list) else [None]:
+    if not isinstance(labels, list):
+        raise InputError(f"labels of {name!r} are {repr(labels)[:80]}, not a list; correct them")
+    for label in labels:
         synonyms = label if isinstance(label, list) else [label]
         if not synonyms or not all(is_text(synonym) for synonym in synonyms):
             raise InputError(
-                f"labels of {name!r}: {repr(label)[:80]} is neither a text nor a list of texts"
+                f"labels of {name!r}: {repr(label)[:80]} is neither a text nor a list of texts; "
+                "correct it"
             )
 
 
@@ -309,6 +313,11 @@ class FileList(Dataset):
     def __len__(self):
         return len(self.images)
 
+    @property
+    def samples(self):
+        paths = (os.path.join(self.root, str(image)) for image in self.images)
+        return list(zip(paths, self.labels, strict=True))
+
     def __getitem__(self, index):
         image = load_image(os.path.join(self.root, str(self.images[index])))
         return self.transform(image), self.labels[index]
@@ -329,7 +338,8 @@ def split_name(catalog, name, is_train):
     """
     entry, part = catalog[name], "train" if is_train else "test"
     is_torchvision = CATALOG_TYPES.get(entry["type"]) is open_torchvision and name in SETS
-    return entry.get(part, getattr(SETS[name], part) if is_torchvision else part)
+    own = getattr(SETS[name], part) if is_torchvision else part
+    return own and entry.get(part, own)
 
 
 def is_present(entry):
@@ -376,7 +386,27 @@ def open_splits(name, catalog, labels, allow_outside=False):
         get_downstream_dataset(catalog, name, is_train, unchanged, table[name])
         for is_train in (True, False)
     )
+    if (split := split_name(catalog, name, True)) == split_name(catalog, name, False):
+        raise InputError(f"{name}: train and test are both {split!r}; correct the catalog")
     return train, test, table[name]
+
+
+def fingerprint(name, catalog, is_train, images):
+    """A text that changes with a set's place and split, its files' paths, sizes, times and labels.
+
+    images: the set as open_splits opens it.
+    """
+    entry, split = catalog[name], split_name(catalog, name, is_train)
+    digest = hashlib.sha256(repr((entry["type"], entry["path"], split)).encode())
+    for path, label in images.samples:
+        file = re.split(r"(?<=\.zip|\.tar)/", path)[0]  # an image may lie in an archive
+        try:
+            stat = os.stat(file)
+            state = stat.st_size, stat.st_mtime_ns
+        except OSError:  # reading it will tell
+            state = None
+        digest.update(repr((path, label, state)).encode())
+    return digest.hexdigest()
 
 
 def get_downstream_dataset(catalog, name, is_train, transform, labels):

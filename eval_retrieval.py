@@ -158,7 +158,7 @@ def embed_texts(model, tokenizer, texts, precision, batch_size=256):
         tokens = trim(tokenizer(texts[start : start + batch_size])).to(precision.device)
         with precision.autocast():
             rows.append(F.normalize(model.encode_text(tokens).float(), dim=-1).double())
-    return torch.cat(rows)
+    return loops.check_finite(torch.cat(rows))
 
 
 def embed_images(model, dataset, evaluation):
@@ -177,7 +177,10 @@ def main(args):
 
     model, train_args = load_model(args.resume)
     if "text" not in model.views:
-        raise InputError(f"{args.resume} holds {train_args.model}: it has no text to retrieve by")
+        raise InputError(
+            f"{args.resume} holds {train_args.model}: it has no text to retrieve by; choose a "
+            "checkpoint of CLIP or SLIP"
+        )
     model.to(device)
     precision, tokenizer = engine.Precision(args.precision, device), SimpleTokenizer()
 

@@ -156,16 +156,24 @@ def folder_of(checkpoint, args):
     return os.path.join(args.output_dir, f"{os.path.basename(parent)}-{name}")
 
 
-def evaluate_checkpoint(path, tasks_of, device, args):
-    """Scores a checkpoint on all tasks; rank 0 prints them and writes results.json."""
+def open_model(path):
+    """(a model that can be prompted, its name) from a checkpoint file."""
     model, train_args = load_model(path)
     if "text" not in model.views:
-        raise InputError(f"{path} holds {train_args.model}: it has no text to prompt")
+        raise InputError(
+            f"{path} holds {train_args.model}: it has no text to prompt; choose a checkpoint of "
+            "CLIP or SLIP, or main_linear.py"
+        )
+    return model, train_args.model
+
+
+def evaluate_checkpoint(path, tasks_of, device, args):
+    """Scores a checkpoint on all tasks; rank 0 prints them and adds them to results.json."""
+    model, name = open_model(path)
     model.to(device)
     precision, tasks = engine.Precision(args.precision, device), tasks_of(model)
     evaluation = loops.Evaluation(precision, args.batch_size, args.workers)
     folder, tokenizer = folder_of(path, args), SimpleTokenizer()
-    results, examples = {}, {}
     if utils.is_main():
         utils.make_folder(folder)
         if len(args.resume) > 1:
@@ -174,18 +182,18 @@ def evaluate_checkpoint(path, tasks_of, device, args):
         ranking = rank_images(model, task, tokenizer, evaluation)
         if not utils.is_main():
             continue
-        result = summarize(task, ranking)
+        result = {"checkpoint": path, "model": name, "prompt_set": args.prompts or task.name}
+        result |= summarize(task, ranking)
         result |= metrics.details(task.name, ranking, metrics.display_names(task.classes))
-        results[task.name] = result
         low, high = result["interval"]
         print(
             f"{task.name:20s} {result['accuracy']:6.2f} [{low:.2f}, {high:.2f}]  "
             f"{result['metric']:14s} {result['images']:6d} images of {task.split}",
             flush=True,
         )
-        utils.write_json(os.path.join(folder, "results.json"), results)
-        examples[task.name] = picture_confusions(task, ranking)
-        utils.write_json(os.path.join(folder, "examples.json"), examples)
+        utils.update_json(os.path.join(folder, "results.json"), {task.name: result})
+        examples = {task.name: picture_confusions(task, ranking)}
+        utils.update_json(os.path.join(folder, "examples.json"), examples)
 
 
 def main(args):
@@ -205,6 +213,8 @@ def main(args):
     def tasks_of(model):
         return [open_task(name, model.image_size, catalog, labels, templates) for name in names]
 
+    for path in args.resume[1:]:  # what is wrong with them is told before the first is scored
+        open_model(path)
     for path in args.resume:
         evaluate_checkpoint(path, tasks_of, device, args)
 

@@ -32,21 +32,21 @@ def cache_key(*facts):
 def extract(tower, width, dataset, path, evaluation):
     """The features (n, W) and labels (n,) of a set, mapped from `path`.npy and `path`-labels.npy.
 
-    Where the files are absent they are made: each rank writes its own rows, so that all ranks must
-    see the folder. tower: images on the device -> (B, W).
+    Where the files are absent or damaged they are made: each rank writes its own rows, so that all
+    ranks must see the folder. tower: images on the device -> (B, W).
     """
-    files = {f"{path}.npy": (np.float32, width), f"{path}-labels.npy": (np.int64,)}
-    if not utils.from_main(all(map(os.path.exists, files))):
-        shapes = [(len(dataset), *shape) for _, *shape in files.values()]
+    n = len(dataset)
+    files = {f"{path}.npy": (np.float32, (n, width)), f"{path}-labels.npy": (np.int64, (n,))}
+    if not utils.from_main(all(is_whole(file, *kind) for file, kind in files.items())):
         if utils.is_main():
             utils.make_folder(os.path.dirname(path))
-            for (file, (dtype, *_)), shape in zip(files.items(), shapes, strict=True):
-                np.lib.format.open_memmap(f"{file}.tmp", "w+", dtype, shape)
+            for file, kind in files.items():
+                np.lib.format.open_memmap(f"{file}.tmp", "w+", *kind)
         barrier()
         features, labels = (np.load(f"{file}.tmp", mmap_mode="r+") for file in files)
         for rows, images, classes in loops.share_of(dataset, evaluation):
             with evaluation.precision.autocast():
-                features[rows] = tower(to_float(images)).float().cpu()
+                features[rows] = loops.check_finite(tower(to_float(images)).float().cpu())
             labels[rows] = classes.cpu()
         features.flush()
         labels.flush()
@@ -57,6 +57,15 @@ def extract(tower, width, dataset, path, evaluation):
         barrier()
     features, labels = (np.load(file, mmap_mode="c") for file in files)  # copied when written to
     return torch.from_numpy(features), torch.from_numpy(labels)
+
+
+def is_whole(file, dtype, shape):
+    """Whether a file holds such an array, from its head and length."""
+    try:
+        kept = np.load(file, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return False
+    return (kept.dtype, kept.shape) == (dtype, shape)
 
 
 def barrier():

@@ -85,15 +85,17 @@ class Keeper:
         self.keep_last, self.seconds = args.keep_last, 60 * args.save_every_minutes
         self.saved, self.number = time.monotonic(), None  # number: updates behind the latest
         self.lock = self.writer = self.copies = None
+        self.absent = set()  # parts that the checkpoint that the run goes on from has not
         interrupts.callback(self.close)
 
     # Going on
 
-    def restore(self, other="", check="--model"):
+    def restore(self, other="", check="--model", fixed=()):
         """Goes on from the folder's newest whole checkpoint, or from `other`; all ranks together.
 
-        Returns what to say of it, [] where the run begins. A requeued job names its first --resume
-        again: the run's own progress comes first.
+        fixed: flags and facts that must be those of the checkpoint. Returns what to say of it, []
+        where the run begins. A requeued job names its first --resume again: the run's own progress
+        comes first.
         """
         path, notes = utils.from_main(self.newest() if utils.is_main() else None)
         if not (path or other):
@@ -104,7 +106,9 @@ class Keeper:
                 f"{path} began from another checkpoint than --pretrained; choose another "
                 "--output-dir"
             )
+        checkpoint.check_flags(state, self.facts, fixed, path)
         checkpoint.restore(state, path or other, self.parts, check)
+        self.absent = {key for key in self.parts if not state.get(key)}
         p = self.progress
         p.epoch, p.best_acc1 = state["epoch"], float(state.get("best_acc1", 0.0))
         self.restore_random(state.get("random", []), path or other)

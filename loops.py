@@ -160,7 +160,7 @@ def describe_fault(losses, sources, update, epoch, log):
     path = from_main(log.dump(f"nonfinite-{update}.json", {**facts, "samples": samples}))
     return (
         f"{what} at update {update} (epoch {epoch}) on rank {rank}; lower --lr, lengthen "
-        f"--warmup-epochs or try --precision fp32; its samples are listed in {path}"
+        f"warm-up or try --precision fp32; its samples are listed in {path}"
     )
 
 
@@ -268,6 +268,16 @@ def share_of(dataset, evaluation):
             yield mine[start : start + e.batch_size], *to_device(next(batches), device)
 
 
+def check_finite(outputs):
+    """A model's outputs, which would lose every comparison unnoticed if they were not numbers."""
+    if outputs.isfinite().all():
+        return outputs
+    raise InputError(
+        "the model's outputs are not finite: its checkpoint's weights are most likely not; take "
+        "another checkpoint, or try --precision fp32"
+    )
+
+
 @torch.no_grad()
 def predict(score_fn, width, dataset, evaluation):
     """score_fn(images on the device) -> (B, width), over a labelled set of n images.
@@ -283,5 +293,5 @@ def predict(score_fn, width, dataset, evaluation):
         with precision.autocast():
             scores[rows, :-1] = score_fn(images).double()
         scores[rows, -1] = labels.double()
-    scores = reduce_sum(scores).cpu()
+    scores = check_finite(reduce_sum(scores).cpu())
     return scores[:, :-1], scores[:, -1].long()

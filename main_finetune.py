@@ -38,6 +38,12 @@ PRESETS = {
 }
 
 
+# What a run goes on with as it began: its schedule is laid out for all of it.
+FIXED = ("preset", "epochs", "warmup_epochs", "layer_decay", "drop_path", "lr", "warmup_lr")
+FIXED += ("min_lr", "weight_decay", "clip_grad", "aa", "color_jitter", "no_flip", "crop_min")
+FIXED += ("reprob", "mixup", "cutmix", "smoothing", "seed", "effective_batch")
+
+
 class PresetParser(utils.ArgumentParser):
     """Flags that are not given take the preset's values."""
 
@@ -122,6 +128,9 @@ def create_vit(path, classes, args):
         raise InputError(
             f"{path} holds {state['args'].model}, whose tower is no ViT: BeiT's recipe is for ViTs"
         )
+    size, patch = models.input_size(vit), vit.patch_embed.patch_size[0]
+    if size % patch:
+        raise InputError(f"--input-size {size} is no multiple of the patch of {patch} pixels")
     nn.init.trunc_normal_(vit.head.weight, std=2e-5)
     nn.init.zeros_(vit.head.bias)
     weights = {
@@ -129,12 +138,15 @@ def create_vit(path, classes, args):
         for key, value in state["state_dict"].items()
         if key.startswith("visual.")
     }
-    with checkpoint.bounded(path):
-        weights["pos_embed"] = timm.layers.resample_abs_pos_embed(
-            weights["pos_embed"], vit.patch_embed.grid_size, num_prefix_tokens=vit.num_prefix_tokens
-        )
+    if "pos_embed" in weights:
+        with checkpoint.bounded(path):
+            weights["pos_embed"] = timm.layers.resample_abs_pos_embed(
+                weights["pos_embed"],
+                vit.patch_embed.grid_size,
+                num_prefix_tokens=vit.num_prefix_tokens,
+            )
     own = {f"head.{key}": value for key, value in vit.head.state_dict().items()}
-    checkpoint.load_weights(vit, weights | own, path)
+    checkpoint.load_weights(vit, weights | own, path, "--pretrained")
     return vit
 
 
@@ -175,19 +187,16 @@ class TimmView:
     """timm's training augmentation of a PIL image, drawing from the given generator alone."""
 
     def __init__(self, size, args):
-        self.transform = timm.data.create_transform(
-            size,
-            is_training=True,
-            scale=(args.crop_min, 1.0),
-            hflip=0.0 if args.no_flip else 0.5,
-            color_jitter=args.color_jitter,
-            auto_augment=None if args.aa == "none" else args.aa,
-            interpolation="bicubic",
-            re_prob=args.reprob,
-            re_mode="pixel",
-            mean=MEAN,
-            std=STD,
-        )
+        options = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "re_mode": "pixel"}
+        options |= {"scale": (args.crop_min, 1.0), "hflip": 0.0 if args.no_flip else 0.5}
+        options |= {"color_jitter": args.color_jitter, "re_prob": args.reprob}
+        options["auto_augment"] = None if args.aa == "none" else args.aa
+        try:
+            self.transform = timm.data.create_transform(size, is_training=True, **options)
+        except (AssertionError, LookupError, TypeError, ValueError) as error:
+            raise InputError(
+                f"--aa {args.aa!r} is no augmentation of timm's, as rand-m9-mstd0.5-inc1: {error}"
+            ) from error
         for step in self.transform.transforms:
             for operation in getattr(step, "ops", ()):  # RandAugment's
                 if operation.aug_fn is timm.data.auto_augment.posterize:
@@ -294,9 +303,15 @@ def finetune(interrupts, args):
     folder = os.path.join(args.output_dir, f"finetune-{args.dataset}")
     digest = checkpoint.file_digest(args.pretrained)
     keeper = Keeper(folder, parts, interrupts, device, args, facts, digest)
-    notes = keeper.restore(check="--dataset and --input-size")
+    fixed = ("preset",) if args.evaluate else FIXED
+    notes = keeper.restore(check="--dataset and --input-size", fixed=fixed)
     if args.evaluate and not progress.updates:
         raise InputError(f"--evaluate: {keeper.latest} is absent; train first")
+    if "ema" in keeper.absent and args.evaluate:
+        raise InputError(f"--model-ema: {keeper.latest} holds no average; leave the flag")
+    if "ema" in keeper.absent:
+        ema.set(vit)
+        notes.append("the checkpoint holds no average of weights: it starts from its weights")
 
     def score(model):
         model.eval()
@@ -328,7 +343,7 @@ def finetune(interrupts, args):
     if not args.evaluate:
         log.close()
     for name, ranking in results.items() if utils.is_main() else ():
-        facts = {"epochs": args.epochs, "input_size": size, "preset": args.preset}
+        facts = {"epochs": progress.epoch, "input_size": size, "preset": args.preset}
         facts |= {"checkpoint": args.pretrained}
         metrics.report(args.output_dir, name, args.dataset, ranking, names, facts)
 

@@ -68,6 +68,10 @@ def global_lr(args, world_size):
     return args.lr * args.batch_size * world_size / 256
 
 
+# What a probe goes on with, or is done with, as it began: its learning rate depends on the rest.
+FIXED = ("lr", "lr_scaling", "momentum", "wd", "epochs", "crop_min", "no_flip", "seed")
+FIXED += ("effective_batch", "effective_lr")
+
 LR_SCALINGS = {"archived": archived_lr, "global": global_lr}
 
 
@@ -152,7 +156,7 @@ def check_frozen(tower, path):
 
 
 def train_probe(model, width, splits, evaluation, interrupts, args):
-    """The linear probe, resumed where --output-dir holds an unfinished one."""
+    """(the probe's Ranking, its epochs); goes on where --output-dir holds an unfinished one."""
     train, test, names = splits
     test = datasets.Views(test, CenterCrop(model.image_size, round(model.image_size * 256 / 224)))
     precision, device = evaluation.precision, evaluation.precision.device
@@ -165,15 +169,20 @@ def train_probe(model, width, splits, evaluation, interrupts, args):
     training = create_training(probe, precision, updates, args)
     progress = loops.Progress()
     parts = {"state_dict": probe.head, "optimizer": training.optimizer, "progress": progress}
-    facts = utils.describe_run(args, lr=float(training.schedule[0]), precision=precision.name)
+    facts = utils.describe_run(
+        args,
+        effective_batch=args.batch_size * utils.get_world_size(),
+        effective_lr=float(training.schedule[0]),
+        precision=precision.name,
+    )
     folder = os.path.join(args.output_dir, f"linear-{args.dataset}")
     digest = checkpoint.file_digest(args.pretrained)
     keeper = Keeper(folder, parts, interrupts, device, args, facts, digest)
-    notes = keeper.restore(check="--dataset")
+    notes = keeper.restore(check="--dataset", fixed=() if args.evaluate else FIXED)
     if args.evaluate and not progress.updates:
         raise InputError(f"--evaluate: {keeper.latest} is absent; train the probe first")
     if args.evaluate:
-        return score_probe(probe, test, len(names), evaluation)
+        return score_probe(probe, test, len(names), evaluation), progress.epoch
 
     log = utils.open_log(folder, progress.epoch, progress.epoch * updates + progress.step)
     log.settings(facts)
@@ -205,7 +214,7 @@ def train_probe(model, width, splits, evaluation, interrupts, args):
     keeper.wait()
     log.close()
     check_frozen(model.visual, args.pretrained)
-    return ranking
+    return ranking, progress.epoch
 
 
 # ---------------------------------------------------------------------------------------------
@@ -213,8 +222,8 @@ def train_probe(model, width, splits, evaluation, interrupts, args):
 
 
 def classify_linear(model, width, splits, evaluation, interrupts, args):
-    ranking = train_probe(model, width, splits, evaluation, interrupts, args)
-    return {"linear": (ranking, {"epochs": args.epochs})}
+    ranking, epochs = train_probe(model, width, splits, evaluation, interrupts, args)
+    return {"linear": (ranking, {"epochs": epochs})}
 
 
 def extract_splits(model, width, splits, evaluation, args):
@@ -222,10 +231,14 @@ def extract_splits(model, width, splits, evaluation, args):
     train, test, _ = splits
     view = CenterCrop(model.image_size)
     digest, results = checkpoint.file_digest(args.pretrained), []
-    where = os.path.abspath(args.catalog), args.dataset
+    catalog = datasets.load_catalog(args.catalog, args.allow_outside_root)
     for split, images in (("train", train), ("test", test)):
         data = datasets.Views(images, view)
-        key = features.cache_key(digest, vars(view), where, len(data), evaluation.precision.name)
+        content = utils.from_main(
+            utils.is_main()
+            and datasets.fingerprint(args.dataset, catalog, split == "train", images)
+        )
+        key = features.cache_key(digest, vars(view), content, evaluation.precision.name)
         path = os.path.join(args.output_dir, "features", f"{args.dataset}-{split}-{key}")
         results += features.extract(model.visual, width, data, path, evaluation)
     return results

@@ -39,6 +39,7 @@ def rank_classes(scores):
     """(B, C) -> (B, K + 1): what a Ranking needs of each row, as loops.predict collects it."""
     scores = scores.double()  # half precision could not hold the classes' numbers beside them
     margin = scores[:, 1:2] - scores[:, :1] if scores.shape[1] > 1 else scores
+    margin = margin + 0 * scores.sum(1, keepdim=True)  # not finite where any score is not
     return torch.cat([scores.topk(min(5, scores.shape[1])).indices, margin], dim=1)
 
 

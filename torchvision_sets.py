@@ -5,6 +5,7 @@ ALIASES what labels.json calls those that differ by more than case and punctuati
 a partner is an error, on either side.
 """
 
+import os
 from dataclasses import dataclass
 
 import torchvision.datasets as tv
@@ -39,38 +40,64 @@ ALIASES = {
     },
 }  # fmt: skip
 
-# ISO 3166 codes, the folders of Country211, in the order of labels.json.
-COUNTRY_CODES = """
-AD AE AF AG AI AL AM AO AQ AR AT AU AW AX AZ BA BB BD BE BF BG BH BJ BM BN BO BQ BR BS BT BW BY BZ
-CA CD CF CH CI CK CL CM CN CO CR CU CV CW CY CZ DE DK DM DO DZ EC EE EG ES ET FI FJ FK FO FR GA GB
-GD GE GF GG GH GI GL GM GP GR GS GT GU GY HK HN HR HT HU ID IE IL IM IN IQ IR IS IT JE JM JO JP KE
-KG KH KN KP KR KW KY KZ LA LB LC LI LK LR LT LU LV LY MA MC MD ME MF MG MK ML MM MN MO MQ MR MT MU
-MV MW MX MY MZ NA NC NG NI NL NO NP NZ OM PA PE PF PG PH PK PL PR PS PT PW PY QA RE RO RS RU RW SA
-SB SC SD SE SG SH SI SJ SK SL SM SN SO SS SV SX SY SZ TG TH TJ TL TM TN TO TR TT TW TZ UA UG US UY
-UZ VA VE VG VI VN VU WS XK YE ZA ZM ZW
+# ISO 3166 codes, the folders of Country211, and what labels.json calls these countries.
+COUNTRIES = """
+AD Andorra; AE United Arab Emirates; AF Afghanistan; AG Antigua and Barbuda; AI Anguilla;
+AL Albania; AM Armenia; AO Angola; AQ Antarctica; AR Argentina; AT Austria; AU Australia; AW Aruba;
+AX Aland Islands; AZ Azerbaijan; BA Bosnia and Herzegovina; BB Barbados; BD Bangladesh; BE Belgium;
+BF Burkina Faso; BG Bulgaria; BH Bahrain; BJ Benin; BM Bermuda; BN Brunei Darussalam; BO Bolivia;
+BQ Bonaire, Saint Eustatius and Saba; BR Brazil; BS Bahamas; BT Bhutan; BW Botswana; BY Belarus;
+BZ Belize; CA Canada; CD DR Congo; CF Central African Republic; CH Switzerland; CI Cote d'Ivoire;
+CK Cook Islands; CL Chile; CM Cameroon; CN China; CO Colombia; CR Costa Rica; CU Cuba;
+CV Cabo Verde; CW Curacao; CY Cyprus; CZ Czech Republic; DE Germany; DK Denmark; DM Dominica;
+DO Dominican Republic; DZ Algeria; EC Ecuador; EE Estonia; EG Egypt; ES Spain; ET Ethiopia;
+FI Finland; FJ Fiji; FK Falkland Islands; FO Faeroe Islands; FR France; GA Gabon; GB United Kingdom;
+GD Grenada; GE Georgia; GF French Guiana; GG Guernsey; GH Ghana; GI Gibraltar; GL Greenland;
+GM Gambia; GP Guadeloupe; GR Greece; GS South Georgia and South Sandwich Is.; GT Guatemala; GU Guam;
+GY Guyana; HK Hong Kong; HN Honduras; HR Croatia; HT Haiti; HU Hungary; ID Indonesia; IE Ireland;
+IL Israel; IM Isle of Man; IN India; IQ Iraq; IR Iran; IS Iceland; IT Italy; JE Jersey; JM Jamaica;
+JO Jordan; JP Japan; KE Kenya; KG Kyrgyz Republic; KH Cambodia; KN St. Kitts and Nevis;
+KP North Korea; KR South Korea; KW Kuwait; KY Cayman Islands; KZ Kazakhstan; LA Laos; LB Lebanon;
+LC St. Lucia; LI Liechtenstein; LK Sri Lanka; LR Liberia; LT Lithuania; LU Luxembourg; LV Latvia;
+LY Libya; MA Morocco; MC Monaco; MD Moldova; ME Montenegro; MF Saint-Martin; MG Madagascar;
+MK Macedonia; ML Mali; MM Myanmar; MN Mongolia; MO Macau; MQ Martinique; MR Mauritania; MT Malta;
+MU Mauritius; MV Maldives; MW Malawi; MX Mexico; MY Malaysia; MZ Mozambique; NA Namibia;
+NC New Caledonia; NG Nigeria; NI Nicaragua; NL Netherlands; NO Norway; NP Nepal; NZ New Zealand;
+OM Oman; PA Panama; PE Peru; PF French Polynesia; PG Papua New Guinea; PH Philippines; PK Pakistan;
+PL Poland; PR Puerto Rico; PS Palestine; PT Portugal; PW Palau; PY Paraguay; QA Qatar; RE Reunion;
+RO Romania; RS Serbia; RU Russia; RW Rwanda; SA Saudi Arabia; SB Solomon Islands; SC Seychelles;
+SD Sudan; SE Sweden; SG Singapore; SH St. Helena; SI Slovenia; SJ Svalbard and Jan Mayen Islands;
+SK Slovakia; SL Sierra Leone; SM San Marino; SN Senegal; SO Somalia; SS South Sudan; SV El Salvador;
+SX Sint Maarten; SY Syria; SZ Eswatini; TG Togo; TH Thailand; TJ Tajikistan; TL Timor-Leste;
+TM Turkmenistan; TN Tunisia; TO Tonga; TR Turkey; TT Trinidad and Tobago; TW Taiwan; TZ Tanzania;
+UA Ukraine; UG Uganda; US United States; UY Uruguay; UZ Uzbekistan; VA Vatican; VE Venezuela;
+VG British Virgin Islands; VI United States Virgin Islands; VN Vietnam; VU Vanuatu; WS Samoa;
+XK Kosovo; YE Yemen; ZA South Africa; ZM Zambia; ZW Zimbabwe
 """
+ALIASES["country211"] = dict(pair.split(maxsplit=1) for pair in COUNTRIES.split(";"))
 
 FEELINGS = ["angry", "disgusted", "fearful", "happy", "sad", "surprised", "neutral"]
 VEHICLES = {"Car", "Van", "Truck"}
 
 
 def distance_class(objects):
-    """VTAB's class of a KITTI image, by the nearest vehicle: under 8 m, under 20 m, farther, none.
+    """VTAB's class of a KITTI image, by the nearest vehicle: up to 8 m, up to 20 m, farther, none.
 
     objects: torchvision's target, dicts with "type" and "location" (x, y, z) in metres.
     """
     depths = [o["location"][2] for o in objects if o["type"] in VEHICLES]
     nearest = min(depths, default=1000.0)
-    return next((i for i, limit in enumerate((8.0, 20.0, 999.0)) if nearest < limit), 3)
+    return next((i for i, limit in enumerate((8.0, 20.0, 999.0)) if nearest <= limit), 3)
 
 
 @dataclass(frozen=True)
 class TorchvisionSet:
     """How torchvision reads a set.
 
-    build: (root, split, **download) -> a torchvision dataset; train, test: names of its splits, the
-    former None where it has no split of its own; names: dataset -> class names, by number;
-    number: its target -> the number; unseen: classes of labels.json that it has no images of.
+    build: (root, split, **download) -> a torchvision dataset; train, test: the splits taken where
+    the catalog names none, the former None where it has no split of its own; names: dataset ->
+    class names, by number, or their range where they have none; number: its target -> the number;
+    unseen: classes of labels.json that it has no images of; splits: those with labels.
     """
 
     build: callable
@@ -79,6 +106,10 @@ class TorchvisionSet:
     names: callable = lambda dataset: dataset.classes
     number: callable = int
     unseen: tuple = ()
+    splits: tuple = ("train", "test")
+
+
+THREE, ALL = ("train", "val", "test"), ("all",)
 
 
 def with_split(dataset, **options):
@@ -97,34 +128,43 @@ SETS = {
     "food101": TorchvisionSet(with_split(tv.Food101)),
     "cifar10": TorchvisionSet(with_flag(tv.CIFAR10)),
     "cifar100": TorchvisionSet(with_flag(tv.CIFAR100)),
-    "sun397": TorchvisionSet(whole(tv.SUN397), None, "all"),
+    "sun397": TorchvisionSet(whole(tv.SUN397), None, "all", splits=ALL),
     "cars": TorchvisionSet(with_split(tv.StanfordCars)),
-    "aircraft": TorchvisionSet(with_split(tv.FGVCAircraft), "trainval"),
-    "dtd": TorchvisionSet(with_split(tv.DTD)),
-    "pets": TorchvisionSet(with_split(tv.OxfordIIITPet), "trainval"),
-    "caltech101": TorchvisionSet(
-        whole(tv.Caltech101), None, "all", lambda d: d.categories, unseen=("background",)
+    "aircraft": TorchvisionSet(
+        with_split(tv.FGVCAircraft), "trainval", splits=(*THREE, "trainval")
     ),
-    "flowers": TorchvisionSet(with_split(tv.Flowers102)),
+    "dtd": TorchvisionSet(with_split(tv.DTD), splits=THREE),
+    "pets": TorchvisionSet(with_split(tv.OxfordIIITPet), "trainval", splits=("trainval", "test")),
+    "caltech101": TorchvisionSet(
+        whole(tv.Caltech101),
+        None,
+        "all",
+        lambda d: d.categories,
+        unseen=("background",),
+        splits=ALL,
+    ),
+    "flowers": TorchvisionSet(with_split(tv.Flowers102), splits=THREE),
     # MNIST's classes are "0 - zero" and so on.
     "mnist": TorchvisionSet(
         with_flag(tv.MNIST), names=lambda d: [name.split(" - ")[0] for name in d.classes]
     ),
     "fer2013": TorchvisionSet(with_split(tv.FER2013), names=lambda d: FEELINGS),
     "stl10": TorchvisionSet(with_split(tv.STL10)),
-    "eurosat": TorchvisionSet(whole(tv.EuroSAT), None, "all"),
-    # Its signs have numbers only, which are those of labels.json.
-    "gtsrb": TorchvisionSet(with_split(tv.GTSRB), names=lambda d: None),
+    "eurosat": TorchvisionSet(whole(tv.EuroSAT), None, "all", splits=ALL),
+    # Its signs have numbers only, by which labels.json lists them: 0 is 20 km/h, 14 stop, 42 the
+    # end of "no passing" for trucks. A test pins the list, so only its length is checked.
+    "gtsrb": TorchvisionSet(with_split(tv.GTSRB), names=lambda d: range(43)),
     "kitti_distance": TorchvisionSet(
         whole(tv.Kitti, train=True),  # the images whose objects are known
         None,
         "all",
         lambda d: ["near", "middle", "far", "none"],
         distance_class,
+        splits=ALL,
     ),
-    "country211": TorchvisionSet(with_split(tv.Country211)),
+    "country211": TorchvisionSet(with_split(tv.Country211), splits=("train", "valid", "test")),
     "patch_camelyon": TorchvisionSet(
-        with_split(tv.PCAM), test="val", names=lambda d: ["no tumor", "tumor"]
+        with_split(tv.PCAM), test="val", names=lambda d: ["no tumor", "tumor"], splits=THREE
     ),
     # Counts of 3 to 10 objects.
     "clevr_counts": TorchvisionSet(
@@ -132,8 +172,9 @@ SETS = {
         test="val",
         names=lambda d: [str(3 + i) for i in range(8)],
         number=lambda count: count - 3,
+        splits=("train", "val"),
     ),
-    "rendered_sst2": TorchvisionSet(with_split(tv.RenderedSST2)),
+    "rendered_sst2": TorchvisionSet(with_split(tv.RenderedSST2), splits=THREE),
 }
 
 
@@ -147,14 +188,18 @@ def match_classes(name, found, labels, unseen=()):
 
     labels: names or lists of synonyms. Raises InputError naming classes without a partner.
     """
+    if isinstance(found, range):  # numbered as in labels.json
+        if len(found) != len(labels):
+            raise InputError(
+                f"{name}: torchvision has {len(found)} classes, but labels.json {len(labels)}; "
+                "correct the labels"
+            )
+        return list(found)
     ours = {}
     for i, label in enumerate(labels):
         for synonym in [label] if isinstance(label, str) else label:
             ours.setdefault(plain(synonym), i)
-    aliases = dict(ALIASES.get(name, {}))
-    codes = COUNTRY_CODES.split()
-    if name == "country211" and len(labels) == len(codes):
-        aliases = dict(zip(codes, labels, strict=True))
+    aliases = ALIASES.get(name, {})
     numbers = [ours.get(plain(aliases.get(c, c))) for c in found]
     unknown = [c for c, number in zip(found, numbers, strict=True) if number is None]
     skipped = {ours.get(plain(label)) for label in unseen}
@@ -176,9 +221,24 @@ class Labelled(Dataset):
     def __len__(self):
         return len(self.dataset)
 
+    @property
+    def samples(self):
+        """All files below the root, since torchvision has no common way to list a set's own; in
+        place of their labels the root has the matched classes."""
+        folders = sorted(os.walk(self.dataset.root, followlinks=True))
+        files = (
+            os.path.join(folder, file) for folder, _, names in folders for file in sorted(names)
+        )
+        return [(str(self.dataset.root), self.numbers), *((file, None) for file in files)]
+
     def __getitem__(self, index):
-        image, target = self.dataset[index]
-        return self.transform(image.convert("RGB")), self.numbers[SETS[self.name].number(target)]
+        try:
+            image, target = self.dataset[index]
+            image, number = image.convert("RGB"), SETS[self.name].number(target)
+        except Exception as error:  # decoders of many formats raise of many kinds
+            reason = f"{self.name}: image {index} cannot be read: {error}"
+            raise InputError(f"{reason}; replace or remove it") from error
+        return self.transform(image), self.numbers[number]
 
 
 def open_torchvision(name, entry, split, transform, labels, download=False):
@@ -190,14 +250,16 @@ def open_torchvision(name, entry, split, transform, labels, download=False):
         raise InputError(
             f"{name}: torchvision's has no training split of its own; use imagefolder or filelist"
         )
+    if split not in row.splits:
+        raise InputError(
+            f"{name}: torchvision's has no split {split!r}; correct the catalog, choose from "
+            f"{', '.join(row.splits)}"
+        )
     try:
         dataset = row.build(entry["path"], split, **({"download": True} if download else {}))
-    except (RuntimeError, OSError, ValueError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
+    except Exception as error:  # a damaged file can raise anything
+        is_told = isinstance(error, (RuntimeError, OSError, ValueError, TypeError))
+        reason = str(error).partition("\n")[0] if is_told else f"it is damaged: {error!r}."
         raise InputError(f"{name}: {reason} Looked in {entry['path']}") from error
-    found = row.names(dataset)
-    if found is None:  # numbered as in labels.json
-        numbers = list(range(len(labels)))
-    else:
-        numbers = match_classes(name, list(found), labels, row.unseen)
+    numbers = match_classes(name, row.names(dataset), labels, row.unseen)
     return Labelled(name, dataset, numbers, transform)

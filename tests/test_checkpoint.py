@@ -131,7 +131,7 @@ def test_a_truncated_checkpoint_is_damaged(tmp_path):
 
 
 def test_absent_and_foreign_files(tmp_path):
-    with pytest.raises(InputError, match=r"absent.pt' is absent; check --resume"):
+    with pytest.raises(InputError, match=r"absent.pt' is absent; check the path"):
         checkpoint.load(tmp_path / "absent.pt")
     torch.save({"weights": 1}, tmp_path / "c.pt")
     with pytest.raises(InputError, match="no checkpoint of a training run"):

@@ -199,6 +199,30 @@ def test_imagefolder(tmp_path):
     assert dataset[5][0].shape == (3, 32, 32) and dataset[5][1] == 2
 
 
+def test_the_fingerprint_of_a_filelist(tmp_path):
+    """Its paths, their order, the labels and the files count, also where these lie in a zip."""
+    root, seen = tmp_path / "mine", []
+    save_image(root / "a.png", 0)
+    with zipfile.ZipFile(root / "b.zip", "w") as file:
+        file.write(root / "a.png", "c.png")
+    catalog = catalog_of(tmp_path, type="filelist")
+
+    def note(images, labels):
+        np.save(root / "val_images.npy", np.array(images))
+        np.save(root / "val_labels.npy", np.array(labels))
+        dataset = open_mine(catalog, ["a", "b"])
+        seen.append(datasets.fingerprint("mine", catalog, False, dataset))
+
+    note(["a.png", "b.zip/c.png"], [0, 1])
+    note(["a.png", "b.zip/c.png"], [0, 1])
+    assert seen[0] == seen[1]
+    note(["b.zip/c.png", "a.png"], [1, 0])
+    note(["a.png", "b.zip/c.png"], [1, 0])
+    os.utime(root / "b.zip", ns=(0, 0))
+    note(["a.png", "b.zip/c.png"], [0, 1])
+    assert len(set(seen)) == 4
+
+
 def test_filelist(tmp_path):
     for i in range(2):
         save_image(tmp_path / f"mine/{i}.png", i)

@@ -119,6 +119,16 @@ def test_a_coco_file_without_a_list_of_images():
     assert eval_retrieval.read_coco(table, "test") == [("000000000007.jpg", ["a", "b"])]
 
 
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_weights_that_are_not_finite_score_nothing(tower, retrieval, tmp_path):
+    state = torch.load(retrieval / "run/checkpoint.pt", weights_only=True)
+    state["state_dict"][f"{tower}_projection"].fill_(float("nan"))
+    torch.save(state, tmp_path / "c.pt")
+    with pytest.raises(InputError, match="outputs are not finite: its checkpoint's weights"):
+        call(retrieval, tmp_path, "karpathy.json", "", "--resume", tmp_path / "c.pt")
+    assert not (tmp_path / "retrieval.json").exists()
+
+
 def test_bad_input(retrieval, tmp_path):
     with pytest.raises(InputError, match="split 'dev' is absent; choose from test, val"):
         call(retrieval, tmp_path, "karpathy.json", "", "--split", "dev")

@@ -130,9 +130,13 @@ def test_several_checkpoints_and_other_prompts(tiny, trained, tmp_path, capsys):
     both = [tmp_path / "b/x.pt", tmp_path / "b/y.pt"]
     call(tiny, trained, tmp_path / "two", "--prompts", "imagenet80", "--resume", *both)
     one = json.loads((tmp_path / "one/results.json").read_text())["digits"]
-    assert one["prompts"] == 80
-    for name in ("b-x", "b-y"):
-        assert json.loads((tmp_path / "two" / name / "results.json").read_text())["digits"] == one
+    assert one.pop("checkpoint") == str(trained / "checkpoint.pt")
+    assert (one["model"], one["prompt_set"], one["prompts"]) == (
+        "CLIP_VITTINY8", "imagenet80", 80,
+    )  # fmt: skip
+    for name, path in zip(("b-x", "b-y"), both, strict=True):
+        got = json.loads((tmp_path / "two" / name / "results.json").read_text())["digits"]
+        assert got == one | {"checkpoint": str(path)}
     assert f"{tmp_path}/b/y.pt:" in capsys.readouterr().out
     with pytest.raises(InputError, match="--prompts 'x' is none of food101"):
         call(tiny, trained, tmp_path, "--prompts", "x")
@@ -148,16 +152,22 @@ def call(tiny, trained, out, *extra):
 def test_bad_input(tiny, trained, tmp_path):
     with pytest.raises(InputError, match="'nope' is not in the catalog; choose from digits"):
         call(tiny, trained, tmp_path, "--datasets", "nope")
-    with pytest.raises(InputError, match="--resume"):
+    with pytest.raises(InputError, match="checkpoint.pt' is absent; check the path"):
         call(tiny, tmp_path, tmp_path)
     with pytest.raises(InputError, match="catalog .* No such file"):
         call(tiny, trained, tmp_path, "--catalog", tmp_path / "none.json")
     (tmp_path / "labels.json").write_text('{"digits": ["one", "two"]}')
     with pytest.raises(InputError, match="has 10 classes, but labels.json has 2"):
         call(tiny, trained, tmp_path, "--labels", tmp_path / "labels.json")
-    (tmp_path / "labels.json").write_text('{"digits": "zero to nine"}')
-    with pytest.raises(InputError, match="'digits' must be lists of texts"):
-        call(tiny, trained, tmp_path, "--labels", tmp_path / "labels.json")
+    for text, match in (
+        ('{"digits": "zero to nine"}', "'digits' must be lists of texts"),
+        ('{"digits": 5}', "'digits' must be lists of texts"),
+        ('{"digits": [[]]}', "labels of 'digits': .* is neither a text nor a list of texts"),
+        ("[1]", "labels .* is no JSON object"),
+    ):
+        (tmp_path / "labels.json").write_text(text)
+        with pytest.raises(InputError, match=match):
+            call(tiny, trained, tmp_path, "--labels", tmp_path / "labels.json")
     (tmp_path / "templates.json").write_text('{"digits": ["a digit"]}')
     with pytest.raises(InputError, match="each must be a text with {}"):
         call(tiny, trained, tmp_path, "--templates", tmp_path / "templates.json")
@@ -173,11 +183,40 @@ def test_bad_input(tiny, trained, tmp_path):
     assert not (tmp_path / "results.json").exists()
 
 
-def test_a_method_without_text_cannot_be_prompted(tiny, tmp_path):
+def test_a_method_without_text_cannot_be_prompted(tiny, trained, tmp_path):
     flags = train_flags(tiny, tmp_path, model="SIMCLR_VITTINY8")
     main.main(main.get_args_parser().parse_args(flags))
-    with pytest.raises(InputError, match="SIMCLR_VITTINY8: it has no text"):
+    with pytest.raises(InputError, match="SIMCLR_VITTINY8: it has no text .* of CLIP or SLIP"):
         call(tiny, tmp_path, tmp_path)
+    both = trained / "checkpoint.pt", tmp_path / "checkpoint.pt"
+    with pytest.raises(InputError, match="SIMCLR_VITTINY8: it has no text"):
+        call(tiny, trained, tmp_path / "out", "--resume", *both)
+    assert not (tmp_path / "out").exists()  # the first has not been scored either
+
+
+def test_results_are_added_to_those_of_other_sets(tiny, trained, tmp_path):
+    call(tiny, trained, tmp_path, "--datasets", "digits")
+    first = [json.loads((tmp_path / f"{n}.json").read_text()) for n in ("results", "examples")]
+    assert first[0]["digits"]["prompt_set"] == "digits"
+    tables = {}
+    for what, path in (("labels", datasets.LABELS), ("templates", datasets.TEMPLATES)):
+        tables[what] = tmp_path / f"{what}.json"
+        tables[what].write_text(json.dumps({"other": utils.read_json(path, what)["digits"]}))
+    entry = {"path": str(tiny / "digits"), "type": "imagefolder"}
+    (tmp_path / "catalog.json").write_text(json.dumps({"other": entry}))
+    tables["catalog"] = tmp_path / "catalog.json"
+    call(tiny, trained, tmp_path, *(x for k, v in tables.items() for x in (f"--{k}", v)))
+    for name, old in zip(("results", "examples"), first, strict=True):
+        table = json.loads((tmp_path / f"{name}.json").read_text())
+        assert set(table) == {"digits", "other"} and table["digits"] == old["digits"]
+
+
+def test_weights_that_are_not_finite_score_nothing(tiny, trained, tmp_path):
+    state = torch.load(trained / "checkpoint.pt", weights_only=True)
+    state["state_dict"]["visual.norm.bias"][0] = float("nan")
+    torch.save(state, tmp_path / "c.pt")
+    with pytest.raises(InputError, match="outputs are not finite: its checkpoint's weights"):
+        call(tiny, trained, tmp_path, "--resume", tmp_path / "c.pt")
 
 
 def test_absent_sets_are_reported(tiny, trained, tmp_path, capsys):

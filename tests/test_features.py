@@ -48,6 +48,20 @@ def test_features_are_kept_on_disk_and_taken_once(tmp_path):
     assert sorted(p.name for p in path.parent.iterdir()) == ["x-labels.npy", "x.npy"]
 
 
+@pytest.mark.parametrize("size", [0, 60, 130])
+@pytest.mark.parametrize("name", ["x.npy", "x-labels.npy"])
+def test_files_that_were_cut_are_made_again(name, size, tmp_path):
+    def extract():
+        tower = lambda images: images.flatten(1)[:, :4]  # noqa: E731
+        return features.extract(tower, 4, Tiny(), str(tmp_path / "x"), loops.Evaluation(FP32, 3, 0))
+
+    first, labels = map(torch.clone, extract())
+    with open(tmp_path / name, "r+b") as file:
+        file.truncate(size)
+    again, same = extract()
+    assert torch.equal(again, first) and torch.equal(same, labels)
+
+
 def test_keys_tell_checkpoints_and_views_apart(tmp_path):
     (tmp_path / "a").write_bytes(b"a")
     (tmp_path / "b").write_bytes(b"b")

@@ -207,7 +207,7 @@ def test_a_progress_bar_on_a_terminal(tiny, tmp_path, monkeypatch, capsys):
         (["--root", "nowhere"], "--root 'nowhere' is not a folder"),
         (["--root", "."], "image ./train2017/.*: No such file"),
         (["--metadata", "none.json"], "metadata none.json: No such file|none.json: No such file"),
-        (["--resume", "none.pt"], "checkpoint 'none.pt' is absent; check --resume"),
+        (["--resume", "none.pt"], "checkpoint 'none.pt' is absent; check the path"),
         (["--batch-size", "17"], "--batch-size 17 on 1 ranks is more than the 16 training"),
         (["--update-freq", "5"], "--update-freq 5 is more than the 4 batches"),
         (["--workers", "-1"], "--workers: -1 must be 0 or more"),

@@ -10,6 +10,7 @@ from test_main_linear import flags as probe_flags
 from test_main_linear import result
 
 import main_finetune
+import main_linear
 import models
 from transforms import MEAN, STD
 from utils import InputError
@@ -127,17 +128,9 @@ def test_training_resuming_and_the_average_of_weights(probed, tmp_path, capsys):
     whole = weights(tmp_path / "whole")
     assert not torch.equal(whole["ema"]["head.weight"], whole["state_dict"]["head.weight"])
 
-    keep, calls = main_finetune.loops.train_one_epoch, []
-
-    def once(*args, **options):
-        if calls:
-            raise KeyboardInterrupt
-        calls.append(1)
-        return keep(*args, **options)
-
     extra = ["--model-ema", "--model-ema-decay", 0.5]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main_finetune.loops, "train_one_epoch", once)
+        patch.setattr(main_finetune.loops, "train_one_epoch", stop_after(1))
         with pytest.raises(KeyboardInterrupt):
             call(probed, tmp_path / "parts", *extra)
     call(probed, tmp_path / "parts", *extra)
@@ -150,6 +143,47 @@ def test_training_resuming_and_the_average_of_weights(probed, tmp_path, capsys):
     assert result(tmp_path / "parts", "finetune") == before
 
 
+def stop_after(epochs):
+    """train_one_epoch that many times, then an interruption."""
+    keep, calls = main_finetune.loops.train_one_epoch, []
+
+    def train(*args, **options):
+        if len(calls) == epochs:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return keep(*args, **options)
+
+    return train
+
+
+def test_an_average_that_never_was(probed, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(main_finetune.loops, "train_one_epoch", stop_after(1))
+        with pytest.raises(KeyboardInterrupt):
+            call(probed, tmp_path)
+    first = weights(tmp_path)["state_dict"]
+    with pytest.raises(InputError, match="--model-ema: .*holds no average; leave the flag"):
+        call(probed, tmp_path, "--model-ema", "--evaluate")
+    call(probed, tmp_path, "--model-ema", "--model-ema-decay", 0.999999)
+    assert "holds no average of weights: it starts from its weights" in capsys.readouterr().out
+    for key, value in weights(tmp_path)["ema"].items():
+        assert torch.allclose(value, first[key], atol=1e-4), key
+    call(probed, tmp_path, "--model-ema", "--evaluate")
+
+
+def test_flags_that_would_not_be_applied_are_refused(probed, tmp_path):
+    call(probed, tmp_path)
+    for extra, match in (
+        (["--lr", 50], "trained with --lr 0.001, not 50.0; give the same, or another --output-dir"),
+        (["--epochs", 3], "trained with --epochs 2, not 3"),
+        (["--update-freq", 2], "trained with effective_batch 8, not 16"),
+    ):
+        with pytest.raises(InputError, match=match):
+            call(probed, tmp_path, *extra)
+    call(probed, tmp_path, "--evaluate", "--epochs", 90)
+    assert result(tmp_path, "finetune")["epochs"] == 2
+
+
 def test_another_checkpoint_does_not_go_on_with_a_run(probed, tmp_path):
     call(probed, tmp_path / "out", "--epochs", 1)
     state = torch.load(probed / "run/checkpoint.pt", weights_only=True)
@@ -158,13 +192,19 @@ def test_another_checkpoint_does_not_go_on_with_a_run(probed, tmp_path):
         call(probed, tmp_path / "out", "--pretrained", tmp_path / "other.pt")
 
 
-def test_two_ranks(probed, tmp_path):
-    extra = ["--batch-size", 4, "--update-freq", 2, "--epochs", 1]
-    run = run_script("main_finetune.py", flags(probed, tmp_path, *extra), ranks=2)
+def test_two_ranks_train_what_one_does(probed, tmp_path):
+    """Without Mixup, whose numbers are each rank's own."""
+    extra = ["--mixup", 0, "--cutmix", 0, "--epochs", 1, "--update-freq", 2]
+    one, two = tmp_path / "one", tmp_path / "two"
+    call(probed, one, *extra)
+    run = run_script("main_finetune.py", flags(probed, two, *extra, "--batch-size", 4), ranks=2)
     assert run.returncode == 0, run.stderr
-    found = result(tmp_path, "finetune")
-    call(probed, tmp_path, "--evaluate", *extra)
-    assert result(tmp_path, "finetune") == found
+    for key, value in weights(one)["state_dict"].items():
+        assert torch.allclose(weights(two)["state_dict"][key], value, atol=1e-5), key
+    found = result(two, "finetune")
+    assert found["accuracy"] == result(one, "finetune")["accuracy"]
+    call(probed, two, "--evaluate", *extra)
+    assert result(two, "finetune") == found
 
 
 @pytest.mark.parametrize(
@@ -174,6 +214,10 @@ def test_two_ranks(probed, tmp_path):
         (["--update-freq", 9], "--update-freq 9 is more than the 5 batches of an epoch"),
         (["--evaluate"], "--evaluate: .*checkpoint.pt is absent"),
         (["--preset", "huge"], "invalid choice: 'huge'"),
+        (["--aa", "foo"], "--aa 'foo' is no augmentation of timm's, as rand-m9-mstd0.5-inc1"),
+        (["--aa", "rand-m9-foo1"], "--aa 'rand-m9-foo1' is no augmentation"),
+        (["--input-size", 5], "--input-size 5 is no multiple of the patch of 8 pixels"),
+        (["--input-size", 33], "--input-size 33 is no multiple of the patch of 8 pixels"),
         (["--warmup-epochs", 3], "--warmup-epochs 3 exceeds --epochs 2"),
     ],
 )
@@ -181,6 +225,31 @@ def test_bad_input(probed, tmp_path, extra, match):
     with pytest.raises(InputError, match=match):
         call(probed, tmp_path / "out", *extra)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("prefix", ["visual.", "visual.pos_embed"])
+def test_a_checkpoint_without_its_tower(probed, tmp_path, prefix):
+    state = torch.load(probed / "run/checkpoint.pt", weights_only=True)
+    kept = {k: v for k, v in state["state_dict"].items() if not k.startswith(prefix)}
+    torch.save({**state, "state_dict": kept}, tmp_path / "c.pt")
+    with pytest.raises(InputError, match="keys missing: .*pos_embed.*; check --pretrained"):
+        call(probed, tmp_path / "out", "--pretrained", tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize(
+    "labels, match",
+    [
+        ('{"digits": 5}', "labels of 'digits' are 5, not a list"),
+        ("[1]", "labels .* is no JSON object"),
+        ('{"digits": [[]]}', "labels of 'digits': .* is neither a text nor a list of texts"),
+    ],
+)
+@pytest.mark.parametrize("script", [main_finetune, main_linear])
+def test_labels_of_another_kind(script, probed, tmp_path, labels, match):
+    (tmp_path / "labels.json").write_text(labels)
+    given = probe_flags(probed, tmp_path / "out", "--labels", tmp_path / "labels.json")
+    with pytest.raises(InputError, match=match):
+        script.main(script.get_args_parser().parse_args(given))
 
 
 def test_a_tower_that_is_no_vit(tmp_path):

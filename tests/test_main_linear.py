@@ -60,6 +60,22 @@ def test_the_probe_trains_its_head_alone_and_goes_on(probed, tmp_path, capsys):
     assert result(tmp_path / "parts", "linear") == found
 
 
+def test_flags_that_would_not_be_applied_are_refused(probed, tmp_path):
+    call(probed, tmp_path)
+    settings = (tmp_path / "linear-digits/args.json").read_text()
+    for extra, match in (
+        (["--lr", 50], "trained with --lr 0.1, not 50.0; give the same, or another --output-dir"),
+        (["--epochs", 3], "trained with --epochs 2, not 3"),
+        (["--lr-scaling", "global"], "trained with --lr-scaling 'archived', not 'global'"),
+        (["--batch-size", 4], "trained with effective_batch 8, not 4"),
+    ):
+        with pytest.raises(InputError, match=match):
+            call(probed, tmp_path, *extra)
+    assert (tmp_path / "linear-digits/args.json").read_text() == settings
+    call(probed, tmp_path, "--evaluate", "--epochs", 90, "--batch-size", 16)
+    assert result(tmp_path, "linear")["epochs"] == 2
+
+
 def test_a_tower_that_changed_is_noticed(probed):
     from checkpoint import load_model
 
@@ -84,6 +100,32 @@ def test_features_are_taken_once_and_alike_on_two_ranks(probed, tmp_path):
     assert len(list((tmp_path / "two/features").iterdir())) == 4
 
 
+def test_features_of_other_pictures_are_others(probed, tmp_path):
+    """Folders that are swapped, other labels, a place or split of the same size."""
+    import shutil
+
+    root, extra = tmp_path / "set", ["--catalog", tmp_path / "set/catalog.json"]
+    shutil.copytree(probed / "digits", root / "digits")
+    shutil.copy(probed / "catalog.json", root)
+    extra += ["--classifier", "knn", "--k", 1]
+    kept = tmp_path / "out/features"
+
+    def count():
+        call(probed, tmp_path / "out", *extra)
+        return len(list(kept.iterdir()))
+
+    assert [count(), count()] == [4, 4]
+    folder = root / "digits/test"
+    (folder / "0_class").rename(folder / "x")
+    (folder / "1_class").rename(folder / "0_class")
+    (folder / "x").rename(folder / "1_class")
+    assert count() == 6
+    shutil.copytree(folder, root / "digits/other")
+    entry = {"path": "digits", "type": "imagefolder", "test": "other"}
+    (root / "catalog.json").write_text(json.dumps({"digits": entry}))
+    assert count() == 8  # the training part has another entry as well
+
+
 def test_the_probe_on_two_ranks_by_the_global_rule(probed, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     call(probed, one, "--lr-scaling", "global")
@@ -93,6 +135,22 @@ def test_the_probe_on_two_ranks_by_the_global_rule(probed, tmp_path):
     for key, value in head(one).items():
         assert torch.allclose(head(two)[key], value, atol=1e-6), key
     assert result(two, "linear")["accuracy"] == result(one, "linear")["accuracy"]
+
+
+def test_mixed_precision_is_of_the_tower_alone(probed, tmp_path):
+    call(probed, tmp_path / "fp32")
+    call(probed, tmp_path / "bf16", "--precision", "bf16")
+    fp32, bf16 = head(tmp_path / "fp32"), head(tmp_path / "bf16")
+    for key, value in fp32.items():
+        assert bf16[key].dtype == torch.float32 and not torch.equal(bf16[key], value)
+        assert torch.allclose(bf16[key], value, atol=1e-3), key
+    kinds = []
+    probe = main_linear.Probe(torch.nn.Linear(4, 4), 4, 2)
+    probe.head.register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
+    probe.tower.register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
+    with main_linear.engine.Precision("bf16", torch.device("cpu")).autocast():
+        probe(torch.ones(1, 4), torch.zeros(1))
+    assert kinds == [torch.bfloat16, torch.float32]
 
 
 def test_the_archived_rule_divides_by_the_number_of_gpus():
@@ -119,6 +177,16 @@ def test_bad_input(probed, tmp_path, extra, match):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("classifier", ["knn", "logistic", "linear"])
+def test_weights_that_are_not_finite_score_nothing(classifier, probed, tmp_path):
+    state = torch.load(probed / "run/checkpoint.pt", weights_only=True)
+    state["state_dict"]["visual.norm.bias"][0] = float("nan")
+    torch.save(state, tmp_path / "c.pt")
+    match = "loss is nan at" if classifier == "linear" else "outputs are not finite"
+    with pytest.raises(InputError, match=match):
+        call(probed, tmp_path, "--pretrained", tmp_path / "c.pt", "--classifier", classifier)
+
+
 def test_a_probe_of_other_classes_or_another_tower_is_refused(probed, tmp_path):
     call(probed, tmp_path)
     other = torch.load(probed / "run/checkpoint.pt", weights_only=True)
@@ -130,4 +198,4 @@ def test_a_probe_of_other_classes_or_another_tower_is_refused(probed, tmp_path):
     state["state_dict"]["bias"] = torch.zeros(7)
     torch.save(state, path)
     with pytest.raises(InputError, match="of another shape: bias.*check --dataset"):
-        call(probed, tmp_path, "--epochs", 3)
+        call(probed, tmp_path)

@@ -37,6 +37,14 @@ def test_metrics_equal_scikit_learns(scores):
     assert metrics.roc_auc(r.of(two)) == pytest.approx(auc)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_score_that_is_not_finite_is_seen_in_the_margin(scores, value):
+    logits, labels = scores[0][:2].clone(), scores[1][:2]
+    logits[0, 6] = value  # neither of class 0 nor of 1
+    assert ranking(logits, labels).margin.isfinite().tolist() == [False, True]
+    assert torch.equal(ranking(logits, labels).margin[1], logits[1, 1] - logits[1, 0])
+
+
 def test_every_protocol_metric_has_its_sets():
     assert {name: metric.__name__ for name, metric in metrics.METRICS.items()} == {
         **dict.fromkeys(("aircraft", "pets", "caltech101", "flowers"), "mean_per_class"),

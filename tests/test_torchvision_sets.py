@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import pickle
 
 import h5py
@@ -10,12 +11,13 @@ import pytest
 import scipy.io
 import torchvision.datasets as tv
 from PIL import Image
+from torch.utils.data import DataLoader, Subset
 
 import datasets
 import make_dataset
 import torchvision_sets
 import utils
-from torchvision_sets import ALIASES, COUNTRY_CODES, SETS
+from torchvision_sets import ALIASES, SETS
 from utils import InputError
 
 LABELS = utils.read_json(datasets.LABELS, "labels")
@@ -212,7 +214,7 @@ def kitti_distance(root):
 
 
 def country211(root):
-    for i, code in enumerate(COUNTRY_CODES.split()):
+    for i, code in enumerate(ALIASES["country211"]):
         for split in ("train", "test"):
             paint(root / f"country211/{split}/{code}/1.jpg", i)
 
@@ -281,6 +283,8 @@ def test_labels_are_those_of_the_pictures(name, tmp_path, no_checksums):
                 open_set(tmp_path, name, is_train)
             continue
         dataset = open_set(tmp_path, name, is_train)
+        (_, numbers), *files = dataset.samples
+        assert numbers == dataset.numbers and all(os.path.isfile(file) for file, _ in files)
         if name == "cifar10" and is_train:  # five files of one content
             dataset = [dataset[i] for i in range(10)]
         labels = [dataset[i][1] for i in range(len(dataset))]
@@ -297,6 +301,9 @@ def test_a_class_without_partner_is_an_error(tmp_path):
     country211(tmp_path)
     with pytest.raises(InputError, match="country211: .* do not match"):
         open_set(tmp_path, "country211", labels=LABELS["country211"][:-1])
+    gtsrb(tmp_path)
+    with pytest.raises(InputError, match="torchvision has 43 classes, but labels.json 42"):
+        open_set(tmp_path, "gtsrb", labels=LABELS["gtsrb"][:-1])
     with pytest.raises(InputError, match="do not match"):
         torchvision_sets.match_classes("x", ["a", "A"], ["a", "b"])
 
@@ -304,12 +311,62 @@ def test_a_class_without_partner_is_an_error(tmp_path):
 def test_other_splits_other_names_and_absent_sets(tmp_path):
     clevr_counts(tmp_path)
     assert len(open_set(tmp_path, "clevr_counts", test="train")) == 8
-    with pytest.raises(InputError, match="Unknown value 'x' for argument split"):
-        open_set(tmp_path, "clevr_counts", test="x")
+    with pytest.raises(InputError, match="no split 'test'; correct .* choose from train, val"):
+        open_set(tmp_path, "clevr_counts", test="test")  # it is there, but without labels
     with pytest.raises(InputError, match="birdsnap: torchvision reads food101"):
         open_set(tmp_path, "birdsnap")
     with pytest.raises(InputError, match=r"food101: Dataset not found.* Looked in"):
         open_set(tmp_path, "food101")
+
+
+@pytest.mark.parametrize("name", ["eurosat", "mnist", "dtd"])
+def test_no_name_of_a_split_gives_another(name, tmp_path):
+    WRITERS[name](tmp_path)
+    if SETS[name].train is None:
+        with pytest.raises(InputError, match=f"{name}: .* no training split of its own"):
+            open_set(tmp_path, name, is_train=True, train="train")
+    choices = ", ".join(SETS[name].splits)
+    with pytest.raises(InputError, match=f"no split 'valid'; .* choose from {choices}"):
+        open_set(tmp_path, name, test="valid")
+
+
+def test_train_and_test_are_two_splits(tmp_path):
+    food101(tmp_path)
+    entry = {"type": "torchvision", "path": str(tmp_path), "train": "test"}
+    (tmp_path / "catalog.json").write_text(json.dumps({"food101": entry}))
+    with pytest.raises(InputError, match="food101: train and test are both 'test'; correct"):
+        datasets.open_splits("food101", str(tmp_path / "catalog.json"), datasets.LABELS)
+
+
+def test_countries_are_bound_by_name(tmp_path):
+    country211(tmp_path)
+    dataset = open_set(tmp_path, "country211", labels=LABELS["country211"][::-1])
+    assert [210 - dataset[i][1] for i in (0, 9, 210)] == [seen(dataset[i][0]) for i in (0, 9, 210)]
+
+
+def test_limits_of_distance_are_in_the_class_below():
+    cars = [[{"type": "Car", "location": (0, 0, z)}] for z in (8.0, 8.1, 20.0, 20.1)]
+    assert [*map(torchvision_sets.distance_class, cars)] == [0, 1, 1, 2]
+
+
+def test_damaged_sets_are_told(tmp_path):
+    eurosat(tmp_path)
+    path = tmp_path / "eurosat/2750/River/River_1.jpg"
+    path.write_bytes(b"no image")
+    dataset = open_set(tmp_path, "eurosat")
+    (index,) = [i for i, (found, _) in enumerate(dataset.dataset.samples) if found == str(path)]
+    message = f"eurosat: image {index} cannot be read: .*River_1.jpg.*; replace or remove it"
+    for workers in (0, 1):
+        with pytest.raises(InputError, match=message):
+            list(DataLoader(Subset(dataset, [index]), num_workers=workers))
+    mnist(tmp_path)
+    (tmp_path / "MNIST/raw/t10k-images-idx3-ubyte").write_bytes(b"no image")
+    with pytest.raises(InputError, match="mnist: it is damaged: AssertionError.* Looked in"):
+        open_set(tmp_path, "mnist")
+    clevr_counts(tmp_path)
+    (tmp_path / "clevr/CLEVR_v1.0/scenes/CLEVR_val_scenes.json").write_text("{}")
+    with pytest.raises(InputError, match="clevr_counts: it is damaged: KeyError.'scenes'"):
+        open_set(tmp_path, "clevr_counts")
 
 
 def test_sets_travel_to_spawned_workers(tmp_path):
