@@ -81,7 +81,8 @@ def test_slow_rates_have_decimals(capsys):
     assert capsys.readouterr().out.split()[1::5] == ["0.32", "1234"]
 
 
-def test_classifiers_on_features_are_measured(tmp_path, capsys):
+def test_classifiers_on_features_are_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark_data, "in_process", benchmark_data.with_memory)  # quicker
     flags = "features --images 300 --width 4 --classes 3 --queries 5 --iterations 2 --folder"
     benchmark.main([*flags.split(), str(tmp_path)])
     out = capsys.readouterr().out
