@@ -466,6 +466,9 @@ def get_args_parser():
     prompts = commands.add_parser("classifier", description="prompts to a zero-shot classifier")
     prompts.add_argument("--model", default="CLIP_VITB16")
     prompts.add_argument("--classes", type=utils.positive_int, default=1000, help="of ImageNet's")
+    prompts.add_argument(
+        "--sample", type=utils.positive_int, default=100, help="of these, one at a time"
+    )
     prompts.add_argument("--rounds", type=utils.positive_int, default=1)
     prompts.set_defaults(measure=benchmark_data.benchmark_classifier)
 

@@ -51,19 +51,23 @@ def machine():
     return f"{system}, {versions}, pillow {PIL.__version__}"
 
 
-def compare(runs, rounds):
-    """Calls each run() -> units per second, in turn, `rounds` times; the median of each."""
+def compare(runs, rounds, warm_up=1):
+    """Calls each run() -> units per second, in turn, `rounds` times; the median of each.
+
+    warm_up: further rounds before these, which do not count.
+    """
     rates = {name: [] for name in runs}
-    for _ in range(rounds + 1):
+    for _ in range(warm_up + rounds):
         for name, run in runs.items():
             rates[name].append(run())
-    return {name: median(values[1:]) for name, values in rates.items()}  # the first warms up
+    return {name: median(values[warm_up:]) for name, values in rates.items()}
 
 
 def print_rates(rates, base, unit):
     width = max(map(len, rates))
     for name, rate in rates.items():
-        print(f"  {name:{width}}  {rate:8.0f} {unit}  {rate / rates[base]:6.2f} x")
+        digits = 0 if rate >= 100 else 2
+        print(f"  {name:{width}}  {rate:8.{digits}f} {unit}  {rate / rates[base]:6.2f} x")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -367,17 +371,25 @@ def build_one_by_one(model, tokenizer, classes, templates):
 
 
 def benchmark_classifier(args):
+    """One by one every class costs the same, so that a sample of them tells the rate."""
     labels, templates = (
         utils.read_json(path, path)["imagenet"] for path in (datasets.LABELS, datasets.TEMPLATES)
     )
-    classes = labels[: args.classes]
-    print(f"classifier: {len(classes)} classes x {len(templates)} prompts, fp32 on the CPU")
-    print(f"{machine()}, median of {args.rounds} rounds\n")
+    draw = random.Random(0).sample
+    classes = draw(labels, min(args.classes, len(labels)))
+    sample = draw(classes, min(args.sample, len(classes)))
+    print(f"classifier: {len(classes)} classes x {len(templates)} prompts, fp32 on the CPU;")
+    print(f"one at a time {len(sample)} of them; {machine()}, median of {args.rounds} rounds\n")
     model = models.create_model(args.model).eval()
     evaluation = loops.Evaluation(engine.Precision("fp32", torch.device("cpu")))
     build = partial(eval_zeroshot.build_classifier, evaluation=evaluation)
+    runs = {"one class at a time": (build_one_by_one, sample), "this code": (build, classes)}
+    for function, _ in runs.values():  # warms up
+        classes_per_second(function, model, sample[:4], templates)
     calls = {
-        name: partial(classes_per_second, function, model, classes, templates)
-        for name, function in (("one class at a time", build_one_by_one), ("this code", build))
+        name: partial(classes_per_second, function, model, names, templates)
+        for name, (function, names) in runs.items()
     }
-    print_rates(compare(calls, args.rounds), "one class at a time", "classes/s")
+    rates = compare(calls, args.rounds, warm_up=0)
+    print_rates(rates, "one class at a time", "classes/s")
+    return rates

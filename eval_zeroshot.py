@@ -25,6 +25,8 @@ from tokenizer import SimpleTokenizer, trim
 from transforms import CenterCrop, encode_jpeg
 from utils import InputError, positive_int
 
+PROMPTS = {"cpu": 64}  # in a batch; 256 elsewhere
+
 # ---------------------------------------------------------------------------------------------
 # One set
 
@@ -61,20 +63,24 @@ def open_task(name, image_size, catalog, labels, templates):
 
 
 @torch.no_grad()
-def build_classifier(model, tokenizer, classes, templates, evaluation, batch_size=256):
-    """(C, D) unit rows: per class the mean of its prompts' unit embeddings, normalised again."""
+def build_classifier(model, tokenizer, classes, templates, evaluation, batch_size=None):
+    """(C, D) unit rows: per class the mean of its prompts' unit embeddings, normalised again.
+
+    Prompts of like length share a batch, the longest first, so that hardly any padding is encoded.
+    """
     prompts, owners = [], []
     for owner, names in enumerate(classes):
         for name in [names] if isinstance(names, str) else names:
             prompts += [template.replace("{}", name) for template in templates]
             owners += [owner] * len(templates)
-    embeds = []
-    for start in range(0, len(prompts), batch_size):
+    device, tokens = evaluation.precision.device, tokenizer(prompts)
+    order = tokens.argmax(-1).argsort(descending=True, stable=True)
+    embeds = torch.empty(len(prompts), model.text_projection.shape[1], device=device)
+    for rows in order.split(batch_size or PROMPTS.get(device.type, 256)):
         evaluation.check()
-        text = trim(tokenizer(prompts[start : start + batch_size])).to(evaluation.precision.device)
+        text = trim(tokens[rows], range(1, tokens.shape[1])).to(device)
         with evaluation.precision.autocast():
-            embeds.append(F.normalize(model.encode_text(text).float(), dim=-1))
-    embeds = torch.cat(embeds)
+            embeds[rows.to(device)] = F.normalize(model.encode_text(text).float(), dim=-1)
     sums = embeds.new_zeros(len(classes), embeds.shape[1])
     sums.index_add_(0, torch.tensor(owners, device=sums.device), embeds)
     return F.normalize(sums, dim=-1)

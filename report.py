@@ -13,7 +13,7 @@ import io
 import json
 import os
 import re
-from itertools import chain
+from itertools import chain, groupby
 
 import matplotlib
 
@@ -22,6 +22,8 @@ from utils import InputError
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+plt.rcParams["text.parse_math"] = False  # a set may be called $x$
 
 OTHERS = ("linear", "logistic", "knn-*", "finetune*")  # classifiers trained on labels
 LOGGED = re.compile("epoch|samples_per_sec|train_(clip_)?loss|test_acc1")  # what is shown
@@ -37,14 +39,31 @@ PUBLISHED = {
     "kinetics700_frames": 26.9, "clevr_counts": 17.5, "hateful_memes": 52.8, "rendered_sst2": 51.1,
     "imagenet": 42.8,
 }  # fmt: skip
-# ImageNet top-1 of the paper after 25 epochs of YFCC15M: zero-shot, linear, fine-tuned.
+# ImageNet top-1 of the paper: zero-shot, linear, fine-tuned; by set, epochs and model. Of the
+# ResNet-50 the number of epochs is not known.
 PAPER = {
-    "CLIP_VITS16": (32.7, 59.3, 78.2), "SIMCLR_VITS16": (None, 58.1, 79.9),
-    "SLIP_VITS16": (38.3, 66.4, 80.3), "CLIP_VITB16": (37.6, 66.5, 80.5),
-    "SIMCLR_VITB16": (None, 64.0, 82.5), "SLIP_VITB16": (42.8, 72.1, 82.6),
-    "CLIP_VITL16": (40.4, 70.5, 81.0), "SIMCLR_VITL16": (None, 66.7, 84.0),
-    "SLIP_VITL16": (46.2, 76.0, 84.2),
-}  # fmt: skip
+    ("yfcc15m", 25, "CLIP_VITS16"): (32.7, 59.3, 78.2),
+    ("yfcc15m", 25, "SIMCLR_VITS16"): (None, 58.1, 79.9),
+    ("yfcc15m", 25, "SLIP_VITS16"): (38.3, 66.4, 80.3),
+    ("yfcc15m", 50, "SLIP_VITS16"): (39.3, 67.6, 80.7),
+    ("yfcc15m", 100, "SLIP_VITS16"): (39.5, 68.3, 80.7),
+    ("yfcc15m", 25, "CLIP_VITB16"): (37.6, 66.5, 80.5),
+    ("yfcc15m", 25, "SIMCLR_VITB16"): (None, 64.0, 82.5),
+    ("yfcc15m", 25, "SLIP_VITB16"): (42.8, 72.1, 82.6),
+    ("yfcc15m", 50, "SLIP_VITB16"): (44.1, 73.0, 82.9),
+    ("yfcc15m", 100, "SLIP_VITB16"): (45.0, 73.6, 83.4),
+    ("yfcc15m", 25, "CLIP_VITL16"): (40.4, 70.5, 81.0),
+    ("yfcc15m", 25, "SIMCLR_VITL16"): (None, 66.7, 84.0),
+    ("yfcc15m", 25, "SLIP_VITL16"): (46.2, 76.0, 84.2),
+    ("yfcc15m", 50, "SLIP_VITL16"): (47.4, 75.8, 84.7),
+    ("yfcc15m", 100, "SLIP_VITL16"): (47.9, 75.1, 84.8),
+    ("cc3m", 40, "CLIP_VITB16"): (17.1, 53.3, 79.5),
+    ("cc3m", 40, "SLIP_VITB16"): (23.0, 65.4, 81.4),
+    ("cc12m", 35, "CLIP_VITB16"): (36.5, 69.0, 82.1),
+    ("cc12m", 35, "SLIP_VITB16"): (40.7, 73.7, 83.1),
+    ("yfcc15m", None, "CLIP_RN50"): (34.6, None, None),
+}
+KINDS = ("zero-shot", "linear", "finetune")  # the columns of PAPER
 
 
 # ---------------------------------------------------------------------------------------------
@@ -95,6 +114,10 @@ def read_epochs(path):
     return rows
 
 
+def stem(path):
+    return os.path.splitext(os.path.basename(path))[0]
+
+
 def read_run(folder):
     """All that is known of a run. Raises InputError if the folder holds neither log nor results."""
     folder = os.path.normpath(folder)
@@ -103,9 +126,9 @@ def read_run(folder):
         return os.path.join(folder, name)
 
     others = {
-        os.path.splitext(os.path.basename(found))[0]: read_scores(found)
+        kind: read_scores(path(f"{kind}.json"))
         for pattern in OTHERS
-        for found in sorted(glob.glob(glob.escape(folder) + f"/{pattern}.json"))
+        for kind in sorted(map(stem, glob.glob(glob.escape(folder) + f"/{pattern}.json")))
     }
     settings = path("args.json")
     run = {
@@ -126,14 +149,50 @@ def read_run(folder):
     return run
 
 
+def flags_of(run):
+    flags = run["settings"].get("args", {}) if isinstance(run["settings"], dict) else {}
+    return flags if isinstance(flags, dict) else {}
+
+
 def model_of(run):
-    settings = run["settings"].get("args", {}) if isinstance(run["settings"], dict) else {}
-    return str(settings.get("model", "")) if isinstance(settings, dict) else ""
+    """The model, by the run's flags or its results; "" where neither names it."""
+    return next((str(row["model"]) for row in facts_of(run) if row.get("model")), "")
+
+
+def title_of(run):
+    """The model, or the checkpoint's file where it is not known."""
+    files = [str(row["checkpoint"]) for row in facts_of(run) if row.get("checkpoint")]
+    return model_of(run) or next(map(os.path.basename, files), "")
+
+
+def facts_of(run):
+    """The run's flags, and its results."""
+    tables = run["results"], *run["others"].values(), run["retrieval"]
+    return [flags_of(run), *chain.from_iterable(table.values() for table in tables)]
+
+
+def published_row(run):
+    """The key of PAPER for a run, or that of YFCC15M, 25 epochs, where none fits; or None."""
+    flags, model = flags_of(run), model_of(run)
+    wanted = (str(flags.get("dataset")), str(flags.get("epochs")))
+    rows = [row for row in PAPER if row[2] == model]
+    fitting = [row for row in rows if (row[0], str(row[1])) == wanted]
+    usual = [row for row in rows if row[:2] in (("yfcc15m", 25), ("yfcc15m", None))]
+    return next(iter(fitting + usual), None)
+
+
+def describe_row(row):
+    name, epochs, model = row
+    return f"published: {model}, {name.upper()}" + (f", {epochs} epochs" if epochs else "")
 
 
 def loss_key(run):
     """The loss to compare: a SLIP and a CLIP run share the CLIP loss."""
     return "train_clip_loss" if "train_clip_loss" in run["log"][0] else "train_loss"
+
+
+def printable(text):
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def in_order(tables):
@@ -149,7 +208,7 @@ def summary_table(runs):
     """A row a run: model, epochs, median speed and last loss."""
     rows = [["run", "model", "epochs", "samples/s", "loss"]]
     for run in runs:
-        row = [run["name"], model_of(run), "", "", ""]
+        row = [run["name"], title_of(run), "", "", ""]
         if run["log"]:
             last = run["log"][-1]
             speeds = sorted(r.get("samples_per_sec", 0.0) for r in run["log"])
@@ -184,6 +243,7 @@ def score_table(runs, strong):
 
 
 def retrieval_table(runs, strong):
+    """A row a set and run."""
     rows = [["set", "run", *(key.replace("_recall", " R@").replace("_", " ") for key in RECALLS)]]
     for name in in_order(run["retrieval"] for run in runs):
         found = [(run["name"], run["retrieval"][name]) for run in runs if name in run["retrieval"]]
@@ -197,18 +257,22 @@ def retrieval_table(runs, strong):
 
 
 def to_markdown(rows):
+    rows = [[printable(cell).replace("|", "\\|") for cell in row] for row in rows]
     lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]] if rows else []
     return "\n".join(f"| {' | '.join(row)} |" for row in lines)
 
 
 def to_html(rows):
-    """Cells are HTML already."""
-    head, *body = [
-        "".join(f"<{tag}>{cell}</{tag}>" for cell in row)
-        for tag, row in [("th", rows[0]), *(("td", row) for row in rows[1:])]
-    ]
-    lines = "".join(f"<tr>{row}</tr>" for row in body)
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
+    """Cells are HTML already. Heads "text R@1", "text R@5" have "text" in a row above, once."""
+    head, *body = rows
+    above = [(cell.partition(" R@")[0] if " R@" in cell else "") for cell in head]
+    groups = [(text, len(list(cells))) for text, cells in groupby(above)]
+    first = "".join(f'<th colspan="{span}">{text}</th>' for text, span in groups)
+    heads = [cell[len(text) :] for cell, text in zip(head, above, strict=True)]
+    lines = [first] * any(above) + ["".join(f"<th>{cell}</th>" for cell in heads)]
+    top = "".join(f"<tr>{line}</tr>" for line in lines)
+    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in body)
+    table = f"<table><thead>{top}</thead><tbody>{lines}</tbody></table>"
     return f'<div class="wide">{table}</div>'
 
 
@@ -222,65 +286,81 @@ def draw_curves(runs):
     if not runs:
         return None
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    legends = {left: {}, right: {}}
     for run in runs:
         epochs, key = [row["epoch"] + 1 for row in run["log"]], loss_key(run)
         losses = [row.get(key, float("nan")) for row in run["log"]]
-        left.plot(epochs, losses, label=f"{run['name']}: {key[6:]}")
+        legends[left][f"{run['name']}: {key[6:]}"] = left.plot(epochs, losses)[0]
         scored = [(row["epoch"] + 1, row["test_acc1"]) for row in run["log"] if "test_acc1" in row]
         if scored:
-            right.plot(*zip(*scored, strict=True), label=run["name"])
+            legends[right][run["name"]] = right.plot(*zip(*scored, strict=True))[0]
     left.set(xlabel="epoch", ylabel="training loss", title="Loss")
     right.set(xlabel="epoch", ylabel="top-1 (%)", ylim=(0, 100), title="Zero-shot accuracy")
-    for axes in (left, right):
+    for axes, lines in legends.items():
         axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
+        if lines:
+            axes.legend(lines.values(), map(printable, lines))
     return figure
 
 
 def bars_of(runs):
-    """{label: {run or "published": accuracy}}: zero-shot on all sets, and ImageNet's other rows."""
-    bars = {}
+    """Zero-shot accuracy and that of classifiers trained on labels: {group of bars: {name: %}}."""
+    zero_shot, trained, usual = {}, {}, ("yfcc15m", 25, "SLIP_VITB16")
     for name in in_order(run["results"] for run in runs):
-        bars[name] = {
-            r["name"]: r["results"][name]["accuracy"] for r in runs if name in r["results"]
-        }
+        zero_shot[name] = scores_on(name, [(r["name"], r["results"]) for r in runs])
         if name in PUBLISHED:
-            bars[name]["published SLIP ViT-B"] = PUBLISHED[name]
-    for run in runs:
-        paper = PAPER.get(model_of(run), ())
-        for kind, value in zip(("zero-shot", "linear", "finetune"), paper, strict=False):
-            table = run["results"] if kind == "zero-shot" else run["others"].get(kind, {})
-            if "imagenet" in table and value is not None:
-                label = f"imagenet, {kind}, {model_of(run)}"
-                bars[label] = {run["name"]: table["imagenet"]["accuracy"], "paper": value}
-    return bars
+            zero_shot[name][describe_row(usual)] = PUBLISHED[name]
+    for kind in in_order(run["others"] for run in runs):
+        tables = [(run["name"], run["others"].get(kind, {})) for run in runs]
+        for name in in_order(table for _, table in tables):
+            trained[f"{name}, {kind}"] = scores_on(name, tables)
+    for row in filter(None, map(published_row, runs)):
+        for kind, value in zip(KINDS, PAPER[row], strict=True):
+            bars = (zero_shot | trained).get("imagenet" + f", {kind}" * (kind != "zero-shot"))
+            if bars and value is not None:
+                bars[describe_row(row)] = value
+    return zero_shot, trained
 
 
-def draw_bars(runs):
-    """Accuracy by set, a bar a run, beside the published figures; None without results."""
-    bars = bars_of(runs)
+def scores_on(name, tables):
+    return {run: table[name]["accuracy"] for run, table in tables if name in table}
+
+
+def colours_of(runs, charts):
+    """A colour for each run, greys for what was published."""
+    colours = {run["name"]: f"C{i}" for i, run in enumerate(runs)}
+    names = in_order(bars for chart in charts for bars in chart.values())
+    published = [name for name in names if name not in colours]
+    return colours | {name: str(0.5 + 0.12 * (i % 4)) for i, name in enumerate(published)}
+
+
+def draw_bars(bars, colours):
+    """Groups of bars; None without any."""
     if not bars:
         return None
-    series, number = in_order(bars.values()), sum(map(len, bars.values()))
-    height = 1.2 + 0.22 * number + 0.1 * len(bars)
+    height = 1.2 + 0.22 * sum(map(len, bars.values())) + 0.1 * len(bars)
     figure, axes = plt.subplots(figsize=(10, height), layout="constrained")
-    colours = {name: f"C{i}" for i, name in enumerate(series)}
-    colours |= dict.fromkeys(("published SLIP ViT-B", "paper"), "0.6")
-    place, ticks, drawn = 0.0, [], set()
+    place, ticks, handles = 0.0, [], {}
     for label, values in bars.items():
-        ticks.append((place + (len(values) - 1) / 2, label))
+        ticks.append((place + (len(values) - 1) / 2, printable(label)))
         for name, value in values.items():
-            axes.barh(place, value, 0.9, color=colours[name], label="_" * (name in drawn) + name)
+            handles[name] = axes.barh(place, value, 0.9, color=colours[name])
             axes.text(value + 0.5, place, f"{value:.1f}", va="center", fontsize=8)
-            drawn.add(name)
             place += 1
         place += 0.5
     axes.set(xlabel="accuracy (%)", xlim=(0, 105), yticks=[t for t, _ in ticks])
     axes.set_yticklabels([label for _, label in ticks])
     axes.invert_yaxis()
     axes.margins(y=0.02)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False)
+    names = [name for name in colours if name in handles]
+    axes.legend(
+        [handles[name] for name in names],
+        list(map(printable, names)),
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        ncols=2,
+        frameon=False,
+    )
     return figure
 
 
@@ -311,6 +391,7 @@ figure img { width: 96px; height: 96px; object-fit: contain; background: #f3f6fa
 figcaption { font-size: 12px; line-height: 1.35; overflow-wrap: anywhere }
 pre { background: #f3f6fa; padding: 1em; overflow-x: auto; font-size: 12px }
 .note { color: #5a6675 }
+@media (max-width: 1000px) { table { font-size: 13px } th, td { padding: .25em .35em } }
 """
 
 
@@ -330,7 +411,7 @@ def example_figures(run):
     for name, pairs in run["examples"].items():
         figures = "".join(
             f'<figure><img alt="" src="data:image/jpeg;base64,{picture}"><figcaption>'
-            f"<b>{true}</b> taken for <b>{predicted}</b>, {number} x</figcaption></figure>"
+            f"<b>{true}</b> taken for <b>{predicted}</b>, {number}&nbsp;x</figcaption></figure>"
             for true, predicted, number, picture in pairs
         )
         if figures:
@@ -340,7 +421,10 @@ def example_figures(run):
 
 def page(runs):
     """The report as one HTML text; nothing in it is fetched."""
-    charts = embed(draw_curves(runs), "loss and accuracy per epoch"), embed(draw_bars(runs), "bars")
+    bars = bars_of(runs)
+    colours = colours_of(runs, bars)
+    curves = embed(draw_curves(runs), "loss and accuracy per epoch")
+    charts = [embed(draw_bars(chart, colours), "accuracy by set") for chart in bars]
     runs = escaped_names(runs)
     scores, recalls = score_table(runs, strong), retrieval_table(runs, strong)
     confused = "".join(example_figures(run) for run in runs)
@@ -356,9 +440,10 @@ def page(runs):
     )
     sections = [
         ("Runs", to_html(summary_table(runs))),
-        ("Training", charts[0]),
+        ("Training", curves),
         ("Accuracy", scores and f'<p class="note">{intervals}</p>{to_html(scores)}'),
-        ("Zero-shot by set", charts[1]),
+        ("Zero-shot by set", charts[0]),
+        ("Trained on labels, by set", charts[1]),
         ("Retrieval", recalls and to_html(recalls)),
         ("Most confused classes", confused),
         ("Settings", settings),
@@ -377,8 +462,28 @@ def get_args_parser():
     parser.add_argument("runs", nargs="+", help="folders of runs")
     parser.add_argument("--output", help="HTML file to write; by default report.html")
     parser.add_argument("--markdown", action="store_true", help="print the tables, write no page")
-    parser.add_argument("--picture", help="PNG file of the training curves to write")
+    parser.add_argument("--picture", help="file of the training curves to write, .png or .svg, say")
     return parser
+
+
+def write(flag, path, data):
+    try:
+        utils.write_atomically(path, lambda file: file.write(data))
+    except OSError as error:
+        raise InputError(f"{flag} {path}: {error.strerror}; choose another") from error
+
+
+def write_picture(runs, path):
+    figure, file = draw_curves(runs), io.BytesIO()
+    if figure is None:
+        raise InputError("--picture: none of the runs has a finished epoch to draw")
+    known = figure.canvas.get_supported_filetypes()
+    kind = os.path.splitext(path)[1].lower()[1:]
+    if kind not in known:
+        raise InputError(f"--picture {path}: its ending is none of .{', .'.join(known)}")
+    figure.savefig(file, format=kind, dpi=120)
+    plt.close(figure)
+    write("--picture", path, file.getvalue())
 
 
 def main(args):
@@ -392,14 +497,11 @@ def main(args):
     )
     print("\n\n".join(to_markdown(rows) for rows in tables if rows))
     if args.picture:
-        figure = draw_curves(runs)
-        if figure is None:
-            raise InputError("--picture: none of the runs has a finished epoch to draw")
-        figure.savefig(args.picture, dpi=120)
+        write_picture(runs, args.picture)
         print(f"\nloss and accuracy per epoch: {args.picture}")
     if args.output or not args.markdown:
-        output, text = args.output or "report.html", page(runs)
-        utils.write_atomically(output, lambda file: file.write(text.encode()))
+        output = args.output or "report.html"
+        write("--output", output, page(runs).encode())
         print(f"\nreport: {output}")
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import train_flags
 from launch import run_command
 
 import benchmark
+import benchmark_data
 import engine
 import utils
 from utils import InputError
@@ -61,6 +63,33 @@ def test_the_command_compares_and_writes_figures(tmp_path):
         assert row["copy"] > 0 and row["GB"] > 0
         assert f"{row['samples/s']:10.2f}" in run.stdout
     assert (tmp_path / "figures/step.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_classifiers_are_compared(capsys):
+    flags = "classifier --model CLIP_VITTINY8 --classes 5 --sample 2 --rounds 2"
+    benchmark.main(flags.split())
+    out = capsys.readouterr().out
+    assert "5 classes x 7 prompts" in out and "one at a time 2 of them" in out
+    rates = re.findall(r"(one class at a time|this code) +([\d.]+) classes/s +([\d.]+) x", out)
+    (first, slow, one), (second, fast, ratio) = rates
+    assert (first, second, one) == ("one class at a time", "this code", "1.00")
+    assert float(ratio) == pytest.approx(float(fast) / float(slow), rel=0.02)
+
+
+def test_slow_rates_have_decimals(capsys):
+    benchmark_data.print_rates({"slow": 0.321, "fast": 1234.5}, "slow", "classes/s")
+    assert capsys.readouterr().out.split()[1::5] == ["0.32", "1234"]
+
+
+def test_classifiers_on_features_are_measured(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark_data, "in_process", benchmark_data.with_memory)  # quicker
+    flags = "features --images 300 --width 4 --classes 3 --queries 5 --iterations 2 --folder"
+    benchmark.main([*flags.split(), str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "features: 300 x 4, 3 classes" in out
+    for line in ("k-NN +[0-9.]+ s for 5 queries", "logistic regression +[0-9.]+ s for 2 iter"):
+        assert re.search(f"{line}.*at most [0-9.]+ GB of memory", out)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_labels_and_templates_are_pinned(tables):
     assert [d.hexdigest()[:16] for d in digests] == ["ee699b87c7851c38", "b9ceb68b373fff35"]
 
 
-@pytest.mark.parametrize("batch_size", [3, 256])
+@pytest.mark.parametrize("batch_size", [3, 256, None])
 def test_classifier_equals_one_class_at_a_time(batch_size):
     model, tokenizer = create_model("CLIP_VITTINY8").eval(), SimpleTokenizer()
     classes, templates = ["dog", ["cat", "kitten"], "x"], ["a {}.", "photo of the {}"]
@@ -79,6 +79,22 @@ def test_classifier_equals_one_class_at_a_time(batch_size):
         with torch.no_grad():
             embeds = F.normalize(model.encode_text(tokenizer(texts)), dim=-1)
         assert torch.allclose(row, F.normalize(embeds.mean(0), dim=-1), atol=1e-5)
+
+
+def test_prompts_of_like_length_share_a_batch(monkeypatch):
+    """Each batch is cut to its own longest prompt, and all ranks ask to stop as often."""
+    model, checks, shapes = create_model("CLIP_VITTINY8").eval(), [], []
+    encode = model.encode_text
+
+    def watched(text):
+        shapes.append(tuple(text.shape))
+        return encode(text)
+
+    monkeypatch.setattr(model, "encode_text", watched)
+    classes = ["dog", "dog " * 90, "cat", "a dog of " * 6, "owl"]
+    evaluation = loops.Evaluation(FP32, check=lambda: checks.append(len(shapes)))
+    eval_zeroshot.build_classifier(model, SimpleTokenizer(), classes, ["{}"], evaluation, 2)
+    assert shapes == [(2, 77), (2, 3), (1, 3)] and checks == [0, 1, 2]
 
 
 def evaluate_flags(tiny, trained, out, *extra):

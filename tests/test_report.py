@@ -1,9 +1,12 @@
 """The report: tables, pictures, the page in a real browser, and folders that hold no run."""
 
+import base64
 import json
 import os
+import re
 import shutil
 import subprocess
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -15,8 +18,6 @@ from utils import InputError
 
 
 def picture():
-    import base64
-
     import torch
 
     return base64.b64encode(transforms.encode_jpeg(torch.full((3, 40, 60), 200).byte())).decode()
@@ -61,21 +62,70 @@ def test_tables_and_picture(runs, capsys):
     assert not (runs / "report.html").exists()
 
 
+USUAL = "published: SLIP_VITB16, YFCC15M, 25 epochs"
+
+
 def test_bars_stand_beside_what_was_published(runs):
-    bars = report.bars_of([report.read_run(runs / "slip"), report.read_run(runs / "simclr")])
-    assert bars["imagenet"] == {"slip": 41.0, "published SLIP ViT-B": 42.8}
-    assert bars["digits"] == {"slip": 91.234}
-    assert bars["imagenet, linear, SLIP_VITB16"] == {"slip": 40.0, "paper": 72.1}
-    assert bars["imagenet, linear, SIMCLR_VITB16"] == {"simclr": 60.0, "paper": 64.0}
-    assert len(report.PUBLISHED) == 26
+    zero_shot, trained = report.bars_of([report.read_run(runs / n) for n in ("slip", "simclr")])
+    assert zero_shot == {"digits": {"slip": 91.234}, "imagenet": {"slip": 41.0, USUAL: 42.8}}
+    other = "published: SIMCLR_VITB16, YFCC15M, 25 epochs"
+    assert trained == {"imagenet, linear": {"slip": 40.0, "simclr": 60.0, USUAL: 72.1, other: 64.0}}
+    assert len(report.PUBLISHED) == 26 and len(report.PAPER) == 20
+
+
+def test_two_runs_of_one_model_have_a_bar_each(runs):
+    (runs / "simclr/args.json").write_text((runs / "slip/args.json").read_text())
+    _, trained = report.bars_of([report.read_run(runs / n) for n in ("slip", "simclr")])
+    assert trained == {"imagenet, linear": {"slip": 40.0, "simclr": 60.0, USUAL: 72.1}}
+
+
+@pytest.mark.parametrize(
+    "model, dataset, epochs, figures, label",
+    [
+        ("SLIP_VITB16", "yfcc15m", 100, (45.0, 73.6, 83.4), "SLIP_VITB16, YFCC15M, 100 epochs"),
+        ("SLIP_VITL16", "yfcc15m", 50, (47.4, 75.8, 84.7), "SLIP_VITL16, YFCC15M, 50 epochs"),
+        ("CLIP_VITB16", "cc3m", 40, (17.1, 53.3, 79.5), "CLIP_VITB16, CC3M, 40 epochs"),
+        ("SLIP_VITB16", "cc12m", 35, (40.7, 73.7, 83.1), "SLIP_VITB16, CC12M, 35 epochs"),
+        ("CLIP_RN50", "yfcc15m", 32, (34.6, None, None), "CLIP_RN50, YFCC15M"),
+        # Where set or epochs fit no row: that of 25 epochs of YFCC15M, and the label says so.
+        ("SLIP_VITS16", "cc12m", 35, (38.3, 66.4, 80.3), "SLIP_VITS16, YFCC15M, 25 epochs"),
+        ("CLIP_VITL16", "yfcc15m", 7, (40.4, 70.5, 81.0), "CLIP_VITL16, YFCC15M, 25 epochs"),
+        ("SIMCLR_VITB16", [], {}, (None, 64.0, 82.5), "SIMCLR_VITB16, YFCC15M, 25 epochs"),
+        ("SLIP_VITTINY8", "yfcc15m", 25, None, None),
+    ],
+)
+def test_the_published_row_of_a_run(runs, model, dataset, epochs, figures, label):
+    settings = {"args": {"model": model, "dataset": dataset, "epochs": epochs}}
+    (runs / "slip/args.json").write_text(json.dumps(settings))
+    run = report.read_run(runs / "slip")
+    row = report.published_row(run)
+    assert report.PAPER.get(row) == figures
+    assert label is None or report.describe_row(row) == f"published: {label}"
+    if figures and figures[0]:
+        assert report.bars_of([run])[0]["imagenet"][f"published: {label}"] == figures[0]
+
+
+def test_a_folder_without_settings_is_named_by_its_results(runs, capsys):
+    (runs / "slip/args.json").unlink()
+    (runs / "slip/log.txt").unlink()
+    results = {"imagenet": {"accuracy": 45.0, "checkpoint": "there/slip_base_100ep.pt"}}
+    (runs / "slip/results.json").write_text(json.dumps(results))
+    call(runs / "slip", "--output", runs / "r.html")
+    assert "<td>slip_base_100ep.pt</td>" in (runs / "r.html").read_text()
+    results["imagenet"]["model"] = "SLIP_VITB16"
+    (runs / "slip/results.json").write_text(json.dumps(results))
+    call(runs / "slip", "--output", runs / "r.html")
+    assert "<td>SLIP_VITB16</td>" in (runs / "r.html").read_text()
+    assert USUAL in report.bars_of([report.read_run(runs / "slip")])[1]["imagenet, linear"]
 
 
 def test_the_page_stands_alone_and_is_escaped(runs):
     call(runs / "slip", runs / "simclr", "--output", runs / "r.html")
     page = (runs / "r.html").read_text()
-    assert "<one>" not in page and "&lt;one&gt;</b> taken for <b>seven</b>, 12 x" in page
+    assert "<one>" not in page and "&lt;one&gt;</b> taken for <b>seven</b>, 12&nbsp;x" in page
     assert "http://" not in page and "https://" not in page and "<script" not in page
-    for title in ("Runs", "Training", "Accuracy", "Retrieval", "Most confused classes", "Settings"):
+    titles = "Runs|Training|Accuracy|Zero-shot by set|Trained on labels, by set|Retrieval"
+    for title in f"{titles}|Most confused classes|Settings".split("|"):
         assert f"<h2>{title}</h2>" in page
     call(runs / "simclr", "--output", runs / "r.html")  # what is absent is left out
     assert "Retrieval" not in (runs / "r.html").read_text()
@@ -86,25 +136,29 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium (apt-get install chromium)")
 def test_the_page_in_a_browser(runs):
-    """Laid out without a word on the console, nothing wider than the window, no broken picture."""
+    """Laid out without a word on the console, nothing cut off or scrolled, no broken picture."""
+    shutil.copy(runs / "slip/retrieval.json", runs / "simclr")
     call(runs / "slip", runs / "simclr", "--output", runs / "r.html")
     probe = (
         "<script>addEventListener('load', () => { const d = document; d.title = JSON.stringify("
         "[d.documentElement.scrollWidth <= innerWidth,"
         "[...d.images].every(i => i.complete && i.naturalWidth > 0), d.images.length,"
-        "d.querySelectorAll('table').length, d.querySelectorAll('b').length]) })</script>"
+        "d.querySelectorAll('table').length, d.querySelectorAll('b').length,"
+        "[...d.querySelectorAll('.wide')].every(w => w.scrollWidth <= w.clientWidth)"
+        "]) })</script>"
     )
     (runs / "probe.html").write_text((runs / "r.html").read_text() + probe)
     common = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-    common += [f"--user-data-dir={runs}/profile", "--window-size=1200,1600", "--hide-scrollbars"]
-    seen = subprocess.run(
-        [*common, "--dump-dom", f"file://{runs}/probe.html"],
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    title = seen.stdout.partition("<title>")[2].partition("</title>")[0]
-    assert json.loads(title) == [True, True, 4, 3, 5], seen.stderr
+    common += [f"--user-data-dir={runs}/profile", "--hide-scrollbars"]
+    for width in (800, 1200):
+        seen = subprocess.run(
+            [*common, f"--window-size={width},1600", "--dump-dom", f"file://{runs}/probe.html"],
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        title = seen.stdout.partition("<title>")[2].partition("</title>")[0]
+        assert json.loads(title) == [True, True, 5, 3, 17, True], seen.stderr
     shot = subprocess.run(
-        [*common, f"--screenshot={runs}/page.png", f"file://{runs}/r.html"],
+        [*common, "--window-size=1200,1600", f"--screenshot={runs}/page.png", f"file://{runs}/r.html"],
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert "CONSOLE" not in seen.stderr + shot.stderr
@@ -152,6 +206,48 @@ def test_what_is_no_file_is_told(runs, name, make):
 def test_settings_of_another_kind_do_no_harm(runs, text):
     (runs / "slip/args.json").write_text(text)
     call(runs / "slip", runs / "simclr", "--output", runs / "r.html")
+
+
+@pytest.mark.parametrize("name", ["_$\\frac{$ a|b", "a\x01\nb<b>&amp; $x$"])
+def test_names_of_any_kind_are_drawn(runs, name, capsys):
+    """A folder and sets so called: no formula, no markup, no row or column more, no lost legend."""
+    os.rename(runs / "slip", runs / name)
+    results = json.loads((runs / name / "results.json").read_text())
+    (runs / name / "results.json").write_text(json.dumps({**results, name: results["digits"]}))
+    (runs / name / "linear.json").write_text(json.dumps({name: {"accuracy": 5.0}}))
+    call(runs / name, "--output", runs / "r.html")
+    table = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert [len(re.findall(r"(?<!\\)\|", line)) for line in table] == [6] * 3
+    pictures = re.findall('svg.xml;base64,([^"]+)', (runs / "r.html").read_text())
+    for picture in pictures:
+        ElementTree.fromstring(base64.b64decode(picture))  # well-formed
+    assert len(pictures) == 3
+    run = report.read_run(runs / name)
+    (axes, _), legends = report.draw_curves([run]).axes, []
+    legends.append(axes.get_legend().texts[0].get_text())
+    bars = report.bars_of([run])
+    for chart in bars:
+        figure = report.draw_bars(chart, report.colours_of([run], bars))
+        legends.append(figure.axes[0].get_legend().texts[0].get_text())
+    shown = report.printable(name)
+    assert legends == [f"{shown}: clip_loss", shown, shown]
+
+
+@pytest.mark.parametrize(
+    "flags, match",
+    [
+        (["--output", "absent/r.html"], "--output absent/r.html: No such file or directory; ch"),
+        (["--output", "slip"], "--output slip: Is a directory; choose another"),
+        (["--picture", "absent/r.png"], "--picture absent/r.png: No such file or directory; ch"),
+        (["--picture", "r.foo"], "--picture r.foo: its ending is none of .+png"),
+        (["--picture", "picture"], "--picture picture: its ending is none of"),
+    ],
+)
+def test_what_cannot_be_written_is_told(runs, monkeypatch, flags, match):
+    monkeypatch.chdir(runs)
+    with pytest.raises(InputError, match=match):
+        call("slip", *flags)
+    assert sorted(os.listdir()) == ["simclr", "slip"]
 
 
 def test_a_folder_that_is_no_run(tmp_path):
