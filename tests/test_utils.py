@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+import runlog
 import utils
 from models import create_model
-from utils import InputError, Meters, RunLog, cosine_scheduler
+from runlog import RunLog
+from utils import InputError, Meters, cosine_scheduler
 
 
 def test_schedule_equals_the_archived_code(reference):
@@ -157,7 +159,7 @@ def test_the_log_leaves_out_epochs_that_run_again(tmp_path):
     lines += ['{"epoch": 3, "tr']  # a kill in the midst of a line
     (tmp_path / "log.txt").write_text("".join(lines))
     RunLog(tmp_path, first_epoch=2).close()
-    assert [row["epoch"] for row in utils.read_log(tmp_path / "log.txt")] == [0, 1]
+    assert [row["epoch"] for row in runlog.read_log(tmp_path / "log.txt")] == [0, 1]
 
 
 def test_a_log_of_another_run_is_kept_aside(tmp_path):
@@ -169,11 +171,11 @@ def test_a_log_of_another_run_is_kept_aside(tmp_path):
 
 def test_a_machine_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert utils.git_revision() is None
+    assert runlog.git_revision() is None
 
 
 def test_silent_log_does_nothing():
-    log = utils.SilentLog()
+    log = runlog.SilentLog()
     log.say("x")
     log.scalars({}, 3)
     with log.progress(3, "epoch") as report:
@@ -227,7 +229,7 @@ def test_read_json_names_the_file(tmp_path, text, match):
 def test_settings_are_what_a_reader_needs(tmp_path):
     import argparse
 
-    settings = utils.describe_run(argparse.Namespace(lr=0.1), effective_batch=8)
+    settings = runlog.describe_run(argparse.Namespace(lr=0.1), effective_batch=8)
     assert settings["args"] == {"lr": 0.1}
     assert settings["effective_batch"] == 8 and settings["world_size"] == 1
     assert settings["versions"]["torch"] == torch.__version__
