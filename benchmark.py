@@ -39,6 +39,7 @@ import loops
 import losses
 import main as training_script
 import models
+import runlog
 import utils
 from interrupts import Interrupts
 from keeper import Keeper
@@ -415,7 +416,7 @@ def benchmark_save(options):
     parts = {"state_dict": model, "optimizer": optimizer, "progress": loops.Progress()}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder, Interrupts() as interrupts:
         keeper = Keeper(folder, parts, interrupts, device, args, {"args": {"model": options.model}})
-        keeper.begin(utils.SilentLog())
+        keeper.begin(runlog.SilentLog())
         plain = {key: part.state_dict() for key, part in parts.items()}
         print(f"save: {options.model} on {device.type}; {benchmark_data.machine()}\n")
         for i in range(options.rounds):

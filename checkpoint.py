@@ -95,7 +95,7 @@ def restore(state, path, parts, check="--model"):
 def check_flags(state, facts, names, path):
     """Raises InputError where a run would go on with other flags, or other facts, than it began.
 
-    facts: of utils.describe_run; names: the flags and facts that may not differ.
+    facts: of runlog.describe_run; names: the flags and facts that may not differ.
     """
     old, new = {**state, **vars(state["args"])}, {**facts, **facts["args"]}
     for name in names:

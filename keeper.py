@@ -19,7 +19,8 @@ import torch
 import checkpoint
 import utils
 from interrupts import NOTHING, SAVE
-from utils import InputError, SilentLog
+from runlog import SilentLog
+from utils import InputError
 
 LOCK_PATIENCE = 10.0  # seconds: a process that was killed just now may not have gone yet
 
@@ -73,7 +74,7 @@ class Keeper:
     """What saves a run, lets it go on, and stops it at a signal.
 
     parts: {key of the checkpoint: what has a state_dict}; "progress" is a loops.Progress. facts:
-    plain data kept beside them, as of utils.describe_run. pretrained: digest of the checkpoint that
+    plain data kept beside them (runlog.describe_run). pretrained: digest of the checkpoint that
     the run began from; it only goes on with the same.
     """
 

@@ -21,6 +21,7 @@ import eval_zeroshot
 import loops
 import losses
 import models
+import runlog
 import utils
 from interrupts import Interrupts
 from keeper import Keeper
@@ -252,7 +253,7 @@ def train(interrupts, args):
     training, progress = create_training(model, precision, updates, args), loops.Progress()
 
     batch = args.batch_size * args.update_freq * utils.get_world_size()
-    facts = utils.describe_run(args, effective_batch=batch, precision=precision.name)
+    facts = runlog.describe_run(args, effective_batch=batch, precision=precision.name)
     parts = {"state_dict": model, "optimizer": training.optimizer, "scaler": precision.scaler}
     keeper = Keeper(
         args.output_dir, parts | {"progress": progress}, interrupts, device, args, facts
@@ -262,7 +263,7 @@ def train(interrupts, args):
 
     # The picture first: where --root is wrong it fails before anything is written.
     picture = picture_of_views(loader) if utils.is_main() else None
-    log = utils.open_log(args.output_dir, progress.epoch, progress.epoch * updates + progress.step)
+    log = runlog.open_log(args.output_dir, progress.epoch, progress.epoch * updates + progress.step)
     log.settings(facts)
     keeper.begin(log)
     announce(log, model, task, loader, training, args)

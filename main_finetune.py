@@ -25,6 +25,7 @@ import engine
 import loops
 import metrics
 import models
+import runlog
 import utils
 from interrupts import Interrupts
 from keeper import Keeper
@@ -299,7 +300,7 @@ def finetune(interrupts, args):
     progress, batch = loops.Progress(), args.batch_size * args.update_freq * utils.get_world_size()
     parts = {"state_dict": vit, "optimizer": training.optimizer, "scaler": precision.scaler}
     parts |= {"progress": progress} | ({"ema": ema.module} if ema else {})
-    facts = utils.describe_run(args, effective_batch=batch, precision=precision.name)
+    facts = runlog.describe_run(args, effective_batch=batch, precision=precision.name)
     folder = os.path.join(args.output_dir, f"finetune-{args.dataset}")
     digest = checkpoint.file_digest(args.pretrained)
     keeper = Keeper(folder, parts, interrupts, device, args, facts, digest)
@@ -318,7 +319,7 @@ def finetune(interrupts, args):
         return metrics.rank_set(model, len(names), test, evaluation)
 
     if not args.evaluate:
-        log = utils.open_log(folder, progress.epoch, progress.epoch * updates + progress.step)
+        log = runlog.open_log(folder, progress.epoch, progress.epoch * updates + progress.step)
         log.settings(facts)
         keeper.begin(log)
         evaluation.check = keeper.check

@@ -23,6 +23,7 @@ import features
 import loops
 import metrics
 import models
+import runlog
 import utils
 from interrupts import Interrupts
 from keeper import Keeper
@@ -169,7 +170,7 @@ def train_probe(model, width, splits, evaluation, interrupts, args):
     training = create_training(probe, precision, updates, args)
     progress = loops.Progress()
     parts = {"state_dict": probe.head, "optimizer": training.optimizer, "progress": progress}
-    facts = utils.describe_run(
+    facts = runlog.describe_run(
         args,
         effective_batch=args.batch_size * utils.get_world_size(),
         effective_lr=float(training.schedule[0]),
@@ -184,7 +185,7 @@ def train_probe(model, width, splits, evaluation, interrupts, args):
     if args.evaluate:
         return score_probe(probe, test, len(names), evaluation), progress.epoch
 
-    log = utils.open_log(folder, progress.epoch, progress.epoch * updates + progress.step)
+    log = runlog.open_log(folder, progress.epoch, progress.epoch * updates + progress.step)
     log.settings(facts)
     keeper.begin(log)
     evaluation.check = keeper.check

@@ -17,6 +17,7 @@ from itertools import chain, groupby
 
 import matplotlib
 
+import runlog
 import utils
 from utils import InputError
 
@@ -107,7 +108,7 @@ def read_examples(path):
 
 def read_epochs(path):
     """The rows of a log; {} where there is none. What a row says of an epoch must be numbers."""
-    rows = utils.read_log(path) if os.path.exists(path) else []
+    rows = runlog.read_log(path) if os.path.exists(path) else []
     for row in rows:
         if not are_numbers(value for key, value in row.items() if LOGGED.fullmatch(key)):
             raise InputError(f"{path} is no log of this code: epoch {row['epoch']}; remove it")

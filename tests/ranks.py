@@ -21,6 +21,7 @@ import features
 import loops
 import losses
 import models
+import runlog
 import utils
 
 
@@ -117,7 +118,7 @@ def nonfinite(folder):
         precision=engine.Precision("fp32", torch.device("cpu")),
     )
     loader = DataLoader(Sourced(), 2, collate_fn=collate, sampler=InOrder(Sourced(), 2))
-    log = utils.open_log(folder / "nonfinite")
+    log = runlog.open_log(folder / "nonfinite")
     try:
         loops.train_one_epoch(training, loader, loops.Progress(epoch=1), log)
     except utils.InputError as error:

@@ -14,7 +14,8 @@ import engine
 import loops
 import main
 import models
-from utils import InputError, SilentLog
+from runlog import SilentLog
+from utils import InputError
 
 CPU = torch.device("cpu")
 

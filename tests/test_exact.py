@@ -10,7 +10,7 @@ import engine
 import main
 import make_dataset
 import models
-import utils
+import runlog
 
 METHODS = ("CLIP_VITTINY8", "SIMCLR_VITTINY8", "SLIP_VITTINY8")
 
@@ -112,7 +112,7 @@ def epoch_of_digits(digits, folder, *flags, ranks=1):
     else:
         run = run_script("main.py", flags, ranks)
         assert run.returncode == 0, run.stderr
-    return utils.read_log(folder / "log.txt")[0]
+    return runlog.read_log(folder / "log.txt")[0]
 
 
 def test_the_digits_in_one_piece_and_in_8_are_trained_alike(digits, tmp_path, capsys):

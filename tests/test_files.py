@@ -9,6 +9,7 @@ import pytest
 import captions
 import checkpoint
 import files
+import runlog
 import utils
 from utils import InputError
 
@@ -60,7 +61,7 @@ READERS = {
     "checkpoint": checkpoint.load,
     "digest": checkpoint.file_digest,
     "json": lambda path: utils.read_json(path, "labels"),
-    "log": utils.read_log,
+    "log": runlog.read_log,
 }
 
 

@@ -17,6 +17,7 @@ import checkpoint
 import keeper
 import loops
 import main
+import runlog
 import utils
 from interrupts import Interrupts
 from utils import InputError
@@ -38,7 +39,7 @@ def kept(tmp_path):
         yield k, model, said
 
 
-class Said(utils.SilentLog):
+class Said(runlog.SilentLog):
     def __init__(self):
         self.lines = []
 

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_checkpoint import save_released
 
 import main
-import utils
+import runlog
 from keeper import Keeper
 from utils import InputError
 
@@ -24,7 +24,7 @@ def train(tiny, output_dir, *extra, **options):
 
 
 def rows(folder):
-    return utils.read_log(folder / "log.txt")
+    return runlog.read_log(folder / "log.txt")
 
 
 def step_losses(folder):

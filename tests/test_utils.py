@@ -1,14 +1,12 @@
 """Schedule, parameter groups, meters, flags, errors and the files of a run."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 
 import utils
 from models import create_model
-from utils import InputError, Meters, RunLog, cosine_scheduler
+from utils import InputError, Meters, cosine_scheduler
 
 
 def test_schedule_equals_the_archived_code(reference):
@@ -147,39 +145,6 @@ def test_atomic_writing_keeps_the_old_file_on_failure(tmp_path):
     assert path.read_bytes() == b"old"
 
 
-def test_the_log_leaves_out_epochs_that_run_again(tmp_path):
-    log = RunLog(tmp_path)
-    for epoch in range(3):
-        log.epoch({"epoch": epoch, "train_loss": 1.0})
-    log.close()
-    lines = (tmp_path / "log.txt").read_text().splitlines(keepends=True)
-    lines[1:1] = ["5\n", "{}\n", "half a li\n"]  # one damaged line costs no other
-    lines += ['{"epoch": 3, "tr']  # a kill in the midst of a line
-    (tmp_path / "log.txt").write_text("".join(lines))
-    RunLog(tmp_path, first_epoch=2).close()
-    assert [row["epoch"] for row in utils.read_log(tmp_path / "log.txt")] == [0, 1]
-
-
-def test_a_log_of_another_run_is_kept_aside(tmp_path):
-    (tmp_path / "log.txt").write_text("my notes\n")
-    RunLog(tmp_path).close()
-    assert (tmp_path / "log.txt.old").read_text() == "my notes\n"
-    assert not (tmp_path / "log.txt").exists()
-
-
-def test_a_machine_without_git(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    assert utils.git_revision() is None
-
-
-def test_silent_log_does_nothing():
-    log = utils.SilentLog()
-    log.say("x")
-    log.scalars({}, 3)
-    with log.progress(3, "epoch") as report:
-        report(1, {}, {})
-
-
 @pytest.mark.parametrize(
     "environment, match",
     [
@@ -222,13 +187,3 @@ def test_read_json_names_the_file(tmp_path, text, match):
         path.write_text(text)
     with pytest.raises(InputError, match=f"catalog .*x.json.*{match}"):
         utils.read_json(path, "catalog")
-
-
-def test_settings_are_what_a_reader_needs(tmp_path):
-    import argparse
-
-    settings = utils.describe_run(argparse.Namespace(lr=0.1), effective_batch=8)
-    assert settings["args"] == {"lr": 0.1}
-    assert settings["effective_batch"] == 8 and settings["world_size"] == 1
-    assert settings["versions"]["torch"] == torch.__version__
-    json.dumps(settings)

@@ -1,0 +1,51 @@
+"""The log of a run: epochs that run again, other runs in a folder, settings, silent ranks."""
+
+import json
+
+import torch
+
+import runlog
+from runlog import RunLog
+
+
+def test_the_log_leaves_out_epochs_that_run_again(tmp_path):
+    log = RunLog(tmp_path)
+    for epoch in range(3):
+        log.epoch({"epoch": epoch, "train_loss": 1.0})
+    log.close()
+    lines = (tmp_path / "log.txt").read_text().splitlines(keepends=True)
+    lines[1:1] = ["5\n", "{}\n", "half a li\n"]  # one damaged line costs no other
+    lines += ['{"epoch": 3, "tr']  # a kill in the midst of a line
+    (tmp_path / "log.txt").write_text("".join(lines))
+    RunLog(tmp_path, first_epoch=2).close()
+    assert [row["epoch"] for row in runlog.read_log(tmp_path / "log.txt")] == [0, 1]
+
+
+def test_a_log_of_another_run_is_kept_aside(tmp_path):
+    (tmp_path / "log.txt").write_text("my notes\n")
+    RunLog(tmp_path).close()
+    assert (tmp_path / "log.txt.old").read_text() == "my notes\n"
+    assert not (tmp_path / "log.txt").exists()
+
+
+def test_a_machine_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert runlog.git_revision() is None
+
+
+def test_silent_log_does_nothing():
+    log = runlog.SilentLog()
+    log.say("x")
+    log.scalars({}, 3)
+    with log.progress(3, "epoch") as report:
+        report(1, {}, {})
+
+
+def test_settings_are_what_a_reader_needs(tmp_path):
+    import argparse
+
+    settings = runlog.describe_run(argparse.Namespace(lr=0.1), effective_batch=8)
+    assert settings["args"] == {"lr": 0.1}
+    assert settings["effective_batch"] == 8 and settings["world_size"] == 1
+    assert settings["versions"]["torch"] == torch.__version__
+    json.dumps(settings)
