@@ -262,7 +262,8 @@ def train(interrupts, args):
     notes = keeper.restore(args.resume)
 
     # The picture first: where --root is wrong it fails before anything is written.
-    picture = picture_of_views(loader) if utils.is_main() else None
+    is_new = utils.is_main() and not progress.updates
+    picture = picture_of_views(loader) if is_new else None
     log = runlog.open_log(args.output_dir, progress.epoch, progress.epoch * updates + progress.step)
     log.settings(facts)
     keeper.begin(log)
@@ -273,7 +274,8 @@ def train(interrupts, args):
         if reason:
             log.say(f"warning: torch.compile failed, training goes on without it: {reason}")
     engine.settle_buckets(training, views)
-    log.picture("views", picture)
+    if is_new:
+        log.picture("views", picture)
     for note in notes:
         log.say(note)
 

@@ -6,7 +6,7 @@ The vocabulary file is OpenAI's (MIT licence): one merge a line, most frequent f
 import gzip
 import html
 import itertools
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import ftfy
@@ -39,14 +39,19 @@ def clean(text):
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
 
 
+@cache
+def read_merges(path):
+    """The pairs of symbols to join, best first."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        lines = file.read().split("\n")[1 : MERGES + 1]  # the first line is a header
+    return [tuple(line.split()) for line in lines]
+
+
 class SimpleTokenizer:
     """Lower-cases, splits and encodes text; called, returns rows of `context_length` ids."""
 
     def __init__(self, path=VOCABULARY):
-        self.path = path
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            lines = file.read().split("\n")[1 : MERGES + 1]  # the first line is a header
-        merges = [tuple(line.split()) for line in lines]
+        self.path, merges = path, read_merges(path)
         self.symbols = byte_symbols()
         singles = list(self.symbols.values())
         words = singles + [s + WORD_END for s in singles] + ["".join(m) for m in merges]

@@ -22,7 +22,7 @@ SCRIPTS = ["main", "main_linear", "main_finetune", "eval_zeroshot", "eval_retrie
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload([*SCRIPTS, "torch.utils.tensorboard", "timm.data"])
+server.set_forkserver_preload([*SCRIPTS, "torch.utils.tensorboard", "timm.data", "tests.warm"])
 
 
 def run_command(script, flags, ranks=1, cwd=REPOSITORY, options=()):

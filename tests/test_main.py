@@ -166,11 +166,14 @@ def test_workers_do_not_change_a_run(tiny, tmp_path):
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("model", ["SLIP_VITTINY8", "CLIP_VITTINY8"])
-def test_two_ranks_equal_one_process(tiny, tmp_path, model):
+@pytest.mark.parametrize(
+    "model, run_script", [("SLIP_VITTINY8", run_command), ("CLIP_VITTINY8", run_script)]
+)
+def test_two_ranks_equal_one_process(tiny, tmp_path, model, run_script):
+    """By torchrun, and started one by one."""
     one = train(tiny, tmp_path / "one", "--gather-with-grad", "--batch-size", 8, model=model)
     flags = train_flags(tiny, tmp_path / "two", "--gather-with-grad", model=model)
-    run = run_command("main.py", flags, ranks=2)
+    run = run_script("main.py", flags, ranks=2)
     assert run.returncode == 0, run.stderr
     assert step_losses(tmp_path / "two") == pytest.approx(step_losses(one), rel=1e-5, abs=1e-5)
     expected, got = rows(one)[0], rows(tmp_path / "two")[0]
