@@ -171,7 +171,7 @@ def accumulate_exact(training, micro_batches):
     with torch.no_grad(), kept_buffers(t.model):
         for batch in micro_batches:
             views = t.feed(batch)
-            states.append(RandomState(t.precision.device))
+            states.append(random_state(t.precision.device))
             with t.precision.autocast():
                 parts.append(t.model.towers(**views))
 
@@ -183,26 +183,12 @@ def accumulate_exact(training, micro_batches):
 
     for batch, state in zip(micro_batches, states, strict=True):
         views = t.feed(batch)
-        state.restore()
+        set_random_state(state, t.precision.device)
         with t.precision.autocast():
             part = t.model.towers(**views)
         torch.autograd.backward(list(part.values()), [next(gradients[view]) for view in part])
     average_gradients(t.model)
     return {key: value.detach() for key, value in metrics.items()}
-
-
-class RandomState:
-    """PyTorch's random state on the CPU and on a device."""
-
-    def __init__(self, device):
-        self.cpu = torch.get_rng_state()
-        self.device = device if device.type == "cuda" else None
-        self.cuda = torch.cuda.get_rng_state(device) if self.device else None
-
-    def restore(self):
-        torch.set_rng_state(self.cpu)
-        if self.device:
-            torch.cuda.set_rng_state(self.cuda, self.device)
 
 
 @contextmanager

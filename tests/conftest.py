@@ -22,6 +22,7 @@ import engine
 import main
 import models
 import utils
+from runlog import SilentLog
 
 torch.set_num_threads(1)  # pytest-xdist shares the cores out among processes
 
@@ -137,6 +138,16 @@ def probed(tiny, tmp_path_factory):
     absent = {"path": "digits", "type": "imagefolder", "train": "nowhere"}
     (root / "catalog.json").write_text(json.dumps({"digits": entry, "mnist": absent}))
     return root
+
+
+class Said(SilentLog):
+    """A log that keeps the lines it is given."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
 
 
 class InOrder(Sampler):

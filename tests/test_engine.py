@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import InOrder
+from conftest import InOrder, Said
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -208,14 +208,6 @@ def batched_training(precision="fp32", **options):
         precision=engine.Precision(precision, CPU),
         **options,
     )
-
-
-class Said(SilentLog):
-    def __init__(self):
-        self.lines = []
-
-    def say(self, text):
-        self.lines.append(text)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

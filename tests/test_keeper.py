@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import torch
-from conftest import train_flags
+from conftest import Said, train_flags
 from launch import REPOSITORY, start
 from test_main import train, weights
 
@@ -17,7 +17,6 @@ import checkpoint
 import keeper
 import loops
 import main
-import runlog
 import utils
 from interrupts import Interrupts
 from utils import InputError
@@ -37,14 +36,6 @@ def kept(tmp_path):
         k = keeper.Keeper(tmp_path, parts, interrupts, utils.CPU, args, {"args": {"model": "x"}})
         k.begin(said := Said())
         yield k, model, said
-
-
-class Said(runlog.SilentLog):
-    def __init__(self):
-        self.lines = []
-
-    def say(self, text):
-        self.lines.append(text)
 
 
 def test_a_checkpoint_holds_all_and_is_plain_data(tiny, tmp_path):
