@@ -21,6 +21,7 @@ from torch.utils.data import Sampler
 import engine
 import main
 import models
+import tests.warm  # noqa: F401
 import utils
 from runlog import SilentLog
 
@@ -43,6 +44,11 @@ def pytest_runtest_setup(item):
         pytest.skip("needs a CUDA device")
     if item.get_closest_marker("slurm") and not slurm_answers():
         pytest.skip("needs a Slurm cluster that answers sinfo; tests/slurm_cluster.py starts one")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest test, which mostly waits for Slurm, is the first."""
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
 
 
 @pytest.fixture(scope="session")
@@ -112,7 +118,7 @@ def tiny(tmp_path_factory):
     return root
 
 
-def train_flags(tiny, output_dir, *extra, model="SLIP_VITTINY8", epochs=1, val="digits"):
+def train_flags(tiny, output_dir, *extra, model="SLIP_NANO8", epochs=1, val="digits"):
     """Flags of a small training run, for main.py's parser or command line."""
     flags = f"--dataset coco --root {tiny} --metadata {tiny}/captions.json --model {model} "
     flags += f"--catalog {tiny}/catalog.json --val-dataset {val} --output-dir {output_dir} "

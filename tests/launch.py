@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,8 +22,21 @@ REPOSITORY = Path(__file__).parent.parent
 SCRIPTS = ["main", "main_linear", "main_finetune", "eval_zeroshot", "eval_retrieval"]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
-server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload([*SCRIPTS, "torch.utils.tensorboard", "timm.data", "tests.warm"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload([*SCRIPTS, "torch.utils.tensorboard", "timm.data", "tests.warm"])
+
+
+def forking():
+    """multiprocessing's context of the process to fork from, which has one thread, as its forks."""
+    wanted = {**ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}
+    before = {key: os.environ.get(key) for key in wanted}
+    os.environ.update(wanted)
+    try:
+        forkserver.ensure_running()
+    finally:
+        for key, value in before.items():
+            os.environ.pop(key) if value is None else os.environ.update({key: value})
+    return CONTEXT
 
 
 def run_command(script, flags, ranks=1, cwd=REPOSITORY, options=()):
@@ -44,16 +58,9 @@ class Running:
     """A forked script; its stdout and stderr go to one file."""
 
     def __init__(self, script, flags, log, environment):
-        with_paths = {**ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}
-        before = {key: os.environ.get(key) for key in with_paths}
-        os.environ.update(with_paths)  # of the server, if it starts now
-        try:
-            arguments = (str(script), [*map(str, flags)], str(log), environment)
-            self.process = server.Process(target=run_forked, args=arguments)
-            self.process.start()
-        finally:
-            for key, value in before.items():
-                os.environ.pop(key) if value is None else os.environ.update({key: value})
+        arguments = (str(script), [*map(str, flags)], str(log), environment)
+        self.process = forking().Process(target=run_forked, args=arguments)
+        self.process.start()
         self.log, self.pid = Path(log), self.process.pid
 
     def text(self):

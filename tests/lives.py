@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 import main
+import tests.warm  # noqa: F401
 import utils
 from interrupts import NOTHING, Stopped
 from keeper import Keeper

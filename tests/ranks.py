@@ -68,7 +68,7 @@ def head():
 def slip_gradients():
     """Every gradient of a small SLIP in float64, full CLIP gradient, averaged over ranks."""
     torch.manual_seed(0)
-    model = models.create_model("SLIP_VITTINY8", 32, 16).double()
+    model = models.create_model("SLIP_NANO8", 32, 16).double()
     loss = losses.SLIPLoss(losses.SIMCLRLoss(0.1), 1.0, gather_with_grad=True)
     images = [mine(torch.randn(12, 3, 32, 32).double()) for _ in range(3)]
     text = mine(torch.randint(1, 400, (12, 16)))
@@ -79,10 +79,13 @@ def slip_gradients():
 
 
 def accumulated(name, k, exact):
-    """Gradients, metrics and buffers of one update of 48 samples in k micro-batches a rank."""
+    """Gradients, metrics and buffers of one update of 16 samples, in k micro-batches a rank.
+
+    Three are of unequal size.
+    """
     t = exact_training(name, k, exact)
     model = getattr(t.model, "module", t.model)
-    metrics = engine.update(t, views_of(model, 48, k), 0)
+    metrics = engine.update(t, views_of(model, 16, k), 0)
     return {
         "gradients": {key: p.grad for key, p in model.named_parameters()},
         "metrics": metrics,
@@ -166,10 +169,10 @@ def meters():
 def main(folder):
     utils.init_distributed("cpu")
     simclr = losses.SIMCLRLoss(0.1)
-    names = ("CLIP_VITTINY8", "SIMCLR_VITTINY8", "SLIP_VITTINY8")
+    names = ("CLIP_NANO8", "SIMCLR_NANO8", "SLIP_NANO8")
     result = {
         "exact": {(name, k): accumulated(name, k, True) for name in names for k in (1, 2, 3, 8)},
-        "plain": {("SLIP_VITTINY8", 2): accumulated("SLIP_VITTINY8", 2, False)},
+        "plain": {("SLIP_NANO8", 2): accumulated("SLIP_NANO8", 2, False)},
         "clip": loss_and_gradients(losses.CLIPLoss()),
         "simclr": loss_and_gradients(simclr),
         "clip_full": loss_and_gradients(losses.CLIPLoss(gather_with_grad=True), torch.float64),

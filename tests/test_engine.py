@@ -163,7 +163,7 @@ def test_no_step_waits_for_the_device(k, exact, precision):
     device = torch.device("cuda")
     args = main.get_args_parser().parse_args(["--update-freq", str(k), "--clip-grad-norm", "1"])
     args.accum = "exact" if exact else "plain"
-    model = models.create_model("SLIP_VITTINY8", 32, 16).to(device)
+    model = models.create_model("SLIP_NANO8", 32, 16).to(device)
     t = main.create_training(model, engine.Precision(precision, device), 10, args)
     batch = {v: torch.zeros(8, 3, 32, 32, dtype=torch.uint8) for v in ("image", "aug1", "aug2")}
     batch["text"] = torch.randint(1, 400, (8, 16))

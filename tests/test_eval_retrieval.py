@@ -74,7 +74,7 @@ def retrieval(tiny, tmp_path_factory):
     root = tmp_path_factory.mktemp("retrieval")
     main.main(
         main.get_args_parser().parse_args(
-            train_flags(tiny, root / "run", model="CLIP_VITTINY8", val="none")
+            train_flags(tiny, root / "run", model="CLIP_NANO8", val="none")
         )
     )
     karpathy, images, annotations = [], [], []

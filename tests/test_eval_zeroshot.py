@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import train_flags, write_folders
-from launch import run_command, run_script
+from launch import run_script
 
 import datasets
 import engine
@@ -38,7 +38,7 @@ def tables():
 def trained(tiny, tmp_path_factory):
     """The folder of a run, its checkpoint barely trained."""
     folder = tmp_path_factory.mktemp("trained")
-    flags = train_flags(tiny, folder, model="CLIP_VITTINY8")
+    flags = train_flags(tiny, folder, model="CLIP_NANO8")
     main.main(main.get_args_parser().parse_args(flags))
     return folder
 
@@ -69,7 +69,7 @@ def test_labels_and_templates_are_pinned(tables):
 
 @pytest.mark.parametrize("batch_size", [3, 256, None])
 def test_classifier_equals_one_class_at_a_time(batch_size):
-    model, tokenizer = create_model("CLIP_VITTINY8").eval(), SimpleTokenizer()
+    model, tokenizer = create_model("CLIP_NANO8").eval(), SimpleTokenizer()
     classes, templates = ["dog", ["cat", "kitten"], "x"], ["a {}.", "photo of the {}"]
     got = eval_zeroshot.build_classifier(
         model, tokenizer, classes, templates, loops.Evaluation(FP32), batch_size
@@ -83,7 +83,7 @@ def test_classifier_equals_one_class_at_a_time(batch_size):
 
 def test_prompts_of_like_length_share_a_batch(monkeypatch):
     """Each batch is cut to its own longest prompt, and all ranks ask to stop as often."""
-    model, checks, shapes = create_model("CLIP_VITTINY8").eval(), [], []
+    model, checks, shapes = create_model("CLIP_NANO8").eval(), [], []
     encode = model.encode_text
 
     def watched(text):
@@ -103,7 +103,7 @@ def evaluate_flags(tiny, trained, out, *extra):
 
 
 def test_the_command_writes_results(tiny, trained, tmp_path):
-    run = run_command("eval_zeroshot.py", evaluate_flags(tiny, trained, tmp_path))
+    run = run_script("eval_zeroshot.py", evaluate_flags(tiny, trained, tmp_path))
     assert run.returncode == 0, run.stderr
     result = json.loads((tmp_path / "results.json").read_text())["digits"]
     assert result["metric"] == "top1" and result["split"] == "test"
@@ -148,7 +148,7 @@ def test_several_checkpoints_and_other_prompts(tiny, trained, tmp_path, capsys):
     one = json.loads((tmp_path / "one/results.json").read_text())["digits"]
     assert one.pop("checkpoint") == str(trained / "checkpoint.pt")
     assert (one["model"], one["prompt_set"], one["prompts"]) == (
-        "CLIP_VITTINY8", "imagenet80", 80,
+        "CLIP_NANO8", "imagenet80", 80,
     )  # fmt: skip
     for name, path in zip(("b-x", "b-y"), both, strict=True):
         got = json.loads((tmp_path / "two" / name / "results.json").read_text())["digits"]
@@ -200,12 +200,12 @@ def test_bad_input(tiny, trained, tmp_path):
 
 
 def test_a_method_without_text_cannot_be_prompted(tiny, trained, tmp_path):
-    flags = train_flags(tiny, tmp_path, model="SIMCLR_VITTINY8")
+    flags = train_flags(tiny, tmp_path, model="SIMCLR_NANO8")
     main.main(main.get_args_parser().parse_args(flags))
-    with pytest.raises(InputError, match="SIMCLR_VITTINY8: it has no text .* of CLIP or SLIP"):
+    with pytest.raises(InputError, match="SIMCLR_NANO8: it has no text .* of CLIP or SLIP"):
         call(tiny, tmp_path, tmp_path)
     both = trained / "checkpoint.pt", tmp_path / "checkpoint.pt"
-    with pytest.raises(InputError, match="SIMCLR_VITTINY8: it has no text"):
+    with pytest.raises(InputError, match="SIMCLR_NANO8: it has no text"):
         call(tiny, trained, tmp_path / "out", "--resume", *both)
     assert not (tmp_path / "out").exists()  # the first has not been scored either
 

@@ -467,8 +467,10 @@ def read_all(folder):
     sys.path[0] = str(REPOSITORY)
     import captions
     import checkpoint
+    import models
     from utils import InputError
 
+    models.create_model("CLIP_VITTINY8")  # pages of the libraries' code are no memory of a payload
     read = dict.fromkeys(CHECKPOINTS, checkpoint.load_model)
     read["pkl"] = lambda path: captions.load_captions("yfcc15m", path)
     read["npy"] = lambda path: captions.load_captions("cc3m", path)

@@ -3,14 +3,12 @@
 import argparse
 import json
 import os
-import subprocess
-import sys
 import threading
 
 import pytest
 import torch
 from conftest import Said, train_flags
-from launch import REPOSITORY, start
+from launch import run_script, start
 from test_main import train, weights
 
 import checkpoint
@@ -21,7 +19,7 @@ import utils
 from interrupts import Interrupts
 from utils import InputError
 
-SMALL = {"val": "none", "model": "SIMCLR_VITTINY8"}
+SMALL = {"val": "none", "model": "SIMCLR_NANO8"}
 
 
 @pytest.fixture
@@ -44,7 +42,7 @@ def test_a_checkpoint_holds_all_and_is_plain_data(tiny, tmp_path):
     assert {"state_dict", "optimizer", "scaler", "epoch", "best_acc1", "progress"} <= state.keys()
     assert {"random", "args", "argv", "git", "versions", "world_size"} <= state.keys()
     assert {"step", "updates", "samples", "bad", "skipped", "meters"} <= state["progress"].keys()
-    assert state["progress"]["samples"] == 16 and state["args"]["model"] == "SLIP_VITTINY8"
+    assert state["progress"]["samples"] == 16 and state["args"]["model"] == "SLIP_NANO8"
     assert set(state["random"][0]) == {"python", "numpy", "torch"} and len(state["random"]) == 1
     assert state["versions"]["torch"] == torch.__version__
     json.dumps(state["args"])
@@ -157,14 +155,13 @@ def test_foreign_fields_are_told(tiny, tmp_path, change, match):
 def test_deterministic_is_set_before_anything_is_computed(tiny, tmp_path):
     flags = train_flags(tiny, tmp_path / "run", "--deterministic", **SMALL)
     code = f"""
-import os, sys
-sys.path.insert(0, {str(REPOSITORY)!r})
-import torch, main
+import os, torch, main
 main.main(main.get_args_parser().parse_args({flags!r}))
 assert torch.are_deterministic_algorithms_enabled()
 assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    (tmp_path / "script.py").write_text(code)
+    run = run_script(tmp_path / "script.py", [])
     assert run.returncode == 0, run.stderr
 
 

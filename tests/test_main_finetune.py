@@ -73,10 +73,10 @@ def test_positions_are_interpolated_and_the_head_is_small(probed):
     args = ["--pretrained", str(path), "--preset", "small"]
     same = main_finetune.create_vit(path, 10, parse(args))
     larger = main_finetune.create_vit(path, 10, parse([*args, "--input-size", "64"]))
-    assert same.pos_embed.shape == (1, 17, 128) and larger.pos_embed.shape == (1, 65, 128)
+    assert same.pos_embed.shape == (1, 17, 64) and larger.pos_embed.shape == (1, 65, 64)
     assert torch.equal(larger.pos_embed[:, 0], same.pos_embed[:, 0])  # the class token's
-    coarse = larger.pos_embed[:, 1:].view(8, 8, 128).permute(2, 0, 1)[None]
-    coarse = torch.nn.functional.avg_pool2d(coarse, 2)[0].permute(1, 2, 0).reshape(16, 128)
+    coarse = larger.pos_embed[:, 1:].view(8, 8, 64).permute(2, 0, 1)[None]
+    coarse = torch.nn.functional.avg_pool2d(coarse, 2)[0].permute(1, 2, 0).reshape(16, 64)
     assert torch.cosine_similarity(coarse, same.pos_embed[0, 1:]).min() > 0.9
     assert same.head.weight.abs().max() < 1e-4 and same.head.weight.std() > 1e-6
     with torch.no_grad():

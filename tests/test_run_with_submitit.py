@@ -22,7 +22,9 @@ def launch(flags):
 def test_two_interrupted_tasks_go_on_as_two_ranks(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("SUBMITIT_PREEMPT_SIGNAL", "USR1")  # another one than this version's
-    script = train_flags(tiny, "unused", "--workers", 2, val="none", epochs=4)
+    script = train_flags(
+        tiny, "unused", "--workers", 2, model="SIMCLR_VITTINY8", val="none", epochs=4
+    )
     flags = ["--cluster", "local", "--nodes", "1", "--ngpus", "2", "--timeout", "5"]
     flags += ["--shared_dir", str(tmp_path / "shared")]
     job = launch([*flags, *without_folder(script)])

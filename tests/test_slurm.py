@@ -19,6 +19,7 @@ import runlog
 
 pytestmark = pytest.mark.slurm
 
+MODEL = {"model": "SLIP_VITTINY8", "val": "none"}
 SPEED = {"samples_per_sec", "data_wait"}  # of an epoch: no two runs share them
 
 
@@ -86,12 +87,12 @@ def test_a_job_taken_away_three_times_ends_as_an_undisturbed_run(tiny, tmp_path,
     write_coco(tmp_path / "data", images=128)
 
     # A job that is queued again is given its first --resume again, too.
-    main.main(main.get_args_parser().parse_args(train_flags(tiny, tmp_path / "first", val="none")))
+    main.main(main.get_args_parser().parse_args(train_flags(tiny, tmp_path / "first", **MODEL)))
     first = tmp_path / "first/checkpoint.pt"
     extra = f"--resume {first} --workers 2 --print-freq 2 --warmup-epochs 0".split()
 
     def flags(folder):
-        return train_flags(tmp_path / "data", folder, *extra, epochs=3, val="none")
+        return train_flags(tmp_path / "data", folder, *extra, **MODEL, epochs=2)
 
     job = Job(submit(tmp_path, without_folder(flags("unused"))), tmp_path)
     for restarts, take_away in enumerate(WAYS, 1):

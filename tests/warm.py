@@ -1,5 +1,16 @@
-"""For launch.py: what every script would read again after it is forked."""
+"""For launch.py's server and for conftest.py: towers that train in a moment, and what every script
+would import or read again after it is forked.
+"""
 
+import pyarrow.compute  # noqa: F401
+import torch.utils.serialization.config  # noqa: F401
+from PIL import Image
+
+import models
 import tokenizer
 
+NANO_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
+models.TOWERS["NANO8"] = models.Tower("vit_tiny_patch16_224", NANO_VIT, 32, 32, 2, 1)
+models.TOWERS["NANORESNET"] = models.Tower("test_resnet", {}, 32, 32, 2, 1)
+Image.init()
 tokenizer.read_merges(tokenizer.VOCABULARY)
