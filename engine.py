@@ -219,6 +219,14 @@ def rehearsal(model, device):
         set_random_state(state, device)
 
 
+def parallel(model, device):
+    """The model as the ranks train it together; itself where there is one rank."""
+    if get_world_size() == 1:
+        return model
+    ids = [torch.cuda.current_device()] if device.type == "cuda" else None
+    return DistributedDataParallel(model, ids, gradient_as_bucket_view=True)
+
+
 def settle_buckets(training, views):
     """Has DDP arrange its buckets of gradients, for which it needs a backward pass, of any views.
 

@@ -53,6 +53,8 @@ def open_task(name, image_size, catalog, labels, templates):
             raise InputError(f"{name!r} is not in {what}; choose from {', '.join(table)}")
     if not isinstance(labels[name], list) or not isinstance(templates[name], list):
         raise InputError(f"labels and templates of {name!r} must be lists of texts")
+    if not templates[name]:
+        raise InputError(f"templates of {name!r}: there is none; give one with {{}} for the class")
     if not all(isinstance(template, str) and "{}" in template for template in templates[name]):
         raise InputError(f"templates of {name!r}: each must be a text with {{}} for the class")
     dataset = datasets.get_downstream_dataset(

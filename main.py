@@ -10,7 +10,6 @@ import os
 from argparse import BooleanOptionalAction
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import make_grid
 
 import captions
@@ -141,16 +140,13 @@ def prepare(batch):
 
 
 def create_training(model, precision, updates, args):
-    """Loss, optimizer and schedule; several ranks train through DistributedDataParallel."""
+    """Loss, optimizer and schedule, of a model that all ranks train together."""
     if args.grad_checkpointing:
         model.checkpoint_gradients()
     # Of a single micro-batch both gradients are the same, and the plain one is faster.
-    ddp, exact = model, args.accum == "exact" and args.update_freq > 1
-    if utils.get_world_size() > 1 and not exact:
-        ids = [torch.cuda.current_device()] if precision.device.type == "cuda" else None
-        ddp = DistributedDataParallel(model, ids, gradient_as_bucket_view=True)
+    exact = args.accum == "exact" and args.update_freq > 1
     return engine.Training(
-        model=ddp,
+        model=model if exact else engine.parallel(model, precision.device),
         criterion=create_loss(model, args),
         optimizer=torch.optim.AdamW(
             utils.param_groups(model, args.wd), args.lr, args.betas, args.eps, fused=True

@@ -17,7 +17,6 @@ import timm.utils
 import torch
 from PIL import ImageOps
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import datasets
@@ -233,16 +232,12 @@ def create_criterion(args, classes):
 
 
 def create_training(model, precision, updates, classes, args):
-    vit, device = model.vit, precision.device
+    vit, ema = model.vit, None
     prepare, criterion = create_criterion(args, classes)
-    ddp, ema = model, None
-    if utils.get_world_size() > 1:
-        ids = [torch.cuda.current_device()] if device.type == "cuda" else None
-        ddp = DistributedDataParallel(model, ids, gradient_as_bucket_view=True)
     if args.model_ema:
         ema = timm.utils.ModelEmaV3(vit, decay=args.model_ema_decay)
     training = engine.Training(
-        model=ddp,
+        model=engine.parallel(model, precision.device),
         criterion=criterion,
         optimizer=torch.optim.AdamW(
             layer_groups(vit, args.weight_decay, args.layer_decay),

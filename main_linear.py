@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import datasets
@@ -126,12 +125,8 @@ def create_training(probe, precision, updates, args):
             "the archived rule; give --lr-scaling global"
         )
     cosine = 0.5 * (1 + np.cos(np.pi * np.arange(args.epochs) / args.epochs))
-    model = probe
-    if world_size > 1:
-        ids = [torch.cuda.current_device()] if precision.device.type == "cuda" else None
-        model = DistributedDataParallel(probe, ids)
     return engine.Training(
-        model=model,
+        model=engine.parallel(probe, precision.device),
         criterion=probe_loss,
         optimizer=torch.optim.SGD(
             probe.head.parameters(), lr, momentum=args.momentum, weight_decay=args.wd

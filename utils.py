@@ -224,7 +224,15 @@ def init_distributed(device="auto", dist_url="env://", deterministic=False):
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         # Converting the metadata of 15 million pairs may take ten minutes, while the others wait.
         timeout = timedelta(minutes=30)
-        store, rank, world_size = next(dist.rendezvous(dist_url, rank, world_size, timeout=timeout))
+        try:
+            meeting = dist.rendezvous(dist_url, rank, world_size, timeout=timeout)
+            store, rank, world_size = next(meeting)
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise InputError(
+                f"the ranks cannot meet by --dist-url {dist_url}: {reason}; correct it, or start "
+                "by torchrun"
+            ) from error
         # torchrun's store outlives the ranks that it starts again: what those before left misleads.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         ranks = dist.PrefixStore(f"ranks{attempt}", store)

@@ -184,9 +184,13 @@ def test_bad_input(tiny, trained, tmp_path):
         (tmp_path / "labels.json").write_text(text)
         with pytest.raises(InputError, match=match):
             call(tiny, trained, tmp_path, "--labels", tmp_path / "labels.json")
-    (tmp_path / "templates.json").write_text('{"digits": ["a digit"]}')
-    with pytest.raises(InputError, match="each must be a text with {}"):
-        call(tiny, trained, tmp_path, "--templates", tmp_path / "templates.json")
+    for text, match in (
+        ('{"digits": ["a digit"]}', "each must be a text with {}"),
+        ('{"digits": []}', "templates of 'digits': there is none; give one with {} for the class"),
+    ):
+        (tmp_path / "templates.json").write_text(text)
+        with pytest.raises(InputError, match=match):
+            call(tiny, trained, tmp_path, "--templates", tmp_path / "templates.json")
     (tmp_path / "catalog.json").write_text('{"digits": {"type": "imagefolder", "path": 5}}')
     with pytest.raises(InputError, match="needs a type and a path, as texts"):
         call(tiny, trained, tmp_path, "--catalog", tmp_path / "catalog.json")

@@ -154,6 +154,11 @@ def test_atomic_writing_keeps_the_old_file_on_failure(tmp_path):
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 is none of WORLD_SIZE=2 ranks"),
         ({"WORLD_SIZE": "0"}, "RANK=0 is none of WORLD_SIZE=0 ranks"),
         ({"WORLD_SIZE": "9" * 400}, "is no number"),
+        (
+            {"WORLD_SIZE": "2", "MASTER_PORT": "x", "MASTER_ADDR": "::1"},
+            "cannot meet by --dist-url env://: .*'x'; ",
+        ),
+        ({"WORLD_SIZE": "2", "MASTER_PORT": "1"}, "MASTER_ADDR expected, but not set; correct it"),
     ],
 )
 def test_garbage_from_a_launcher_is_told(monkeypatch, environment, match):
