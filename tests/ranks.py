@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import InOrder, exact_training, seeded_embeddings, views_of
+from helpers import InOrder, exact_training, seeded_embeddings, views_of
 
 import engine
 import features

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import train_flags
+from helpers import train_flags
 from launch import forking
 
 import benchmark

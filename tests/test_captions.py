@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from conftest import save_image
+from helpers import save_image
 
 import captions
 from captions import load_captions

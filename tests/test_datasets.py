@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import save_image, write_coco, write_folders
+from helpers import save_image, write_coco, write_folders
 from PIL import Image
 from torch.utils.data import DataLoader
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import InOrder, Said
+from helpers import InOrder, Said
 from torch import nn
 from torch.utils.data import DataLoader
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PeakMemory, save_image, train_flags
+from helpers import PeakMemory, save_image, train_flags
 from launch import run_script
 
 import eval_retrieval

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import train_flags, write_folders
+from helpers import train_flags, write_folders
 from launch import run_script
 
 import datasets

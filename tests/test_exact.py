@@ -5,7 +5,7 @@ import json
 import pytest
 import timm
 import torch
-from conftest import PeakMemory, exact_training, views_of
+from helpers import PeakMemory, exact_training, views_of
 from launch import run_script
 
 import engine

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PeakMemory
+from helpers import PeakMemory
 from sklearn.linear_model import LogisticRegression
 
 import checkpoint

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from conftest import Said, train_flags
+from helpers import Said, train_flags
 from launch import run_script, start
 from test_main import train, weights
 

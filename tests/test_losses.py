@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PeakMemory, seeded_embeddings
+from helpers import PeakMemory, seeded_embeddings
 
 import losses
 from losses import CLIPLoss, SIMCLRLoss, SLIPLoss

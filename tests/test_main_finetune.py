@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import save_image
+from helpers import save_image
 from launch import run_script
 from PIL import Image
 from test_main_linear import flags as probe_flags

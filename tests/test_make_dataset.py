@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from conftest import save_image, write_folders
+from helpers import save_image, write_folders
 from launch import start
 
 import captions

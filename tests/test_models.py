@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import seeded_weights
+from helpers import seeded_weights
 
 import losses
 import models

@@ -13,7 +13,7 @@ import time
 
 import pytest
 import torch
-from conftest import train_flags
+from helpers import train_flags
 from launch import run_command, run_script, start
 from test_main import assert_equal, rows, step_losses, train, weights
 from test_main_finetune import flags as finetune_flags

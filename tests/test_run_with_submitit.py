@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import train_flags, without_folder
+from helpers import train_flags, without_folder
 from submitit.slurm.slurm import SlurmJobEnvironment
 
 import run_with_submitit

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import train_flags, without_folder, write_coco
+from helpers import train_flags, without_folder, write_coco
 from launch import REPOSITORY, run_script
 
 import checkpoint

@@ -1,4 +1,4 @@
-"""For launch.py's server and for conftest.py: towers that train in a moment, and what every script
+"""For launch.py's server and for helpers.py: towers that train in a moment, and what every script
 would import or read again after it is forked.
 """
 
