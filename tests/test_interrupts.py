@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch.distributed as dist
-from launch import ENVIRONMENT, REPOSITORY
+from launch import REPOSITORY, start
 
 import interrupts
 from interrupts import NOTHING, SAVE, Interrupts, Stopped, Watchdog
@@ -82,38 +82,26 @@ def test_only_its_parent_ends_a_worker():
 
 
 RANK = """
-import sys, time
-sys.path.insert(0, {repository!r})
+import os, sys, time
 import torch.distributed as dist
 from interrupts import Watchdog
-rank, file = int(sys.argv[1]), sys.argv[2]
-Watchdog(dist.FileStore(file, 3), rank, 3, beat=0.1, limit=2).start()
+file = dist.FileStore(sys.argv[1], 3)
+Watchdog(file, int(os.environ["RANK"]), 3, beat=0.1, limit=2).start()
 print("started", flush=True)
-{then}
+time.sleep(60)  # as in a collective that never ends
 """
-
-
-def start_rank(rank, file, then="time.sleep(60)  # as in a collective that never ends"):
-    code = RANK.format(repository=str(REPOSITORY), then=then)
-    return subprocess.Popen(
-        [sys.executable, "-c", code, str(rank), str(file)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **ENVIRONMENT},
-    )
 
 
 def test_ranks_that_hang_are_ended_when_one_is_gone(tmp_path):
     """Without any error of a collective, as with NCCL: the kernel simply never returns."""
-    ranks = [start_rank(rank, tmp_path / "store") for rank in range(3)]
-    for process in ranks:
-        assert process.stdout.readline() == "started\n"
+    (tmp_path / "script.py").write_text(RANK)
+    ranks = start(tmp_path / "script.py", [tmp_path / "store"], tmp_path / "log", 3)
+    assert all(process.says("started") for process in ranks)
     ranks[1].kill()
     for rank in (0, 2):
-        _, errors = ranks[rank].communicate(timeout=30)
-        assert ranks[rank].returncode == 1
-        assert f"error (rank {rank}): stopped, as rank 1 gave no sign of life for 2 s" in errors
+        assert ranks[rank].wait(30) == 1
+        error = f"error (rank {rank}): stopped, as rank 1 gave no sign of life for 2 s"
+        assert error in ranks[rank].text()
 
 
 def watch(store, rank, world_size, beat=0.05):

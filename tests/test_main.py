@@ -350,8 +350,14 @@ def test_recomputing_activations_changes_no_loss(tiny, tmp_path, method):
 
 
 def test_compiled_towers_and_loss_train_alike(tiny, tmp_path, capsys):
+    """With captions of one length, as each costs a compilation."""
+    captions = json.loads((tiny / "captions.json").read_text())
+    for annotation in captions["annotations"]:
+        annotation["caption"] += " and on" * 40
+    (tmp_path / "long.json").write_text(json.dumps(captions))
+    options = {"model": "CLIP_NANO8"}
     runs = [
-        losses_of(tiny, tmp_path / flag, flag, model="CLIP_NANO8")
+        losses_of(tiny, tmp_path / flag, flag, "--metadata", tmp_path / "long.json", **options)
         for flag in ("--no-compile", "--compile")
     ]
     assert "torch.compile failed" not in capsys.readouterr().out
