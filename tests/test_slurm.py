@@ -67,7 +67,7 @@ class Job:
             state = self.facts()["JobState"]
             if time.monotonic() > end or state in ("FAILED", "CANCELLED", "TIMEOUT"):
                 pytest.fail(f"job is {state}: {self.text()}\n{self.text('err')}")
-            time.sleep(0.1)
+            time.sleep(0.25)
 
     def wait_for_progress(self):
         """Until the task has started once more, and reported some updates."""
@@ -89,7 +89,7 @@ def test_a_job_taken_away_three_times_ends_as_an_undisturbed_run(tiny, tmp_path,
     # A job that is queued again is given its first --resume again, too.
     main.main(main.get_args_parser().parse_args(train_flags(tiny, tmp_path / "first", **MODEL)))
     first = tmp_path / "first/checkpoint.pt"
-    extra = f"--resume {first} --workers 2 --print-freq 2 --warmup-epochs 0".split()
+    extra = f"--resume {first} --workers 1 --print-freq 2 --warmup-epochs 0".split()
 
     def flags(folder):
         return train_flags(tmp_path / "data", folder, *extra, **MODEL, epochs=2)
