@@ -170,7 +170,7 @@ def kill_in_a_save(running, folder, rng):
     latest, unfinished = folder / "checkpoint.pt", folder / "checkpoint.pt.tmp"
     before = latest.exists() and latest.stat().st_mtime
     running.wait_for(lambda: latest.exists() and latest.stat().st_mtime != before)
-    time.sleep(rng.random() * 0.25)
+    time.sleep(rng.random() * 0.15)
     running.wait_for(unfinished.exists)
     time.sleep(rng.random() * 0.005)  # writing takes longer, also on a fast disk
     running.kill()
@@ -181,7 +181,7 @@ def kill_at_random(running, rng):
     """At a moment of starting up, training or saving."""
     if rng.random() < 0.8:
         running.wait_for(lambda: re.search(r"epoch \d+ \[", running.text()))
-    time.sleep(rng.random() * 0.25)
+    time.sleep(rng.random() * 0.15)
     running.kill()
 
 
@@ -189,7 +189,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tiny, t
     """Every update is saved; half of the kills come while a file is being written."""
     rng, folder, kills, in_saves = random.Random(0), tmp_path / "parts", 0, 0
     extra = ["--update-freq", 2, "--accum", "exact", "--batch-size", 2, "--workers", 1]
-    options = {"epochs": 20}
+    options = {"epochs": 24}
     flags = small(tiny, folder, *extra, "--save-every-minutes", 1e-9, **options)
     while kills < KILLS:
         (running,) = start("main.py", flags, tmp_path / f"log{kills}")

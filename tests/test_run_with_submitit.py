@@ -22,9 +22,8 @@ def launch(flags):
 def test_two_interrupted_tasks_go_on_as_two_ranks(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("SUBMITIT_PREEMPT_SIGNAL", "USR1")  # another one than this version's
-    script = train_flags(
-        tiny, "unused", "--workers", 2, model="SIMCLR_VITTINY8", val="none", epochs=4
-    )
+    options = {"model": "SIMCLR_VITTINY8", "val": "none", "epochs": 20}
+    script = train_flags(tiny, "unused", "--workers", 2, **options)
     flags = ["--cluster", "local", "--nodes", "1", "--ngpus", "2", "--timeout", "5"]
     flags += ["--shared_dir", str(tmp_path / "shared")]
     job = launch([*flags, *without_folder(script)])
@@ -39,7 +38,7 @@ def test_two_interrupted_tasks_go_on_as_two_ranks(tiny, tmp_path, monkeypatch):
     assert (folder / "checkpoint.pt").exists()
     settings = utils.read_json(folder / "args.json", "settings")
     assert settings["world_size"] == 2 and settings["effective_batch"] == 8
-    assert [row["pairs"] for row in runlog.read_log(folder / "log.txt")] == 4 * [16]
+    assert [row["pairs"] for row in runlog.read_log(folder / "log.txt")] == 20 * [16]
 
 
 def test_wrong_flags_are_told_before_submission(tmp_path):

@@ -92,7 +92,7 @@ def test_a_job_taken_away_three_times_ends_as_an_undisturbed_run(tiny, tmp_path,
     extra = f"--resume {first} --workers 1 --print-freq 2 --warmup-epochs 0".split()
 
     def flags(folder):
-        return train_flags(tmp_path / "data", folder, *extra, **MODEL, epochs=2)
+        return train_flags(tmp_path / "data", folder, *extra, **MODEL, epochs=3)
 
     job = Job(submit(tmp_path, without_folder(flags("unused"))), tmp_path)
     for restarts, take_away in enumerate(WAYS, 1):
