@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist shares the cores out among processes
+# pytest-xdist shares the cores out among processes; and equal bits need as many threads everywhere.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 HERE = Path(__file__).parent
 

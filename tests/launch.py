@@ -17,25 +17,19 @@ from contextlib import suppress
 from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 REPOSITORY = Path(__file__).parent.parent
 SCRIPTS = ["main", "main_linear", "main_finetune", "eval_zeroshot", "eval_retrieval"]
-ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([*SCRIPTS, "torch.utils.tensorboard", "timm.data", "tests.warm"])
 
 
 def forking():
-    """multiprocessing's context of the process to fork from, which has one thread, as its forks."""
-    wanted = {**ENVIRONMENT, "PYTHONPATH": str(REPOSITORY)}
-    before = {key: os.environ.get(key) for key in wanted}
-    os.environ.update(wanted)
-    try:
+    """multiprocessing's context of the process to fork from."""
+    with patch.dict(os.environ, PYTHONPATH=str(REPOSITORY)):
         forkserver.ensure_running()
-    finally:
-        for key, value in before.items():
-            os.environ.pop(key) if value is None else os.environ.update({key: value})
     return CONTEXT
 
 
@@ -49,7 +43,6 @@ def run_command(script, flags, ranks=1, cwd=REPOSITORY, options=()):
         capture_output=True,
         text=True,
         cwd=cwd,
-        env={**os.environ, **ENVIRONMENT},
         timeout=240,
     )
 

@@ -496,7 +496,7 @@ def read_all(folder):
 def start_reading(folder):
     for name in ("payload.py", "hubconf.py"):
         (folder / name).write_text(f"{MAKE}\n")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
     process = subprocess.run(
         [sys.executable, "-W", "ignore", __file__, folder],
         cwd=folder, env=environment, capture_output=True, text=True, timeout=120,

@@ -20,7 +20,6 @@ def launch(flags):
 
 
 def test_two_interrupted_tasks_go_on_as_two_ranks(tiny, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("SUBMITIT_PREEMPT_SIGNAL", "USR1")  # another one than this version's
     options = {"model": "SIMCLR_VITTINY8", "val": "none", "epochs": 20}
     script = train_flags(tiny, "unused", "--workers", 2, **options)

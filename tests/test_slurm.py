@@ -82,8 +82,7 @@ class Job:
             command("scontrol", "update", f"JobId={self.number}", "StartTime=now")
 
 
-def test_a_job_taken_away_three_times_ends_as_an_undisturbed_run(tiny, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_a_job_taken_away_three_times_ends_as_an_undisturbed_run(tiny, tmp_path):
     write_coco(tmp_path / "data", images=128)
 
     # A job that is queued again is given its first --resume again, too.
