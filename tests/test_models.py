@@ -1,5 +1,7 @@
 """Towers and methods: public keys, parameter counts, initialisation, forward and backward."""
 
+import hashlib
+
 import pytest
 import torch
 from helpers import seeded_weights
@@ -8,7 +10,7 @@ import losses
 import models
 from models import create_model
 from tokenizer import SimpleTokenizer, trim
-from utils import InputError
+from utils import InputError, param_groups
 
 CAPTIONS = [
     "a red bicycle leaning on a wall",
@@ -51,6 +53,29 @@ def test_state_dict_keys_are_pinned():
     expected |= {"visual.cls_token", "visual.pos_embed", "visual.patch_embed.proj.weight"}
     assert expected <= keys
     assert not [key for key in keys if key.startswith(block) and key not in expected]
+
+
+ORDERS = {  # digests of the state dict's keys and of the optimizer's parameters, in their order
+    "CLIP_VITS16": "99c7202e609efbda",
+    "SIMCLR_VITS16": "d7aa17b481121f05",
+    "SLIP_VITS16": "ce4f996bd058b146",
+    "CLIP_VITL16": "7d882be8af1df068",
+    "SIMCLR_VITL16": "e122d988f8adfcfd",
+    "SLIP_VITL16": "1a480b5141e43c2c",
+    "CLIP_RN50": "f0de4bfc0da6f3cf",
+    "SLIP_VITTINY8": "41683609ed482892",
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_the_order_of_keys_and_parameters_is_pinned(name):
+    """Optimizer states load by order: another order gives a parameter another one's moments."""
+    with torch.device("meta"):
+        model = create_model(name)
+    names = {id(param): key for key, param in model.named_parameters()}
+    groups = param_groups(model, 0.1)
+    order = [*model.state_dict(), *(names[id(p)] for group in groups for p in group["params"])]
+    assert hashlib.sha256("\n".join(order).encode()).hexdigest()[:16] == ORDERS[name]
 
 
 @pytest.mark.parametrize("name", ["CLIP_VITS16", "SIMCLR_VITS16", "SLIP_VITS16"])
