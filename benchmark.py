@@ -35,15 +35,16 @@ import benchmark_data
 import captions
 import datasets
 import engine
-import loops
 import losses
 import main as training_script
 import models
-import runlog
 import utils
-from interrupts import Interrupts
-from keeper import Keeper
+from infra import devices, distributed, logger
+from infra.checkpoint_manager import CheckpointManager
+from infra.run import Meters, TrainState
+from infra.signals import SignalHandler
 from tokenizer import SimpleTokenizer
+from towers import CONTEXT_LENGTH, CausalSelfAttention
 
 # glibc gives large blocks back to the system at once, and then page faults hide what is measured.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
@@ -114,9 +115,9 @@ def as_archived(training, args):
     """Undoes what is faster here than in the archived code."""
     training.model.towers = partial(separate_towers, training.model)
     for module in [*training.model.modules(), *training.criterion.modules()]:
-        if isinstance(module, models.CausalSelfAttention):
+        if isinstance(module, CausalSelfAttention):
             module.forward = partial(masked_attention, module)
-        elif isinstance(module, losses.Contrast):
+        elif isinstance(module, losses.InfoNCE):
             module.forward = partial(whole_contrast, module)
     training.optimizer = torch.optim.AdamW(
         utils.param_groups(training.model, args.wd), args.lr, args.betas, args.eps
@@ -175,12 +176,12 @@ class MeasuredTraining:
     def __init__(self, options, flags, is_paper):
         self.args = args = training_script.get_args_parser().parse_args(flags)
         self.is_paper, self.step = is_paper, 0
-        self.device = device = utils.init_distributed(args.device, args.dist_url)
+        self.device = device = distributed.init_distributed(args.device, args.dist_url)
         utils.seed_everything(args.seed)
         model = models.create_model(args.model, args.ssl_mlp_dim, args.ssl_emb_dim).to(device)
-        precision = engine.Precision(args.precision, device)
+        precision = devices.Precision(args.precision, device)
         self.training = training_script.create_training(model, precision, 1000, args)
-        self.tokens = models.CONTEXT_LENGTH if is_paper else options.caption_tokens
+        self.tokens = CONTEXT_LENGTH if is_paper else options.caption_tokens
         self.gflop = self.gflop_per_sample(model)
         self.limits = {"matrices": matrix_rate(precision), "copy": copy_rate(device)}
         if is_paper:
@@ -191,7 +192,7 @@ class MeasuredTraining:
             views = training_script.empty_views(model, device, args.batch_size)
             reason = training_script.compile_training(model, self.training, views)
             self.notes.append(f"torch.compile failed: {reason}" if reason else "compiled")
-        self.watch, self.meters = Watch(device), utils.Meters()
+        self.watch, self.meters = Watch(device), Meters()
         self.time_phases(model)
 
     def random_views(self, number):
@@ -199,7 +200,7 @@ class MeasuredTraining:
         views = {v: torch.randn(number, 3, size, size) for v in self.training.model.views}
         if "text" in views:
             views["text"] = torch.randint(1, 49000, (number, self.tokens))
-        return engine.to_device(views, self.device)
+        return devices.to_device(views, self.device)
 
     def gflop_per_sample(self, model):
         """Forward and backward of towers and heads, without recomputation."""
@@ -410,13 +411,15 @@ def timed(call):
 
 def benchmark_save(options):
     """Seconds that training waits for a save, and that its thread needs to write and prove it."""
-    device = utils.init_distributed(options.device)
+    device = distributed.init_distributed(options.device)
     model, optimizer = trained_once(options.model, device)
     args = argparse.Namespace(keep_last=2, save_every_minutes=0)
-    parts = {"state_dict": model, "optimizer": optimizer, "progress": loops.Progress()}
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder, Interrupts() as interrupts:
-        keeper = Keeper(folder, parts, interrupts, device, args, {"args": {"model": options.model}})
-        keeper.begin(runlog.SilentLog())
+    parts = {"state_dict": model, "optimizer": optimizer, "progress": TrainState()}
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder, SignalHandler() as interrupts:
+        keeper = CheckpointManager(
+            folder, parts, interrupts, device, args, {"args": {"model": options.model}}
+        )
+        keeper.begin(logger.SilentLog())
         plain = {key: part.state_dict() for key, part in parts.items()}
         print(f"save: {options.model} on {device.type}; {benchmark_data.machine()}\n")
         for i in range(options.rounds):
@@ -502,4 +505,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    distributed.run_script(main)

@@ -28,15 +28,15 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import transforms as tv
 
 import captions
-import datasets
-import engine
+import catalog
 import eval_zeroshot
 import features
-import loops
 import models
 import utils
 from datasets import CaptionDataset, Collate, EpochSampler
-from files import open_archive, read_file
+from evaluation import Evaluation
+from infra import devices
+from infra.archives import open_archive, read_file
 from tokenizer import SimpleTokenizer
 from transforms import MEAN, STD, decode_image
 
@@ -373,7 +373,7 @@ def build_one_by_one(model, tokenizer, classes, templates):
 def benchmark_classifier(args):
     """One by one every class costs the same, so that a sample of them tells the rate."""
     labels, templates = (
-        utils.read_json(path, path)["imagenet"] for path in (datasets.LABELS, datasets.TEMPLATES)
+        utils.read_json(path, path)["imagenet"] for path in (catalog.LABELS, catalog.TEMPLATES)
     )
     draw = random.Random(0).sample
     classes = draw(labels, min(args.classes, len(labels)))
@@ -381,7 +381,7 @@ def benchmark_classifier(args):
     print(f"classifier: {len(classes)} classes x {len(templates)} prompts, fp32 on the CPU;")
     print(f"one at a time {len(sample)} of them; {machine()}, median of {args.rounds} rounds\n")
     model = models.create_model(args.model).eval()
-    evaluation = loops.Evaluation(engine.Precision("fp32", torch.device("cpu")))
+    evaluation = Evaluation(devices.Precision("fp32", torch.device("cpu")))
     build = partial(eval_zeroshot.build_classifier, evaluation=evaluation)
     runs = {"one class at a time": (build_one_by_one, sample), "this code": (build, classes)}
     for function, _ in runs.values():  # warms up

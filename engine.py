@@ -1,120 +1,37 @@
-"""One training update: precision, batches on their way to the device, accumulation, compilation.
+"""The engine: one update, exact over micro-batches and ranks, and one epoch, from any update on.
 
 Knows no model, loss or data. A model makes outputs of a batch of views, a criterion metrics of
 these, {"loss": ...}; exact accumulation needs the model in two halves, heads(towers(views)).
 """
 
-from collections import deque
+import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import get_world_size, natural, random_state, reduce_sum, set_random_state
-
-PRECISIONS = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "tf32": torch.float32,  # matrices and convolutions multiplied with 10 bits of mantissa
-    "fp32": torch.float32,
-}
-
-
-class Precision:
-    """bf16 or fp16 autocast, the latter with a gradient scaler, or tf32 or fp32 throughout.
-
-    name: None chooses bf16 where the GPU has it, fp16 where not, fp32 on the CPU.
-    """
-
-    def __init__(self, name, device):
-        if name is None and device.type == "cuda":
-            name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        self.name = name or "fp32"
-        self.device, self.dtype = device, PRECISIONS[self.name]
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.name == "fp16")
-        torch.set_float32_matmul_precision("high" if self.name == "tf32" else "highest")
-        torch.backends.cudnn.allow_tf32 = self.name == "tf32"
-
-    def autocast(self):
-        is_half = self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype if is_half else None, enabled=is_half)
-
-
-def add_system_flags(parser):
-    """The flags of every script that runs a model; returns add_argument of their group."""
-    add = parser.add_argument_group("System").add_argument
-    add("--precision", choices=PRECISIONS, help="by default the device's best")
-    add("--device", default="auto", choices=("auto", "cuda", "cpu"))
-    add("-j", "--workers", default=10, type=natural, help="loader processes per rank")
-    add("--dist-url", default="env://", help="where the ranks meet")
-    add("--deterministic", action="store_true", help="the same bits every time, slower on CUDA")
-    return add
-
+from infra.devices import Precision, Prefetcher
+from infra.distributed import (
+    all_gather_object,
+    all_reduce,
+    average_gradients,
+    broadcast_object,
+    get_rank,
+    get_world_size,
+)
+from infra.signals import NOTHING
+from utils import InputError, get_rng_state, natural, not_negative, positive_int, set_rng_state
 
 # ---------------------------------------------------------------------------------------------
 # Batches, from the loader to the device
 
 
-def to_device(batch, device):
-    """Moves a tensor, or the tensors within dicts, tuples and lists; the rest stays as it is."""
-    if isinstance(batch, dict):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return [to_device(value, device) for value in batch]
-    return batch.to(device, non_blocking=True) if torch.is_tensor(batch) else batch
-
-
-class Feed:
-    """Copies a batch to the device and prepares it there: prepare(batch) -> {view: tensor}.
-
-    On CUDA both run on a stream of their own, beside the step that the device has still to do. The
-    program gets no further ahead of the device than that step, so no more batches pile up there.
-    """
-
-    def __init__(self, device, prepare):
-        self.device, self.prepare, self.steps = device, prepare, deque()
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-
-    def __call__(self, batch):
-        if self.stream is None:
-            return self.prepare(to_device(batch, self.device))
-        main = torch.cuda.current_stream(self.device)
-        self.steps.append(main.record_event())
-        if len(self.steps) > 1:
-            self.steps.popleft().synchronize()
-        with torch.cuda.stream(self.stream):
-            batch = self.prepare(to_device(batch, self.device))
-        main.wait_stream(self.stream)
-        for tensor in batch.values():
-            tensor.record_stream(main)
-        return batch
-
-
 # ---------------------------------------------------------------------------------------------
 # Compilation
-
-
-def compile_modules(modules, trial):
-    """Compiles modules by torch.compile where trial(), which should run them, then succeeds.
-
-    Returns None, or, where everything now stays uncompiled, the reason. Each shape is compiled
-    anew: those of a training run are few.
-    """
-    torch._dynamo.config.recompile_limit = 32  # five lengths of text, with and without gradient
-    for module in modules:
-        module.compile(dynamic=False)
-    try:
-        trial()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # compilers fail in many ways
-        torch.compiler.set_stance("force_eager")
-        return str(error).strip().partition("\n")[0] or type(error).__name__
-    return None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -136,10 +53,10 @@ class Training:
     skip_nonfinite: int = 0  # updates of a run that may be left out
     prepare: callable = lambda batch: batch  # on the device; not in autocast
     after_update: callable = lambda: None
-    feed: Feed = field(init=False)
+    feed: Prefetcher = field(init=False)
 
     def __post_init__(self):
-        self.feed = Feed(self.precision.device, self.prepare)
+        self.feed = Prefetcher(self.precision.device, self.prepare)
 
 
 def accumulate_plain(training, micro_batches):
@@ -171,7 +88,7 @@ def accumulate_exact(training, micro_batches):
     with torch.no_grad(), kept_buffers(t.model):
         for batch in micro_batches:
             views = t.feed(batch)
-            states.append(random_state(t.precision.device))
+            states.append(get_rng_state(t.precision.device))
             with t.precision.autocast():
                 parts.append(t.model.towers(**views))
 
@@ -183,7 +100,7 @@ def accumulate_exact(training, micro_batches):
 
     for batch, state in zip(micro_batches, states, strict=True):
         views = t.feed(batch)
-        set_random_state(state, t.precision.device)
+        set_rng_state(state, t.precision.device)
         with t.precision.autocast():
             part = t.model.towers(**views)
         torch.autograd.backward(list(part.values()), [next(gradients[view]) for view in part])
@@ -210,24 +127,16 @@ def restore_buffers(model, copies):
 @contextmanager
 def rehearsal(model, device):
     """What runs within leaves no trace in a model's buffers and gradients, nor in random states."""
-    state = random_state(device)
+    state = get_rng_state(device)
     try:
         with kept_buffers(model):
             yield
     finally:
         model.zero_grad()
-        set_random_state(state, device)
+        set_rng_state(state, device)
 
 
-def parallel(model, device):
-    """The model as the ranks train it together; itself where there is one rank."""
-    if get_world_size() == 1:
-        return model
-    ids = [torch.cuda.current_device()] if device.type == "cuda" else None
-    return DistributedDataParallel(model, ids, gradient_as_bucket_view=True)
-
-
-def settle_buckets(training, views):
+def warmup_ddp(training, views):
     """Has DDP arrange its buckets of gradients, for which it needs a backward pass, of any views.
 
     From then on a sum over ranks adds in the same order at every update. Otherwise the first one of
@@ -242,33 +151,16 @@ def settle_buckets(training, views):
         sum(x.float().sum() for x in outputs.values() if x.requires_grad).backward()
 
 
-def average_gradients(model, bucket=2**25):
-    """Replaces each gradient by its mean over the ranks, `bucket` numbers or more at a time."""
-    if get_world_size() == 1:
-        return
-    waiting = []
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    for i, gradient in enumerate(gradients, start=1):
-        waiting.append(gradient)
-        if sum(g.numel() for g in waiting) >= bucket or i == len(gradients):
-            flat = torch.cat([g.flatten() for g in waiting])
-            dist.all_reduce(flat)
-            means = (flat / get_world_size()).split([g.numel() for g in waiting])
-            for g, mean in zip(waiting, means, strict=True):
-                g.copy_(mean.view_as(g))
-            waiting = []
-
-
 def update(training, micro_batches, step):
     """Update number `step`: the gradient of update_freq micro-batches, one optimizer step.
 
     Returns the metrics, on the device: nothing here waits for it.
     """
-    metrics = set_gradient(training, micro_batches, step)
-    return metrics | take_step(training)
+    metrics = compute_gradients(training, micro_batches, step)
+    return metrics | optimizer_step(training)
 
 
-def set_gradient(training, micro_batches, step):
+def compute_gradients(training, micro_batches, step):
     t = training
     for group in t.optimizer.param_groups:
         # A NumPy float would be no plain data in a checkpoint. Layer decay scales the rate.
@@ -277,7 +169,7 @@ def set_gradient(training, micro_batches, step):
     return (accumulate_exact if t.exact else accumulate_plain)(t, micro_batches)
 
 
-def take_step(training):
+def optimizer_step(training):
     t, metrics = training, {}
     if t.clip_grad_norm:
         t.precision.scaler.unscale_(t.optimizer)
@@ -297,13 +189,155 @@ def update_if_finite(training, micro_batches, step):
     """
     t = training
     copies = [buffer.clone() for buffer in t.model.buffers()]
-    metrics = set_gradient(t, micro_batches, step)
+    metrics = compute_gradients(t, micro_batches, step)
     checked = [metrics["loss"]]
     if not t.precision.scaler.is_enabled():
         checked += [p.grad.sum() for p in t.model.parameters() if p.grad is not None]
     faults = sum(~torch.isfinite(x).all() for x in checked)
-    if not reduce_sum(faults.double()).item():
-        return metrics | take_step(t), True
+    if not all_reduce(faults.double()).item():
+        return metrics | optimizer_step(t), True
     restore_buffers(t.model, copies)
     t.optimizer.zero_grad(set_to_none=True)
     return metrics, False
+
+
+def add_training_flags(add):
+    """The flags of every script that trains, with add_argument of their group."""
+    add("--print-freq", default=10, type=positive_int, help="updates between readings of metrics")
+    add("--skip-nonfinite", default=0, type=natural, help="updates a run may leave out as nan, inf")
+    add(
+        "--save-every-minutes", default=30, type=not_negative, help="besides epochs' ends; 0: never"
+    )
+    add("--keep-last", default=2, type=positive_int, help="checkpoints kept, the latest first")
+
+
+class Batches:
+    """A loader's batches, less what is not for the device; notes the time spent waiting for them.
+
+    "bad" of a batch lists why samples had to be replaced, "sources" what its samples are; `notes`
+    returns those of the batches since its last call.
+    """
+
+    def __init__(self, loader):
+        self.batches, self.waited, self.bad, self.sources = iter(loader), 0.0, [], []
+
+    def take(self, number):
+        for _ in range(number):
+            asked = time.perf_counter()
+            batch = next(self.batches)
+            self.waited += time.perf_counter() - asked
+            self.bad += batch.pop("bad", [])
+            self.sources.append(batch.pop("sources", []))
+            yield batch
+
+    def notes(self):
+        notes, self.bad, self.sources = (self.bad, self.sources), [], []
+        return notes
+
+
+def check_bad(reasons, progress, samples, fraction, device, log):
+    """Counts the samples that had to be replaced, over all ranks, and names them.
+
+    Raises InputError, on every rank at once, above `fraction` of the epoch's `samples`.
+    """
+    if not all_reduce(torch.tensor(len(reasons), device=device)):
+        return
+    reasons = all_gather_object(reasons)
+    for reason in reasons:
+        log.say_once(f"replaced by the next sample: {reason}")
+    progress.bad += len(reasons)
+    if progress.bad > fraction * samples:
+        raise InputError(
+            f"{progress.bad} of the epoch's {samples} samples cannot be read, more than "
+            f"--max-bad-fraction {fraction:g}; the latest: {reasons[-1]}"
+        )
+
+
+def describe_fault(losses, sources, update, epoch, log):
+    """The first loss that is not finite, or the gradient, in words; log.dump lists its samples.
+
+    losses: this rank's of its latest updates, the last of which is number `update`; sources: the
+    samples of their micro-batches. Every rank calls it, and gets the same.
+    """
+    faults = all_gather_object([(i, get_rank(), x) for i, x in enumerate(losses)])
+    faults = [fault for fault in faults if not np.isfinite(fault[2])]
+    i, rank, loss = min(faults, default=(len(losses) - 1, 0, None))
+    what = "gradient is not finite" if loss is None else f"loss is {loss}"
+    update += i + 1 - len(losses)
+    k = len(sources) // len(losses)
+    mine = chain.from_iterable(sources[i * k : (i + 1) * k])
+    samples = all_gather_object([{"rank": get_rank(), **source} for source in mine])
+    facts = {"update": update, "epoch": epoch, "rank": rank, "loss": str(loss)}
+    path = broadcast_object(log.dump(f"nonfinite-{update}.json", {**facts, "samples": samples}))
+    return (
+        f"{what} at update {update} (epoch {epoch}) on rank {rank}; lower --lr, lengthen "
+        f"warm-up or try --precision fp32; its samples are listed in {path}"
+    )
+
+
+def train_one_epoch(
+    training, loader, progress, log, print_freq=10, max_bad_fraction=0.01, keeper=None
+):
+    """The epoch that `progress` is in, from the update that it is at, to which the loader's sampler
+    goes (go_to).
+
+    Returns (the epoch's means over all ranks, its speed and size). Metrics stay on the device and
+    are read every print_freq updates, and before `keeper`, asked after each, saves the run. Raises
+    InputError on every rank at once when the loss is not finite, or too many samples cannot be
+    read, and what keeper raises to stop.
+    """
+    t, k, epoch = training, training.update_freq, progress.epoch
+    updates, samples = len(loader) // k, loader.batch_size * k * get_world_size()
+    progress.start(updates, samples)
+    first, total = epoch * updates, updates * samples
+    loader.sampler.go_to(epoch, progress.step * k)
+    batches = Batches(loader) if progress.step < updates else None
+    if progress.random:
+        set_rng_state(progress.random, t.precision.device)
+        progress.random = None
+    started, waited = time.perf_counter() - progress.elapsed, progress.waited
+
+    def read(update):
+        rows = progress.meters.read()
+        bad, sources = batches.notes()
+        check_bad(bad, progress, total, max_bad_fraction, t.precision.device, log)
+        if not np.isfinite(progress.meters.window).all():
+            raise InputError(describe_fault(rows["loss"], sources, update, epoch, log))
+
+    t.model.train()
+    with log.progress(updates, f"epoch {epoch}", progress.step) as report:
+        for step in range(progress.step, updates):
+            if t.skip_nonfinite:
+                metrics, is_taken = update_if_finite(t, batches.take(k), first + step)
+                if not is_taken:
+                    skip_update(t, metrics, batches.sources, first + step, progress, log)
+            else:
+                metrics, is_taken = update(t, batches.take(k), first + step), True
+            if is_taken:
+                progress.meters.update(metrics)
+            progress.advance(time.perf_counter() - started, waited + batches.waited)
+
+            order = keeper.due() if keeper else NOTHING
+            is_reported = progress.step % print_freq == 0 or progress.step == updates
+            if order or is_reported or t.skip_nonfinite:
+                read(first + step)
+            if is_reported:
+                means, speed = progress.meters.means(), progress.speed()
+                report(progress.step, means, {**speed, "elapsed": progress.elapsed})
+                values = {**means, **speed, "lr": t.schedule[first + step]}
+                log.scalars({f"train/{key}": x for key, x in values.items()}, first + step)
+            if order:
+                log.flush()
+                keeper.obey(order)
+    size = {"pairs": progress.step * samples, "bad_samples": progress.bad}
+    return progress.meters.averages(), progress.speed() | size
+
+
+def skip_update(training, metrics, sources, update, progress, log):
+    """Counts and names an update that was not taken. Raises InputError where it is one too many."""
+    limit, epoch = training.skip_nonfinite, progress.epoch
+    progress.skipped += 1
+    fault = describe_fault([metrics["loss"].item()], sources, update, epoch, log)
+    if progress.skipped > limit:
+        raise InputError(f"over --skip-nonfinite {limit} updates of the run: {fault}")
+    log.say(f"left out, {progress.skipped} of {limit}: {fault}")

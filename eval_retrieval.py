@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-import datasets
-import engine
-import loops
+import catalog
 import utils
-from checkpoint import load_model
-from files import check_inside
+from evaluation import Evaluation, check_finite, predict
+from infra import devices, distributed
+from infra.untrusted import check_inside
+from pretrained import load_model
 from tokenizer import SimpleTokenizer, trim
 from transforms import CenterCrop, to_float
 from utils import InputError, positive_int
@@ -33,13 +33,13 @@ def get_args_parser():
     add("--resume", required=True, help="checkpoint file, ours or a released one")
     add("--captions", required=True, help="Karpathy's split file or a COCO captions file (JSON)")
     add("--root", required=True, help="folder of the images")
-    datasets.add_outside_flag(add)
+    catalog.add_outside_flag(add)
     add("--split", default="test", help="of Karpathy's file; a COCO file is taken whole")
     add("--captions-per-image", default=5, type=positive_int, help="the first so many of each")
     add("--name", help="of the set in retrieval.json; by default the captions file's")
     add("--output-dir", default="./", help="where retrieval.json is written")
     add("--batch-size", default=256, type=positive_int, help="images per rank and step")
-    engine.add_system_flags(parser)
+    devices.add_system_flags(parser)
     return parser
 
 
@@ -113,7 +113,7 @@ class Images(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index):
-        return self.view(datasets.load_image(os.path.join(self.root, self.paths[index]))), index
+        return self.view(catalog.load_image(os.path.join(self.root, self.paths[index]))), index
 
 
 # ---------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def embed_texts(model, tokenizer, texts, precision, batch_size=256):
         tokens = trim(tokenizer(texts[start : start + batch_size])).to(precision.device)
         with precision.autocast():
             rows.append(F.normalize(model.encode_text(tokens).float(), dim=-1).double())
-    return loops.check_finite(torch.cat(rows))
+    return check_finite(torch.cat(rows))
 
 
 def embed_images(model, dataset, evaluation):
@@ -168,12 +168,12 @@ def embed_images(model, dataset, evaluation):
         return F.normalize(model.encode_image(to_float(images)).float(), dim=-1)
 
     width = model.image_projection.shape[1]
-    rows, _ = loops.predict(embed, width, dataset, evaluation)
+    rows, _ = predict(embed, width, dataset, evaluation)
     return rows.to(evaluation.precision.device)
 
 
 def main(args):
-    device = utils.init_distributed(args.device, args.dist_url, args.deterministic)
+    device = distributed.init_distributed(args.device, args.dist_url, args.deterministic)
 
     model, train_args = load_model(args.resume)
     if "text" not in model.views:
@@ -182,7 +182,7 @@ def main(args):
             "checkpoint of CLIP or SLIP"
         )
     model.to(device)
-    precision, tokenizer = engine.Precision(args.precision, device), SimpleTokenizer()
+    precision, tokenizer = devices.Precision(args.precision, device), SimpleTokenizer()
 
     rows = read_captions(args.captions, args.split, args.captions_per_image)
     paths = [path for path, _ in rows]
@@ -190,11 +190,11 @@ def main(args):
     captions = [text for _, texts in rows for text in texts]
     owners = torch.tensor([i for i, (_, texts) in enumerate(rows) for _ in texts], device=device)
 
-    evaluation = loops.Evaluation(precision, args.batch_size, args.workers)
+    evaluation = Evaluation(precision, args.batch_size, args.workers)
     images = embed_images(model, dataset, evaluation)
     texts = embed_texts(model, tokenizer, captions, precision)
     result = recalls(images, texts, owners) | {"images": len(rows), "captions": len(captions)}
-    if utils.is_main():
+    if distributed.is_main_process():
         name = args.name or os.path.splitext(os.path.basename(args.captions))[0]
         utils.make_folder(args.output_dir)
         utils.update_json(os.path.join(args.output_dir, "retrieval.json"), {name: result})
@@ -205,4 +205,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    utils.run(lambda: main(get_args_parser().parse_args()))
+    distributed.run_script(lambda: main(get_args_parser().parse_args()))

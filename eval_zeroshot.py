@@ -15,12 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-import datasets
-import engine
-import loops
-import metrics
 import utils
-from checkpoint import load_model
+from catalog import (
+    CATALOG,
+    LABELS,
+    TEMPLATES,
+    add_outside_flag,
+    get_downstream_dataset,
+    is_present,
+    load_catalog,
+    split_name,
+)
+from evaluation import Evaluation, confusions, details, display_names, rank_set, summarize
+from infra import devices, distributed
+from pretrained import load_model
 from tokenizer import SimpleTokenizer, trim
 from transforms import CenterCrop, encode_jpeg
 from utils import InputError, positive_int
@@ -57,10 +65,10 @@ def open_task(name, image_size, catalog, labels, templates):
         raise InputError(f"templates of {name!r}: there is none; give one with {{}} for the class")
     if not all(isinstance(template, str) and "{}" in template for template in templates[name]):
         raise InputError(f"templates of {name!r}: each must be a text with {{}} for the class")
-    dataset = datasets.get_downstream_dataset(
+    dataset = get_downstream_dataset(
         catalog, name, is_train=False, transform=CenterCrop(image_size), labels=labels[name]
     )
-    split = datasets.split_name(catalog, name, is_train=False)
+    split = split_name(catalog, name, is_train=False)
     return Task(name, dataset, split, labels[name], templates[name])
 
 
@@ -98,13 +106,13 @@ def rank_images(model, task, tokenizer, evaluation):
         with torch.autocast(images.device.type, enabled=False):
             return embed @ classifier.T
 
-    return metrics.rank_set(classify, len(task.classes), task.dataset, evaluation)
+    return rank_set(classify, len(task.classes), task.dataset, evaluation)
 
 
-def summarize(task, ranking):
+def summarize_task(task, ranking):
     """Scores on a task, in percent: its protocol's metric as `accuracy`, acc1, acc5, and more."""
     return {
-        **metrics.summarize(task.name, ranking),
+        **summarize(task.name, ranking),
         "split": task.split,
         "classes": len(task.classes),
         "prompts": len(task.templates),
@@ -113,8 +121,8 @@ def summarize(task, ranking):
 
 def picture_confusions(task, ranking):
     """One image of each of the most confused pairs, for report.py: [.., base64 of a JPEG]."""
-    names, examples = metrics.display_names(task.classes), []
-    for true, predicted, number, row in metrics.confusions(ranking):
+    names, examples = display_names(task.classes), []
+    for true, predicted, number, row in confusions(ranking):
         pixels, _ = task.dataset[row]
         jpeg = base64.b64encode(encode_jpeg(pixels)).decode()
         examples.append([names[true], names[predicted], number, jpeg])
@@ -132,15 +140,15 @@ def get_args_parser():
     )
     parser.add_argument("--output-dir", default="./", help="where results.json is written")
     parser.add_argument("--datasets", nargs="+", help="sets to score; those present if not given")
-    parser.add_argument("--catalog", default=datasets.CATALOG, help="where the sets lie (JSON)")
-    datasets.add_outside_flag(parser.add_argument)
-    parser.add_argument("--labels", default=datasets.LABELS, help="class names (JSON)")
-    parser.add_argument("--templates", default=datasets.TEMPLATES, help="prompts (JSON)")
+    parser.add_argument("--catalog", default=CATALOG, help="where the sets lie (JSON)")
+    add_outside_flag(parser.add_argument)
+    parser.add_argument("--labels", default=LABELS, help="class names (JSON)")
+    parser.add_argument("--templates", default=TEMPLATES, help="prompts (JSON)")
     parser.add_argument("--prompts", help="prompts of that name for every set: imagenet80, CLIP's")
     parser.add_argument(
         "--batch-size", default=256, type=positive_int, help="images per rank and step"
     )
-    engine.add_system_flags(parser)
+    devices.add_system_flags(parser)
     return parser
 
 
@@ -148,10 +156,10 @@ def choose_sets(names, catalog):
     """The named sets, or all that are present; the absent ones are reported, not passed over."""
     if names:
         return names
-    present = [name for name, entry in catalog.items() if datasets.is_present(entry)]
+    present = [name for name, entry in catalog.items() if is_present(entry)]
     if not present:
         raise InputError("no set of the catalog is present; change its paths or give --catalog")
-    if utils.is_main() and len(present) < len(catalog):
+    if distributed.is_main_process() and len(present) < len(catalog):
         print("absent, not scored:", ", ".join(n for n in catalog if n not in present))
     return present
 
@@ -179,20 +187,20 @@ def evaluate_checkpoint(path, tasks_of, device, args):
     """Scores a checkpoint on all tasks; rank 0 prints them and adds them to results.json."""
     model, name = open_model(path)
     model.to(device)
-    precision, tasks = engine.Precision(args.precision, device), tasks_of(model)
-    evaluation = loops.Evaluation(precision, args.batch_size, args.workers)
+    precision, tasks = devices.Precision(args.precision, device), tasks_of(model)
+    evaluation = Evaluation(precision, args.batch_size, args.workers)
     folder, tokenizer = folder_of(path, args), SimpleTokenizer()
-    if utils.is_main():
+    if distributed.is_main_process():
         utils.make_folder(folder)
         if len(args.resume) > 1:
             print(f"{path}:")
     for task in tasks:
         ranking = rank_images(model, task, tokenizer, evaluation)
-        if not utils.is_main():
+        if not distributed.is_main_process():
             continue
         result = {"checkpoint": path, "model": name, "prompt_set": args.prompts or task.name}
-        result |= summarize(task, ranking)
-        result |= metrics.details(task.name, ranking, metrics.display_names(task.classes))
+        result |= summarize_task(task, ranking)
+        result |= details(task.name, ranking, display_names(task.classes))
         low, high = result["interval"]
         print(
             f"{task.name:20s} {result['accuracy']:6.2f} [{low:.2f}, {high:.2f}]  "
@@ -205,11 +213,11 @@ def evaluate_checkpoint(path, tasks_of, device, args):
 
 
 def main(args):
-    device = utils.init_distributed(args.device, args.dist_url, args.deterministic)
+    device = distributed.init_distributed(args.device, args.dist_url, args.deterministic)
 
-    catalog = datasets.load_catalog(args.catalog, args.allow_outside_root)
-    labels = utils.read_table(args.labels, "labels")
-    templates = utils.read_table(args.templates, "templates")
+    catalog = load_catalog(args.catalog, args.allow_outside_root)
+    labels = utils.read_json_object(args.labels, "labels")
+    templates = utils.read_json_object(args.templates, "templates")
     names = choose_sets(args.datasets, catalog)
     if args.prompts and args.prompts not in templates:
         raise InputError(f"--prompts {args.prompts!r} is none of {', '.join(templates)}")
@@ -228,4 +236,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    utils.run(lambda: main(get_args_parser().parse_args()))
+    distributed.run_script(lambda: main(get_args_parser().parse_args()))

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-import loops
-import metrics
 import utils
+from evaluation import check_finite, collect_ranking, rank_classes, sharded_batches
+from infra import distributed
 from transforms import to_float
 
 CHUNK = 16384  # images whose features a classifier sees at once
@@ -37,21 +37,21 @@ def extract(tower, width, dataset, path, evaluation):
     """
     n = len(dataset)
     files = {f"{path}.npy": (np.float32, (n, width)), f"{path}-labels.npy": (np.int64, (n,))}
-    if not utils.from_main(all(is_whole(file, *kind) for file, kind in files.items())):
-        if utils.is_main():
+    if not distributed.broadcast_object(all(is_whole(file, *kind) for file, kind in files.items())):
+        if distributed.is_main_process():
             utils.make_folder(os.path.dirname(path))
             for file, kind in files.items():
                 np.lib.format.open_memmap(f"{file}.tmp", "w+", *kind)
         barrier()
         features, labels = (np.load(f"{file}.tmp", mmap_mode="r+") for file in files)
-        for rows, images, classes in loops.share_of(dataset, evaluation):
+        for rows, images, classes in sharded_batches(dataset, evaluation):
             with evaluation.precision.autocast():
-                features[rows] = loops.check_finite(tower(to_float(images)).float().cpu())
+                features[rows] = check_finite(tower(to_float(images)).float().cpu())
             labels[rows] = classes.cpu()
         features.flush()
         labels.flush()
         barrier()
-        if utils.is_main():
+        if distributed.is_main_process():
             for file in files:
                 os.replace(f"{file}.tmp", file)
         barrier()
@@ -96,8 +96,8 @@ def knn_rankings(train, train_labels, test, test_labels, classes, ks, temperatur
         for k in ks:
             weights = (best[:, :k] / temperature).double().exp()
             votes = weights.new_zeros(len(queries), classes).scatter_add_(1, owners[:, :k], weights)
-            rows[k].append(metrics.rank_classes(votes).cpu())
-    return {k: metrics.collected(torch.cat(rows[k]), test_labels) for k in ks}
+            rows[k].append(rank_classes(votes).cpu())
+    return {k: collect_ranking(torch.cat(rows[k]), test_labels) for k in ks}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -142,10 +142,10 @@ def linear(features, weights):
 def rank_linear(features, labels, weights):
     """The metrics.Ranking of images by the classifier of fit_logistic."""
     rows = [
-        metrics.rank_classes(linear(part.to(weights.device), weights)).cpu()
+        rank_classes(linear(part.to(weights.device), weights)).cpu()
         for part in features.split(CHUNK)
     ]
-    return metrics.collected(torch.cat(rows), labels)
+    return collect_ranking(torch.cat(rows), labels)
 
 
 def search_grid(score, size=97, step=16):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from utils import gather, get_rank
+from infra.distributed import all_gather, get_rank
 
 ROWS = 1024  # of the similarity matrix that exist at once
 
@@ -40,7 +40,7 @@ class RowLoss(nn.Module):
         return F.cross_entropy(logits, labels, reduction="sum"), hits
 
 
-class Contrast(nn.Module):
+class InfoNCE(nn.Module):
     """Mean cross-entropy of queries against keys, and accuracy in percent.
 
     ROWS rows of the matrix at a time, recomputed in backward: memory grows with the keys alone.
@@ -73,14 +73,14 @@ class CLIPLoss(nn.Module):
     def __init__(self, gather_with_grad=False):
         super().__init__()
         self.gather_with_grad = gather_with_grad
-        self.contrast = Contrast()
+        self.contrast = InfoNCE()
 
     def forward(self, outputs):
         image, text = normalize(outputs["image_embed"]), normalize(outputs["text_embed"])  # (B, D)
         scale, labels = outputs["logit_scale"].to(image.dtype), local_labels(image)
         with torch.autocast(image.device.type, enabled=False):
             all_image, all_text = (
-                gather(x, self.gather_with_grad) for x in (image, text)
+                all_gather(x, self.gather_with_grad) for x in (image, text)
             )  # (N, D)
             by_image, acc = self.contrast(image, all_text, labels, scale)
             by_text, _ = self.contrast(text, all_image, labels, scale)
@@ -97,13 +97,13 @@ class SIMCLRLoss(nn.Module):
     def __init__(self, temperature=0.1):
         super().__init__()
         self.temperature = temperature
-        self.contrast = Contrast()
+        self.contrast = InfoNCE()
 
     def forward(self, outputs):
         a, b = normalize(outputs["aug1_embed"]), normalize(outputs["aug2_embed"])  # (B, D)
         labels, scale = local_labels(a), 1 / self.temperature
         with torch.autocast(a.device.type, enabled=False):
-            all_a, all_b = gather(a, with_grad=True), gather(b, with_grad=True)  # (N, D)
+            all_a, all_b = all_gather(a, with_grad=True), all_gather(b, with_grad=True)  # (N, D)
             own = labels + len(all_a)  # oneself, among the keys
             of_a, acc = self.contrast(a, torch.cat([all_b, all_a]), labels, scale, own)
             of_b, _ = self.contrast(b, torch.cat([all_a, all_b]), labels, scale, own)

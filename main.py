@@ -13,17 +13,18 @@ import torch
 from torchvision.utils import make_grid
 
 import captions
-import checkpoint
 import datasets
 import engine
 import eval_zeroshot
-import loops
 import losses
 import models
-import runlog
+import towers
 import utils
-from interrupts import Interrupts
-from keeper import Keeper
+from catalog import CATALOG, LABELS, TEMPLATES, add_outside_flag, load_catalog
+from evaluation import Evaluation
+from infra import checkpoint, devices, distributed, logger, run
+from infra.checkpoint_manager import CheckpointManager
+from infra.signals import SignalHandler
 from tokenizer import SimpleTokenizer
 from transforms import to_float, to_unit
 from utils import InputError, natural, not_negative, number, positive, positive_int
@@ -42,8 +43,8 @@ def get_args_parser():
     add("--augment", choices=("cpu", "device"), help="where; by default device on CUDA, else cpu")
     add("--max-bad-fraction", default=0.01, type=number(float, 0, 1), help="of unreadable images")
     add("--val-dataset", default="imagenet", help="set scored zero-shot as it trains, or none")
-    add("--catalog", default=datasets.CATALOG, help="where the labelled sets lie (JSON)")
-    datasets.add_outside_flag(add)
+    add("--catalog", default=CATALOG, help="where the labelled sets lie (JSON)")
+    add_outside_flag(add)
     add("--output-dir", default="./", help="folder of checkpoints and logs")
 
     add = parser.add_argument_group("Model").add_argument
@@ -69,11 +70,11 @@ def get_args_parser():
     add("--betas", default=(0.9, 0.98), nargs=2, type=number(float, 0, 1), help="AdamW's")
     add("--eps", default=1e-8, type=not_negative, help="AdamW's")
 
-    add = engine.add_system_flags(parser)
+    add = devices.add_system_flags(parser)
     add("--disable-amp", action="store_true", help="the same as --precision fp32")
     add("--compile", action=BooleanOptionalAction, help="torch.compile; by default on CUDA")
     add("--grad-checkpointing", action="store_true", help="less memory for a third more time")
-    loops.add_training_flags(add)
+    engine.add_training_flags(add)
     add("--eval-freq", default=1, type=positive_int, help="epochs between two validations")
     add("--evaluate", action="store_true", help="validate the checkpoint and stop")
     add("--seed", default=0, type=natural)
@@ -94,9 +95,9 @@ def open_validation(model, args):
     """The zero-shot task of --val-dataset, or None where there is nothing to score."""
     if args.val_dataset == "none" or "text" not in model.views:
         return None
-    catalog = datasets.load_catalog(args.catalog, args.allow_outside_root)
-    labels = utils.read_json(datasets.LABELS, "labels")
-    templates = utils.read_json(datasets.TEMPLATES, "templates")
+    catalog = load_catalog(args.catalog, args.allow_outside_root)
+    labels = utils.read_json(LABELS, "labels")
+    templates = utils.read_json(TEMPLATES, "templates")
     try:
         return eval_zeroshot.open_task(
             args.val_dataset, model.image_size, catalog, labels, templates
@@ -108,12 +109,14 @@ def open_validation(model, args):
 def open_loader(model, tokenizer, device, args):
     """The loader of one rank: whole updates of whole batches, shuffled anew every epoch."""
     columns = (args.csv_img_key, args.csv_caption_key)
-    pairs = utils.in_turns(lambda: captions.load_captions(args.dataset, args.metadata, columns))
+    pairs = distributed.rank_zero_first(
+        lambda: captions.load_captions(args.dataset, args.metadata, columns)
+    )
     augment = args.augment or ("device" if device.type == "cuda" else "cpu")
     dataset = datasets.CaptionDataset(
         pairs, args.root, model.views, model.image_size, args.seed, augment, args.allow_outside_root
     )
-    if "aug1" in model.views and args.batch_size * utils.get_world_size() == 1:
+    if "aug1" in model.views and args.batch_size * distributed.get_world_size() == 1:
         raise InputError("--batch-size 1 is too few for the SimCLR head's batch norm; raise it")
     return datasets.open_loader(
         dataset,
@@ -146,7 +149,7 @@ def create_training(model, precision, updates, args):
     # Of a single micro-batch both gradients are the same, and the plain one is faster.
     exact = args.accum == "exact" and args.update_freq > 1
     return engine.Training(
-        model=model if exact else engine.parallel(model, precision.device),
+        model=model if exact else distributed.wrap_ddp(model, precision.device),
         criterion=create_loss(model, args),
         optimizer=torch.optim.AdamW(
             utils.param_groups(model, args.wd), args.lr, args.betas, args.eps, fused=True
@@ -183,13 +186,13 @@ def compile_training(model, training, views):
             sum(x.float().sum() for x in features.values()).backward()
 
     rows = [m for m in training.criterion.modules() if isinstance(m, losses.RowLoss)]
-    return engine.compile_modules([*model.blocks(), *rows], trial)
+    return devices.compile_modules([*model.blocks(), *rows], trial)
 
 
 def announce(log, model, task, loader, training, args):
     """The first lines of a run's log."""
     precision, k = training.precision, args.update_freq
-    batch = args.batch_size * utils.get_world_size()
+    batch = args.batch_size * distributed.get_world_size()
     log.say(
         f"{args.model}: {len(loader.dataset)} images, {len(loader) // k} updates "
         f"an epoch of {batch} x {k}, {precision.name} on {precision.device.type}"
@@ -199,7 +202,7 @@ def announce(log, model, task, loader, training, args):
             f"note: negatives and batch statistics are those of micro-batches of {batch}; "
             f"--accum exact takes them from all {batch * k} samples of an update"
         )
-    if training.exact and models.has_batch_norm(model.visual):
+    if training.exact and towers.has_batch_norm(model.visual):
         log.say(
             f"note: the batch norm inside of {args.model}'s image tower sees {args.batch_size} "
             "samples at a time, so --accum exact is not exact there; all else is"
@@ -226,41 +229,41 @@ def advise(log, data_wait, loader):
 
 
 def main(args):
-    with Interrupts() as interrupts:
+    with SignalHandler() as interrupts:
         train(interrupts, args)
 
 
 def train(interrupts, args):
-    device = utils.init_distributed(args.device, args.dist_url, args.deterministic)
+    device = distributed.init_distributed(args.device, args.dist_url, args.deterministic)
     utils.seed_everything(args.seed)
 
     model = models.create_model(args.model, args.ssl_mlp_dim, args.ssl_emb_dim).to(device)
     if args.disable_amp and args.precision not in (None, "fp32"):
         raise InputError(f"--disable-amp contradicts --precision {args.precision}; give one")
-    precision = engine.Precision("fp32" if args.disable_amp else args.precision, device)
+    precision = devices.Precision("fp32" if args.disable_amp else args.precision, device)
     task, tokenizer = open_validation(model, args), SimpleTokenizer()
-    evaluation = loops.Evaluation(precision, args.batch_size, args.workers)
+    evaluation = Evaluation(precision, args.batch_size, args.workers)
 
     if args.evaluate:
         return evaluate_only(model, task, tokenizer, evaluation, args)
 
     loader = open_loader(model, tokenizer, device, args)
     updates = len(loader) // args.update_freq
-    training, progress = create_training(model, precision, updates, args), loops.Progress()
+    training, progress = create_training(model, precision, updates, args), run.TrainState()
 
-    batch = args.batch_size * args.update_freq * utils.get_world_size()
-    facts = runlog.describe_run(args, effective_batch=batch, precision=precision.name)
+    batch = args.batch_size * args.update_freq * distributed.get_world_size()
+    facts = logger.describe_run(args, effective_batch=batch, precision=precision.name)
     parts = {"state_dict": model, "optimizer": training.optimizer, "scaler": precision.scaler}
-    keeper = Keeper(
+    keeper = CheckpointManager(
         args.output_dir, parts | {"progress": progress}, interrupts, device, args, facts
     )
     evaluation.check = keeper.check
     notes = keeper.restore(args.resume)
 
     # The picture first: where --root is wrong it fails before anything is written.
-    is_new = utils.is_main() and not progress.updates
+    is_new = distributed.is_main_process() and not progress.updates
     picture = picture_of_views(loader) if is_new else None
-    log = runlog.open_log(args.output_dir, progress.epoch, progress.epoch * updates + progress.step)
+    log = logger.open_log(args.output_dir, progress.epoch, progress.epoch * updates + progress.step)
     log.settings(facts)
     keeper.begin(log)
     announce(log, model, task, loader, training, args)
@@ -269,7 +272,7 @@ def train(interrupts, args):
         reason = compile_training(model, training, views)
         if reason:
             log.say(f"warning: torch.compile failed, training goes on without it: {reason}")
-    engine.settle_buckets(training, views)
+    engine.warmup_ddp(training, views)
     if is_new:
         log.picture("views", picture)
     for note in notes:
@@ -278,14 +281,14 @@ def train(interrupts, args):
     interrupts.hold()
     while progress.epoch < args.epochs:
         epoch = progress.epoch
-        utils.seed_everything(args.seed, epoch, utils.get_rank())
-        means, speed = loops.train_one_epoch(
+        utils.seed_everything(args.seed, epoch, distributed.get_rank())
+        means, speed = engine.train_one_epoch(
             training, loader, progress, log, args.print_freq, args.max_bad_fraction, keeper
         )
         advise(log, speed["data_wait"], loader)
         stats = {f"train_{key}": value for key, value in means.items()}
 
-        utils.broadcast_buffers(model)
+        distributed.broadcast_buffers(model)
         is_best = False
         if task and ((epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs):
             result = validate(model, task, tokenizer, evaluation)
@@ -310,7 +313,7 @@ def train(interrupts, args):
 def validate(model, task, tokenizer, evaluation):
     with torch.compiler.set_stance("force_eager"):  # its many shapes are not worth compiling
         ranking = eval_zeroshot.rank_images(model, task, tokenizer, evaluation)
-    return eval_zeroshot.summarize(task, ranking)
+    return eval_zeroshot.summarize_task(task, ranking)
 
 
 def evaluate_only(model, task, tokenizer, evaluation, args):
@@ -322,10 +325,10 @@ def evaluate_only(model, task, tokenizer, evaluation, args):
     path = args.resume or os.path.join(args.output_dir, "checkpoint.pt")
     checkpoint.load_weights(model, checkpoint.load(path)["state_dict"], path)
     result = validate(model, task, tokenizer, evaluation)
-    if utils.is_main():
+    if distributed.is_main_process():
         score = f"{task.name}: {result['metric']} {result['accuracy']:.2f}"
         print(f"{score}, {result['images']} images of {task.split}")
 
 
 if __name__ == "__main__":
-    utils.run(lambda: main(get_args_parser().parse_args()))
+    distributed.run_script(lambda: main(get_args_parser().parse_args()))

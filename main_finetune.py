@@ -18,16 +18,17 @@ import torch
 from PIL import ImageOps
 from torch import nn
 
-import checkpoint
+import catalog
 import datasets
 import engine
-import loops
-import metrics
 import models
-import runlog
+import pretrained
+import towers
 import utils
-from interrupts import Interrupts
-from keeper import Keeper
+from evaluation import Evaluation, display_names, rank_set, report_score, top1
+from infra import checkpoint, devices, distributed, logger, run
+from infra.checkpoint_manager import CheckpointManager
+from infra.signals import SignalHandler
 from transforms import MEAN, STD, CenterCrop
 from utils import InputError, natural, not_negative, positive, positive_int
 
@@ -55,7 +56,7 @@ class PresetParser(utils.ArgumentParser):
 
 def get_args_parser():
     parser = PresetParser("main_finetune.py", "Fine-tuning of a ViT, by BeiT's recipe")
-    add = datasets.add_set_flags(parser)
+    add = catalog.add_set_flags(parser)
     add("--output-dir", default="./", help="folder of the result, checkpoint and logs")
 
     add = parser.add_argument_group("Model").add_argument
@@ -88,8 +89,8 @@ def get_args_parser():
     add("--cutmix", default=1.0, type=not_negative, help="alpha; 0: off")
     add("--smoothing", default=0.1, type=utils.number(float, 0, 1), help="of the labels")
 
-    add = engine.add_system_flags(parser)
-    loops.add_training_flags(add)
+    add = devices.add_system_flags(parser)
+    engine.add_training_flags(add)
     add("--eval-freq", default=1, type=positive_int, help="epochs between two scorings")
     add("--evaluate", action="store_true", help="score the checkpoint in --output-dir and stop")
     add("--seed", default=0, type=natural)
@@ -118,17 +119,17 @@ def create_vit(path, classes, args):
     usual weights, so that training starts from even probabilities.
     """
     state = checkpoint.load(path)
-    _, tower = models.parse_name(checkpoint.model_name(state, path))
+    _, tower = models.parse_name(pretrained.model_name(state, path))
     options = dict(tower.options, num_classes=classes, drop_path_rate=args.drop_path)
     if args.input_size:
         options["img_size"] = args.input_size
-    with checkpoint.bounded(path):
+    with pretrained.bounded(path):
         vit = timm.create_model(tower.timm_name, **options)
     if not isinstance(vit, timm.models.VisionTransformer):
         raise InputError(
             f"{path} holds {state['args'].model}, whose tower is no ViT: BeiT's recipe is for ViTs"
         )
-    size, patch = models.input_size(vit), vit.patch_embed.patch_size[0]
+    size, patch = towers.input_size(vit), vit.patch_embed.patch_size[0]
     if size % patch:
         raise InputError(f"--input-size {size} is no multiple of the patch of {patch} pixels")
     nn.init.trunc_normal_(vit.head.weight, std=2e-5)
@@ -139,7 +140,7 @@ def create_vit(path, classes, args):
         if key.startswith("visual.")
     }
     if "pos_embed" in weights:
-        with checkpoint.bounded(path):
+        with pretrained.bounded(path):
             weights["pos_embed"] = timm.layers.resample_abs_pos_embed(
                 weights["pos_embed"],
                 vit.patch_embed.grid_size,
@@ -237,7 +238,7 @@ def create_training(model, precision, updates, classes, args):
     if args.model_ema:
         ema = timm.utils.ModelEmaV3(vit, decay=args.model_ema_decay)
     training = engine.Training(
-        model=engine.parallel(model, precision.device),
+        model=distributed.wrap_ddp(model, precision.device),
         criterion=criterion,
         optimizer=torch.optim.AdamW(
             layer_groups(vit, args.weight_decay, args.layer_decay),
@@ -268,37 +269,40 @@ def announce(log, train, updates, facts, notes, args):
 
 
 def main(args):
-    with Interrupts() as interrupts:
+    with SignalHandler() as interrupts:
         finetune(interrupts, args)
 
 
 def finetune(interrupts, args):
-    device = utils.init_distributed(args.device, args.dist_url, args.deterministic)
+    device = distributed.init_distributed(args.device, args.dist_url, args.deterministic)
     utils.seed_everything(args.seed)
 
-    train, test, labels = datasets.open_splits(
+    train, test, labels = catalog.open_splits(
         args.dataset, args.catalog, args.labels, args.allow_outside_root
     )
-    names = metrics.display_names(labels)
+    names = display_names(labels)
     vit = create_vit(args.pretrained, len(names), args).to(device)
-    size = models.input_size(vit)
-    test = datasets.Views(test, CenterCrop(size, round(size * 256 / 224), bicubic=True))
-    precision = engine.Precision(args.precision, device)
-    evaluation = loops.Evaluation(precision, args.batch_size, args.workers)
+    size = towers.input_size(vit)
+    test = catalog.Views(test, CenterCrop(size, round(size * 256 / 224), bicubic=True))
+    precision = devices.Precision(args.precision, device)
+    evaluation = Evaluation(precision, args.batch_size, args.workers)
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         raise InputError(f"--batch-size {args.batch_size} is odd, Mixup takes pairs; make it even")
-    views = datasets.LabelledViews(train, TimmView(size, args), args.seed)
+    views = catalog.LabelledViews(train, TimmView(size, args), args.seed)
     loader = datasets.open_loader(views, args.batch_size, args.workers, device, args.update_freq)
     updates = len(loader) // args.update_freq
     training, ema = create_training(Classifier(vit), precision, updates, len(names), args)
 
-    progress, batch = loops.Progress(), args.batch_size * args.update_freq * utils.get_world_size()
+    progress, batch = (
+        run.TrainState(),
+        args.batch_size * args.update_freq * distributed.get_world_size(),
+    )
     parts = {"state_dict": vit, "optimizer": training.optimizer, "scaler": precision.scaler}
     parts |= {"progress": progress} | ({"ema": ema.module} if ema else {})
-    facts = runlog.describe_run(args, effective_batch=batch, precision=precision.name)
+    facts = logger.describe_run(args, effective_batch=batch, precision=precision.name)
     folder = os.path.join(args.output_dir, f"finetune-{args.dataset}")
     digest = checkpoint.file_digest(args.pretrained)
-    keeper = Keeper(folder, parts, interrupts, device, args, facts, digest)
+    keeper = CheckpointManager(folder, parts, interrupts, device, args, facts, digest)
     fixed = ("preset",) if args.evaluate else FIXED
     notes = keeper.restore(check="--dataset and --input-size", fixed=fixed)
     if args.evaluate and not progress.updates:
@@ -311,25 +315,25 @@ def finetune(interrupts, args):
 
     def score(model):
         model.eval()
-        return metrics.rank_set(model, len(names), test, evaluation)
+        return rank_set(model, len(names), test, evaluation)
 
     if not args.evaluate:
-        log = runlog.open_log(folder, progress.epoch, progress.epoch * updates + progress.step)
+        log = logger.open_log(folder, progress.epoch, progress.epoch * updates + progress.step)
         log.settings(facts)
         keeper.begin(log)
         evaluation.check = keeper.check
         announce(log, train, updates, facts, notes, args)
-        engine.settle_buckets(training, datasets.empty_batch(size, device))
+        engine.warmup_ddp(training, datasets.empty_batch(size, device))
         interrupts.hold()
         while progress.epoch < args.epochs:
             epoch = progress.epoch
-            utils.seed_everything(args.seed, epoch, utils.get_rank())
-            means, speed = loops.train_one_epoch(
+            utils.seed_everything(args.seed, epoch, distributed.get_rank())
+            means, speed = engine.train_one_epoch(
                 training, loader, progress, log, args.print_freq, keeper=keeper
             )
             stats = {f"train_{k}": v for k, v in means.items()} | speed | {"epoch": epoch}
             if (epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs:
-                stats["test_acc1"] = metrics.top1(score(vit))
+                stats["test_acc1"] = top1(score(vit))
             log.epoch(stats)
             progress.finish_epoch()
             keeper.save()
@@ -338,11 +342,11 @@ def finetune(interrupts, args):
     results = {"finetune": score(vit)} | ({"finetune-ema": score(ema.module)} if ema else {})
     if not args.evaluate:
         log.close()
-    for name, ranking in results.items() if utils.is_main() else ():
+    for name, ranking in results.items() if distributed.is_main_process() else ():
         facts = {"epochs": progress.epoch, "input_size": size, "preset": args.preset}
         facts |= {"checkpoint": args.pretrained}
-        metrics.report(args.output_dir, name, args.dataset, ranking, names, facts)
+        report_score(args.output_dir, name, args.dataset, ranking, names, facts)
 
 
 if __name__ == "__main__":
-    utils.run(lambda: main(get_args_parser().parse_args()))
+    distributed.run_script(lambda: main(get_args_parser().parse_args()))

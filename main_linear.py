@@ -15,24 +15,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import checkpoint
 import datasets
 import engine
 import features
-import loops
-import metrics
-import models
-import runlog
+import pretrained
+import towers
 import utils
-from interrupts import Interrupts
-from keeper import Keeper
+from catalog import LabelledViews, Views, add_set_flags, fingerprint, load_catalog, open_splits
+from evaluation import METRICS, Evaluation, display_names, rank_set, report_score, summarize, top1
+from infra import checkpoint, devices, distributed, logger, run
+from infra.checkpoint_manager import CheckpointManager
+from infra.signals import SignalHandler
 from transforms import CenterCrop, CropAndFlip, to_float
 from utils import InputError, natural, not_negative, positive, positive_int
 
 
 def get_args_parser():
     parser = utils.ArgumentParser("main_linear.py", "Classifiers on a frozen image tower")
-    add = datasets.add_set_flags(parser)
+    add = add_set_flags(parser)
     add("--output-dir", default="./", help="folder of results, features and the probe")
 
     add = parser.add_argument_group("Model").add_argument
@@ -52,8 +52,8 @@ def get_args_parser():
     add("--crop-min", default=0.08, type=utils.number(float, 0, 1), help="least area of a crop")
     add("--no-flip", action="store_true", help="for images that have a left and a right, as text")
 
-    add = engine.add_system_flags(parser)
-    loops.add_training_flags(add)
+    add = devices.add_system_flags(parser)
+    engine.add_training_flags(add)
     add("--evaluate", action="store_true", help="linear: score the probe in --output-dir and stop")
     add("--seed", default=0, type=natural)
     return parser
@@ -117,7 +117,7 @@ def prepare(batch):
 
 def create_training(probe, precision, updates, args):
     """SGD on the head; the rate is constant within an epoch and follows half a cosine over them."""
-    world_size = utils.get_world_size()
+    world_size = distributed.get_world_size()
     lr = LR_SCALINGS[args.lr_scaling](args, world_size)
     if not lr:
         raise InputError(
@@ -126,7 +126,7 @@ def create_training(probe, precision, updates, args):
         )
     cosine = 0.5 * (1 + np.cos(np.pi * np.arange(args.epochs) / args.epochs))
     return engine.Training(
-        model=engine.parallel(probe, precision.device),
+        model=distributed.wrap_ddp(probe, precision.device),
         criterion=probe_loss,
         optimizer=torch.optim.SGD(
             probe.head.parameters(), lr, momentum=args.momentum, weight_decay=args.wd
@@ -140,7 +140,7 @@ def create_training(probe, precision, updates, args):
 
 def score_probe(probe, test, classes, evaluation):
     probe.eval()
-    return metrics.rank_set(probe.classify, classes, test, evaluation)
+    return rank_set(probe.classify, classes, test, evaluation)
 
 
 def check_frozen(tower, path):
@@ -154,33 +154,33 @@ def check_frozen(tower, path):
 def train_probe(model, width, splits, evaluation, interrupts, args):
     """(the probe's Ranking, its epochs); goes on where --output-dir holds an unfinished one."""
     train, test, names = splits
-    test = datasets.Views(test, CenterCrop(model.image_size, round(model.image_size * 256 / 224)))
+    test = Views(test, CenterCrop(model.image_size, round(model.image_size * 256 / 224)))
     precision, device = evaluation.precision, evaluation.precision.device
     probe = Probe(model.visual, width, len(names)).to(device)
     view = CropAndFlip(model.image_size, args.crop_min, not args.no_flip)
     loader = datasets.open_loader(
-        datasets.LabelledViews(train, view, args.seed), args.batch_size, args.workers, device
+        LabelledViews(train, view, args.seed), args.batch_size, args.workers, device
     )
     updates = len(loader)
     training = create_training(probe, precision, updates, args)
-    progress = loops.Progress()
+    progress = run.TrainState()
     parts = {"state_dict": probe.head, "optimizer": training.optimizer, "progress": progress}
-    facts = runlog.describe_run(
+    facts = logger.describe_run(
         args,
-        effective_batch=args.batch_size * utils.get_world_size(),
+        effective_batch=args.batch_size * distributed.get_world_size(),
         effective_lr=float(training.schedule[0]),
         precision=precision.name,
     )
     folder = os.path.join(args.output_dir, f"linear-{args.dataset}")
     digest = checkpoint.file_digest(args.pretrained)
-    keeper = Keeper(folder, parts, interrupts, device, args, facts, digest)
+    keeper = CheckpointManager(folder, parts, interrupts, device, args, facts, digest)
     notes = keeper.restore(check="--dataset", fixed=() if args.evaluate else FIXED)
     if args.evaluate and not progress.updates:
         raise InputError(f"--evaluate: {keeper.latest} is absent; train the probe first")
     if args.evaluate:
         return score_probe(probe, test, len(names), evaluation), progress.epoch
 
-    log = runlog.open_log(folder, progress.epoch, progress.epoch * updates + progress.step)
+    log = logger.open_log(folder, progress.epoch, progress.epoch * updates + progress.step)
     log.settings(facts)
     keeper.begin(log)
     evaluation.check = keeper.check
@@ -190,17 +190,17 @@ def train_probe(model, width, splits, evaluation, interrupts, args):
     )
     for note in notes:
         log.say(note)
-    engine.settle_buckets(training, datasets.empty_batch(model.image_size, device))
+    engine.warmup_ddp(training, datasets.empty_batch(model.image_size, device))
     is_done = progress.epoch >= args.epochs
     ranking = score_probe(probe, test, len(names), evaluation) if is_done else None
     interrupts.hold()
     while progress.epoch < args.epochs:
         epoch = progress.epoch
-        means, speed = loops.train_one_epoch(
+        means, speed = engine.train_one_epoch(
             training, loader, progress, log, args.print_freq, keeper=keeper
         )
         ranking = score_probe(probe, test, len(names), evaluation)
-        summary = metrics.summarize(args.dataset, ranking)
+        summary = summarize(args.dataset, ranking)
         progress.best_acc1 = max(progress.best_acc1, summary["accuracy"])
         stats = {f"train_{k}": v for k, v in means.items()} | speed
         stats |= {"epoch": epoch, "test_acc1": summary["acc1"], "test_acc5": summary["acc5"]}
@@ -227,12 +227,12 @@ def extract_splits(model, width, splits, evaluation, args):
     train, test, _ = splits
     view = CenterCrop(model.image_size)
     digest, results = checkpoint.file_digest(args.pretrained), []
-    catalog = datasets.load_catalog(args.catalog, args.allow_outside_root)
+    catalog = load_catalog(args.catalog, args.allow_outside_root)
     for split, images in (("train", train), ("test", test)):
-        data = datasets.Views(images, view)
-        content = utils.from_main(
-            utils.is_main()
-            and datasets.fingerprint(args.dataset, catalog, split == "train", images)
+        data = Views(images, view)
+        content = distributed.broadcast_object(
+            distributed.is_main_process()
+            and fingerprint(args.dataset, catalog, split == "train", images)
         )
         key = features.cache_key(digest, vars(view), content, evaluation.precision.name)
         path = os.path.join(args.output_dir, "features", f"{args.dataset}-{split}-{key}")
@@ -243,7 +243,7 @@ def extract_splits(model, width, splits, evaluation, args):
 def classify_logistic(model, width, splits, evaluation, interrupts, args):
     train, train_labels, test, test_labels = extract_splits(model, width, splits, evaluation, args)
     weights, c = features.fit_with_search(
-        train, train_labels, len(splits[2]), metrics.METRICS.get(args.dataset, metrics.top1),
+        train, train_labels, len(splits[2]), METRICS.get(args.dataset, top1),
         evaluation.precision.device, args.seed,
     )  # fmt: skip
     return {"logistic": (features.rank_linear(test, test_labels, weights), {"C": c})}
@@ -262,29 +262,29 @@ CLASSIFIERS = {"linear": classify_linear, "logistic": classify_logistic, "knn": 
 
 
 def main(args):
-    with Interrupts() as interrupts:
+    with SignalHandler() as interrupts:
         evaluate(interrupts, args)
 
 
 def evaluate(interrupts, args):
-    device = utils.init_distributed(args.device, args.dist_url, args.deterministic)
+    device = distributed.init_distributed(args.device, args.dist_url, args.deterministic)
     utils.seed_everything(args.seed)
 
-    model, _ = checkpoint.load_model(args.pretrained)
+    model, _ = pretrained.load_model(args.pretrained)
     model.to(device)
-    precision = engine.Precision(args.precision, device)
-    train, test, labels = datasets.open_splits(
+    precision = devices.Precision(args.precision, device)
+    train, test, labels = open_splits(
         args.dataset, args.catalog, args.labels, args.allow_outside_root
     )
-    names = metrics.display_names(labels)
+    names = display_names(labels)
 
-    classify, width = CLASSIFIERS[args.classifier], models.output_width(model.visual)
-    evaluation = loops.Evaluation(precision, args.batch_size, args.workers)
+    classify, width = CLASSIFIERS[args.classifier], towers.output_width(model.visual)
+    evaluation = Evaluation(precision, args.batch_size, args.workers)
     results = classify(model, width, (train, test, names), evaluation, interrupts, args)
-    for name, (ranking, facts) in results.items() if utils.is_main() else ():
+    for name, (ranking, facts) in results.items() if distributed.is_main_process() else ():
         facts |= {"checkpoint": args.pretrained}
-        metrics.report(args.output_dir, name, args.dataset, ranking, names, facts)
+        report_score(args.output_dir, name, args.dataset, ranking, names, facts)
 
 
 if __name__ == "__main__":
-    utils.run(lambda: main(get_args_parser().parse_args()))
+    distributed.run_script(lambda: main(get_args_parser().parse_args()))

@@ -22,23 +22,30 @@ from urllib.parse import unquote_plus
 import numpy as np
 from PIL import Image
 
-import datasets
 import utils
 from captions import (
     SOURCES,
-    Dropped,
-    Source,
-    describe,
-    each,
     load_captions,
     open_coco,
     open_csv,
     parquet_rows,
     pick_redcaps,
-    write_captions,
     yfcc_image,
 )
-from files import Files, check_inside, has_file, read_file, read_metadata
+from catalog import (
+    CATALOG,
+    LABELS,
+    add_outside_flag,
+    download_split,
+    get_downstream_dataset,
+    is_present,
+    load_catalog,
+    split_name,
+)
+from infra import distributed
+from infra.archives import has_file, read_file
+from infra.arrow import Dropped, Source, describe, each, write_captions
+from infra.untrusted import Files, check_inside, read_metadata
 from transforms import decode_image
 from utils import InputError
 
@@ -261,9 +268,9 @@ def check_labelled(catalog, name, labels):
     """A line on a labelled set. Raises InputError if it cannot be used."""
     parts = []
     for is_train in (False, True):
-        split = datasets.split_name(catalog, name, is_train)
+        split = split_name(catalog, name, is_train)
         try:
-            found = datasets.get_downstream_dataset(catalog, name, is_train, np.asarray, labels)
+            found = get_downstream_dataset(catalog, name, is_train, np.asarray, labels)
         except InputError:
             if not is_train:
                 raise
@@ -289,20 +296,20 @@ def check_pairs(args):
     return f"{len(pairs):,} images with captions, some decoded"
 
 
-def download(args):
-    catalog = datasets.load_catalog(args.catalog, args.allow_outside_root)
-    labels = utils.read_json(datasets.LABELS, "labels")
+def download_sets(args):
+    catalog = load_catalog(args.catalog, args.allow_outside_root)
+    labels = utils.read_json(LABELS, "labels")
     for name in args.datasets:
         for is_train in (True, False):
-            dataset = datasets.download(catalog, name, is_train, labels)
+            dataset = download_split(catalog, name, is_train, labels)
             if dataset is not None:
-                split = datasets.split_name(catalog, name, is_train)
+                split = split_name(catalog, name, is_train)
                 print(f"{name}: {len(dataset):,} images of {split} in {catalog[name]['path']}")
 
 
 def check(args):
-    catalog = datasets.load_catalog(args.catalog, args.allow_outside_root)
-    labels = utils.read_json(datasets.LABELS, "labels")
+    catalog = load_catalog(args.catalog, args.allow_outside_root)
+    labels = utils.read_json(LABELS, "labels")
     failed = []
 
     def verdict(name, look):
@@ -313,7 +320,7 @@ def check(args):
             failed.append(name)
 
     for name, entry in catalog.items():
-        if not datasets.is_present(entry):
+        if not is_present(entry):
             print(f"{name:20} absent    {entry['path']}")
         elif name not in labels:
             print(f"{name:20} UNUSABLE  labels.json has no classes for it")
@@ -390,7 +397,7 @@ def get_args_parser():
         command = commands.add_parser(name, help=what, description=what)
         command.add_argument("--output", default=f"{name}.arrow", help="Arrow file to write")
         command.add_argument("--root", help=root)
-        datasets.add_outside_flag(command.add_argument)
+        add_outside_flag(command.add_argument)
         command.set_defaults(run=convert, open_source=open_source)
         return command.add_argument
 
@@ -428,20 +435,20 @@ def get_args_parser():
     what = "says of each set of the catalog, and of a pre-training set, whether it can be used"
     command = commands.add_parser("check", help=what, description=what)
     add = command.add_argument
-    add("--catalog", default=datasets.CATALOG, help="where the labelled sets lie (JSON)")
+    add("--catalog", default=CATALOG, help="where the labelled sets lie (JSON)")
     add("--metadata", help="captions of a pre-training set to check, too")
     add("--dataset", default="csv", help=f"its kind: one of {', '.join(SOURCES)}")
     add("--root", default="", help="folder of its images")
-    datasets.add_outside_flag(add)
+    add_outside_flag(add)
     add_table_flags(add)
     command.set_defaults(run=check)
 
     what = "has torchvision fetch sets of the catalog that are of type torchvision"
     command = commands.add_parser("download", help=what, description=what)
     command.add_argument("--datasets", nargs="+", required=True, help="sets of the catalog")
-    command.add_argument("--catalog", default=datasets.CATALOG, help="where they shall lie (JSON)")
-    datasets.add_outside_flag(command.add_argument)
-    command.set_defaults(run=download)
+    command.add_argument("--catalog", default=CATALOG, help="where they shall lie (JSON)")
+    add_outside_flag(command.add_argument)
+    command.set_defaults(run=download_sets)
 
     command = commands.add_parser("digits", help="handwritten digits for the demo")
     command.add_argument("--root", default="data/digits", help="folder to write")
@@ -454,4 +461,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    utils.run(lambda: main(get_args_parser().parse_args()))
+    distributed.run_script(lambda: main(get_args_parser().parse_args()))

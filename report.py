@@ -17,12 +17,13 @@ from itertools import chain, groupby
 
 import matplotlib
 
-import runlog
 import utils
 from utils import InputError
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+from infra import distributed, logger
 
 plt.rcParams["text.parse_math"] = False  # a set may be called $x$
 
@@ -108,7 +109,7 @@ def read_examples(path):
 
 def read_epochs(path):
     """The rows of a log; {} where there is none. What a row says of an epoch must be numbers."""
-    rows = runlog.read_log(path) if os.path.exists(path) else []
+    rows = logger.read_log(path) if os.path.exists(path) else []
     for row in rows:
         if not are_numbers(value for key, value in row.items() if LOGGED.fullmatch(key)):
             raise InputError(f"{path} is no log of this code: epoch {row['epoch']}; remove it")
@@ -507,4 +508,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    utils.run(lambda: main(get_args_parser().parse_args()))
+    distributed.run_script(lambda: main(get_args_parser().parse_args()))

@@ -20,6 +20,8 @@ import submitit
 from submitit.slurm.slurm import SlurmJobEnvironment
 
 import utils
+from infra import distributed
+from infra.distributed import run_script
 
 REPOSITORY = str(Path(__file__).resolve().parent)
 
@@ -117,11 +119,10 @@ class Job:
         if SlurmJobEnvironment().activated():
             requeue_when_preempted()
         sys.path.insert(0, REPOSITORY)
-        from utils import run  # not before: submitit loads this class from elsewhere
 
         script = importlib.import_module(self.script)
         job_dir = self.job_dir.replace("%j", submitit.JobEnvironment().job_id)
-        run(lambda: script.main(parse(script, job_dir, self.argv)))
+        run_script(lambda: script.main(parse(script, job_dir, self.argv)))
 
     def checkpoint(self):
         return submitit.helpers.DelayedSubmission(self)
@@ -177,4 +178,4 @@ def open_executor(job_dir, args):
 
 
 if __name__ == "__main__":
-    utils.run(lambda: main(*get_args_parser().parse_known_args()))
+    distributed.run_script(lambda: main(*get_args_parser().parse_known_args()))

@@ -11,12 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Sampler
 
-import engine
 import main
 import models
 import tests.warm  # noqa: F401
-import utils
-from runlog import SilentLog
+from infra import devices, distributed
+from infra.logger import SilentLog
 
 
 def seeded_weights(state_dict):
@@ -119,7 +118,7 @@ def exact_training(name, k, exact=True):
         f"--accum {'exact' if exact else 'plain'}".split()
     )
     model = models.create_model(name, args.ssl_mlp_dim, args.ssl_emb_dim).double()
-    t = main.create_training(model, engine.Precision("fp32", torch.device("cpu")), 1, args)
+    t = main.create_training(model, devices.Precision("fp32", torch.device("cpu")), 1, args)
     t.feed.prepare = lambda batch: batch
     return t
 
@@ -127,11 +126,11 @@ def exact_training(name, k, exact=True):
 def views_of(model, rows, k):
     """k micro-batches that are this rank's share of `rows` random samples."""
     generator = torch.Generator().manual_seed(1)
-    size, world_size = (rows, 3, model.image_size, model.image_size), utils.get_world_size()
+    size, world_size = (rows, 3, model.image_size, model.image_size), distributed.get_world_size()
     views = {v: torch.randn(size, generator=generator, dtype=torch.float64) for v in model.views}
     if "text" in views:
         views["text"] = torch.randint(1, 400, (rows, 16), generator=generator)
-    mine = {v: x.chunk(world_size)[utils.get_rank()].chunk(k) for v, x in views.items()}
+    mine = {v: x.chunk(world_size)[distributed.get_rank()].chunk(k) for v, x in views.items()}
     return [{v: x[i] for v, x in mine.items()} for i in range(k)]
 
 

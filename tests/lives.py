@@ -17,9 +17,9 @@ import torch
 
 import main
 import tests.warm  # noqa: F401
-import utils
-from interrupts import NOTHING, Stopped
-from keeper import Keeper
+from infra import distributed
+from infra.checkpoint_manager import CheckpointManager
+from infra.signals import NOTHING, Stopped
 
 
 class Stops:
@@ -41,7 +41,7 @@ class Stops:
 def stop_everywhere(folder, name, *flags):
     """Prints the number of lives; the ranks of each meet at a place of its own."""
     script, stops, lives = importlib.import_module(name), Stops(), 0
-    Keeper.due = lambda keeper: stops.due(keeper)
+    CheckpointManager.due = lambda keeper: stops.due(keeper)
     is_over = False
     while not is_over:
         lives, stops.at = lives + 1, None
@@ -49,7 +49,7 @@ def stop_everywhere(folder, name, *flags):
         args = script.get_args_parser().parse_args([*flags, "--dist-url", url])
         torch.manual_seed(lives)  # nothing of an earlier life may help a later one
         try:
-            with utils.reported():
+            with distributed.report_errors():
                 script.main(args)
             is_over = True
         except Stopped:
@@ -62,11 +62,11 @@ def die(how):
 
 
 def end_rank_1(how, flags, marker=None):
-    due, calls = Keeper.due, []
+    due, calls = CheckpointManager.due, []
 
     def fatal(keeper):
         calls.append(1)
-        if len(calls) == 3 and utils.get_rank() == 1 and not (marker and marker.exists()):
+        if len(calls) == 3 and distributed.get_rank() == 1 and not (marker and marker.exists()):
             if marker:
                 marker.touch()
             if how == "raise":
@@ -74,8 +74,8 @@ def end_rank_1(how, flags, marker=None):
             die(how)
         return due(keeper)
 
-    Keeper.due = fatal
-    utils.run(lambda: main.main(main.get_args_parser().parse_args(flags)))
+    CheckpointManager.due = fatal
+    distributed.run_script(lambda: main.main(main.get_args_parser().parse_args(flags)))
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ from helpers import InOrder, exact_training, seeded_embeddings, views_of
 
 import engine
 import features
-import loops
 import losses
 import models
-import runlog
 import utils
+from evaluation import Evaluation, predict
+from infra import devices, distributed, logger, run
 
 
 class Numbered(Dataset):
@@ -36,7 +36,7 @@ class Numbered(Dataset):
 
 
 def mine(rows):
-    return rows.chunk(utils.get_world_size())[utils.get_rank()]
+    return rows.chunk(distributed.get_world_size())[distributed.get_rank()]
 
 
 def loss_and_gradients(loss, dtype=torch.float32):
@@ -54,7 +54,7 @@ def head():
     module = models.SIMCLRHead(24, 16, 8).double()
     x = mine(seeded_embeddings()["aug1_embed"].double())
     weights = mine(seeded_embeddings()["aug2_embed"].double())[:, :8]
-    wrapped = DistributedDataParallel(module) if utils.get_world_size() > 1 else module
+    wrapped = DistributedDataParallel(module) if distributed.get_world_size() > 1 else module
     output = wrapped(x)
     (output * weights).sum(1).mean().backward()
     state = {k: v.clone() for k, v in module.state_dict().items()}
@@ -72,7 +72,7 @@ def slip_gradients():
     loss = losses.SLIPLoss(losses.SIMCLRLoss(0.1), 1.0, gather_with_grad=True)
     images = [mine(torch.randn(12, 3, 32, 32).double()) for _ in range(3)]
     text = mine(torch.randint(1, 400, (12, 16)))
-    wrapped = DistributedDataParallel(model) if utils.get_world_size() > 1 else model
+    wrapped = DistributedDataParallel(model) if distributed.get_world_size() > 1 else model
     views = dict(zip(("image", "aug1", "aug2"), images, strict=True), text=text)
     loss(wrapped(**views))["loss"].backward()
     return {k: p.grad for k, p in model.named_parameters()}
@@ -100,7 +100,7 @@ class Sourced(Dataset):
         return 6
 
     def __getitem__(self, index):
-        number = 10 * utils.get_rank() + index
+        number = 10 * distributed.get_rank() + index
         x = torch.full((3,), float("nan") if number == 12 else 1.0)
         return {"x": x, "sources": {"path": f"{number}.jpg"}}
 
@@ -118,23 +118,23 @@ def nonfinite(folder):
         criterion=lambda outputs: {"loss": outputs.square().mean()},
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
         schedule=np.full(6, 0.1),
-        precision=engine.Precision("fp32", torch.device("cpu")),
+        precision=devices.Precision("fp32", torch.device("cpu")),
     )
     loader = DataLoader(Sourced(), 2, collate_fn=collate, sampler=InOrder(Sourced(), 2))
-    log = runlog.open_log(folder / "nonfinite")
+    log = logger.open_log(folder / "nonfinite")
     try:
-        loops.train_one_epoch(training, loader, loops.Progress(epoch=1), log)
+        engine.train_one_epoch(training, loader, run.TrainState(epoch=1), log)
     except utils.InputError as error:
         return str(error), str(error).rpartition(" ")[2]
 
 
 def evaluation(batch_size, workers):
-    precision = engine.Precision("fp32", torch.device("cpu"))
-    return loops.Evaluation(precision, batch_size, workers)
+    precision = devices.Precision("fp32", torch.device("cpu"))
+    return Evaluation(precision, batch_size, workers)
 
 
 def predictions():
-    return loops.predict(lambda x: x[:, :2], 2, Numbered(), evaluation(4, 0))
+    return predict(lambda x: x[:, :2], 2, Numbered(), evaluation(4, 0))
 
 
 class Single(Numbered):
@@ -144,7 +144,7 @@ class Single(Numbered):
 
 def few_predictions():
     """Fewer images than ranks."""
-    return loops.predict(lambda x: x[:, :2] + 1, 2, Single(), evaluation(4, 2))
+    return predict(lambda x: x[:, :2] + 1, 2, Single(), evaluation(4, 2))
 
 
 class Pictures(Numbered):
@@ -154,20 +154,20 @@ class Pictures(Numbered):
 
 def frozen_features(folder):
     """Features of 11 images by the ranks together; each has its own folder of one process."""
-    path = str(folder / f"features{utils.get_world_size()}" / "x")
+    path = str(folder / f"features{distributed.get_world_size()}" / "x")
     return features.extract(lambda x: x[:, :2, 0, 0], 2, Pictures(), path, evaluation(4, 0))
 
 
 def meters():
-    meter = utils.Meters()
+    meter = run.Meters()
     for value in (1.0, 2.0):
-        meter.update({"loss": torch.tensor(value + utils.get_rank())})
+        meter.update({"loss": torch.tensor(value + distributed.get_rank())})
     meter.read()
     return meter.means()
 
 
 def main(folder):
-    utils.init_distributed("cpu")
+    distributed.init_distributed("cpu")
     simclr = losses.SIMCLRLoss(0.1)
     names = ("CLIP_NANO8", "SIMCLR_NANO8", "SLIP_NANO8")
     result = {
@@ -185,7 +185,7 @@ def main(folder):
         "features": frozen_features(folder),
         "meters": meters(),
     }
-    name = f"rank{utils.get_rank()}" if utils.get_world_size() > 1 else "one"
+    name = f"rank{distributed.get_rank()}" if distributed.get_world_size() > 1 else "one"
     torch.save(result, folder / f"{name}.pt")
 
 

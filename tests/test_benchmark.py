@@ -12,7 +12,7 @@ from launch import forking
 import benchmark
 import benchmark_data
 import engine
-import utils
+from infra import distributed
 from utils import InputError
 
 
@@ -44,7 +44,8 @@ def test_phases_add_up_to_the_time(tiny, command, is_paper, flags, unlimited):
     seconds = sum(result[phase] for phase in benchmark.PHASES)
     assert seconds == pytest.approx(samples / result["samples/s"], rel=0.1)
     assert (
-        utils.get_world_size() == 1 and torch.isfinite(next(run.training.model.parameters())).all()
+        distributed.get_world_size() == 1
+        and torch.isfinite(next(run.training.model.parameters())).all()
     )
 
 

@@ -14,7 +14,7 @@ from helpers import save_image
 
 import captions
 from captions import load_captions
-from files import has_file
+from infra.archives import has_file
 from utils import InputError
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
+import pretrained
 import utils
+from infra import checkpoint
 from models import create_model
 from utils import InputError
 
@@ -60,7 +61,7 @@ def test_released_checkpoints_load(tmp_path, prefix, age):
     age(tmp_path / "c.pt")
     group = checkpoint.load(tmp_path / "c.pt")["optimizer"]["param_groups"][0]
     assert type(group["lr"]) is float and group["lr"] == 1e-5
-    model, args = checkpoint.load_model(tmp_path / "c.pt")
+    model, args = pretrained.load_model(tmp_path / "c.pt")
     assert args.model == "SLIP_VITTINY8" and not hasattr(args, "ssl_scale")
     assert str(args.output_dir) == "/checkpoint/user/run"
     assert not model.training
@@ -166,7 +167,7 @@ def test_a_checkpoint_of_another_model_names_keys(tmp_path, other, match):
 def test_a_checkpoint_of_odd_kinds(tmp_path, change):
     save_released(tmp_path / "c.pt", **change)
     with pytest.raises(InputError, match="of another kind|does not say which model"):
-        checkpoint.load_model(tmp_path / "c.pt")
+        pretrained.load_model(tmp_path / "c.pt")
 
 
 def test_an_optimizer_of_another_model_is_told(tmp_path):
@@ -239,13 +240,13 @@ def test_weights_of_half_precision_fit_a_model_of_single(tmp_path):
     state = checkpoint.load(tmp_path / "c.pt")
     state |= {"state_dict": expected.state_dict(), "optimizer": {}, "args": vars(state["args"])}
     torch.save(state, tmp_path / "half.pt")
-    model, _ = checkpoint.load_model(tmp_path / "half.pt")
+    model, _ = pretrained.load_model(tmp_path / "half.pt")
     assert model.logit_scale.dtype == torch.float32
 
 
 def test_memory_may_grow_again_after_loading(tmp_path):
     save_released(tmp_path / "c.pt")
     limits, threads = resource.getrlimit(resource.RLIMIT_AS), torch.get_num_threads()
-    checkpoint.load_model(tmp_path / "c.pt")
+    pretrained.load_model(tmp_path / "c.pt")
     assert resource.getrlimit(resource.RLIMIT_AS) == limits
     assert torch.get_num_threads() == threads

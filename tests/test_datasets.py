@@ -16,7 +16,18 @@ from torch.utils.data import DataLoader
 import datasets
 import utils
 from captions import load_captions
+from catalog import (
+    CATALOG,
+    LABELS,
+    download_split,
+    fingerprint,
+    get_downstream_dataset,
+    load_catalog,
+    load_image,
+    open_splits,
+)
 from datasets import CaptionDataset, EpochSampler
+from infra import distributed
 from tokenizer import SimpleTokenizer
 from transforms import CenterCrop
 from utils import InputError
@@ -185,11 +196,11 @@ def catalog_of(root, **entry):
     path.write_text(
         json.dumps({"mine": {"path": "mine", "train": "train", "test": "val", **entry}})
     )
-    return datasets.load_catalog(path)
+    return load_catalog(path)
 
 
 def open_mine(catalog, labels, name="mine"):
-    return datasets.get_downstream_dataset(catalog, name, False, CenterCrop(32), labels)
+    return get_downstream_dataset(catalog, name, False, CenterCrop(32), labels)
 
 
 def test_imagefolder(tmp_path):
@@ -211,7 +222,7 @@ def test_the_fingerprint_of_a_filelist(tmp_path):
         np.save(root / "val_images.npy", np.array(images))
         np.save(root / "val_labels.npy", np.array(labels))
         dataset = open_mine(catalog, ["a", "b"])
-        seen.append(datasets.fingerprint("mine", catalog, False, dataset))
+        seen.append(fingerprint("mine", catalog, False, dataset))
 
     note(["a.png", "b.zip/c.png"], [0, 1])
     note(["a.png", "b.zip/c.png"], [0, 1])
@@ -244,7 +255,7 @@ def test_clevr_counts_has_names_for_labels(tmp_path):
     (tmp_path / "mine").mkdir()
     np.save(tmp_path / "mine/val_images.npy", np.array(["0.png", "1.png", "2.png"]))
     np.save(tmp_path / "mine/val_labels.npy", np.array(["count_10", "count_3", "count_9"]))
-    labels = utils.read_json(datasets.LABELS, "labels")["clevr_counts"]
+    labels = utils.read_json(LABELS, "labels")["clevr_counts"]
     dataset = open_mine(catalog_of(tmp_path, type="filelist"), labels)
     assert dataset.labels == [0, 1, 7]
 
@@ -272,13 +283,13 @@ def test_bad_catalogs(tmp_path):
         open_mine(catalog_of(tmp_path, type="imagefolder", test="absent"), ["a"])
     (tmp_path / "catalog.json").write_text('{"mine": {"type": "imagefolder"}}')
     with pytest.raises(InputError, match="entry 'mine' needs a type and a path"):
-        datasets.load_catalog(tmp_path / "catalog.json")
+        load_catalog(tmp_path / "catalog.json")
 
 
 def test_the_catalog_is_an_object(tmp_path):
     (tmp_path / "catalog.json").write_text("[]")
     with pytest.raises(InputError, match="no object of named sets"):
-        datasets.load_catalog(tmp_path / "catalog.json")
+        load_catalog(tmp_path / "catalog.json")
 
 
 def test_a_catalog_stays_in_its_folder(tmp_path):
@@ -297,7 +308,7 @@ def test_a_catalog_stays_in_its_folder(tmp_path):
     (tmp_path / "catalog.json").write_text(
         json.dumps({"mine": {"type": "filelist", "path": "../x", "test": "../../y"}})
     )
-    catalog = datasets.load_catalog(tmp_path / "catalog.json", allow_outside=True)
+    catalog = load_catalog(tmp_path / "catalog.json", allow_outside=True)
     assert catalog["mine"]["path"] == f"{tmp_path}/../x"
 
 
@@ -310,7 +321,7 @@ def test_a_filelist_stays_in_its_folder(tmp_path, image):
     catalog = catalog_of(tmp_path, type="filelist")
     with pytest.raises(InputError, match="mine/val_images.npy: image '.*' leaves its folder"):
         open_mine(catalog, ["a"])
-    catalog = datasets.load_catalog(tmp_path / "catalog.json", allow_outside=True)
+    catalog = load_catalog(tmp_path / "catalog.json", allow_outside=True)
     assert open_mine(catalog, ["a"]).labels == [0]
 
 
@@ -324,7 +335,7 @@ def test_metadata_that_leave_the_root_stop_the_run(tmp_path, capfd, workers):
     captions, root = load_captions("csv", tmp_path / "m.csv"), str(tmp_path / "root")
     loader = loader_of(CaptionDataset(captions, root, VIEWS, 32), workers)
     with pytest.raises(SystemExit) as stop:
-        utils.run(lambda: list(loader))
+        distributed.run_script(lambda: list(loader))
     assert stop.value.code == 2
     error = capfd.readouterr().err.strip().splitlines()[-1]
     assert error == (
@@ -355,15 +366,15 @@ def test_classes_are_texts(tmp_path, label):
         open_mine(catalog, ["a", label])
     catalog["cifar10"] = {"type": "torchvision", "path": str(tmp_path)}
     with pytest.raises(InputError, match="labels of 'cifar10'"):
-        datasets.download(catalog, "cifar10", True, {"cifar10": ["a", label]})
+        download_split(catalog, "cifar10", True, {"cifar10": ["a", label]})
 
 
 def test_labels_are_an_object(tmp_path):
     (tmp_path / "labels.json").write_text('["mine"]')
     with pytest.raises(InputError, match="labels.json is no JSON object of named entries"):
-        datasets.open_splits("mine", datasets.CATALOG, tmp_path / "labels.json")
+        open_splits("mine", CATALOG, tmp_path / "labels.json")
 
 
 def test_images_are_read_from_any_mode(tmp_path):
     Image.new("LA", (8, 8)).save(tmp_path / "x.png")
-    assert datasets.load_image(tmp_path / "x.png").mode == "RGB"
+    assert load_image(tmp_path / "x.png").mode == "RGB"

@@ -11,10 +11,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import engine
-import loops
 import main
 import models
-from runlog import SilentLog
+from infra import devices, run
+from infra.logger import SilentLog
 from utils import InputError
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def training(precision="fp32", update_freq=1, lr=0.1, dtype=torch.float32, devic
         criterion=lambda outputs: {"loss": outputs.to(dtype).square().mean()},
         optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
         schedule=np.full(100, lr),
-        precision=engine.Precision(precision, device),
+        precision=devices.Precision(precision, device),
         update_freq=update_freq,
         **options,
     )
@@ -67,7 +67,7 @@ def test_the_schedule_sets_the_rate_of_each_update():
     assert not torch.equal(t.model.weight, before)
 
 
-@pytest.mark.parametrize("precision", list(engine.PRECISIONS))
+@pytest.mark.parametrize("precision", list(devices.PRECISIONS))
 def test_every_precision_trains_on_the_cpu(precision):
     t, data = training(precision), torch.randn(16, 3)
     losses = [engine.update(t, [{"x": data}], step)["loss"].item() for step in range(10)]
@@ -75,17 +75,17 @@ def test_every_precision_trains_on_the_cpu(precision):
     assert t.model.weight.dtype == torch.float32
     assert t.precision.scaler.is_enabled() == (precision == "fp16")
     with t.precision.autocast():
-        assert t.model(data).dtype == engine.PRECISIONS[precision]
+        assert t.model(data).dtype == devices.PRECISIONS[precision]
 
 
 def test_the_cpu_defaults_to_fp32():
-    assert engine.Precision(None, CPU).name == "fp32"
+    assert devices.Precision(None, CPU).name == "fp32"
 
 
 def test_an_epoch_leaves_out_batches_that_fill_no_update():
     t = training(update_freq=2)
-    means, speed = loops.train_one_epoch(
-        t, loader(torch.randn(20, 3), 4), loops.Progress(), SilentLog()
+    means, speed = engine.train_one_epoch(
+        t, loader(torch.randn(20, 3), 4), run.TrainState(), SilentLog()
     )
     assert speed["pairs"] == 16  # five batches of 4, two updates of 2
     assert set(means) == {"loss"}
@@ -97,8 +97,8 @@ def test_a_loss_that_is_not_finite_stops_with_its_step():
     data = torch.randn(8, 3)
     data[5] = torch.nan
     with pytest.raises(InputError, match=r"loss is nan at update 10 \(epoch 2\) on rank 0"):
-        loops.train_one_epoch(
-            t, loader(data, 2), loops.Progress(epoch=2), SilentLog(), print_freq=2
+        engine.train_one_epoch(
+            t, loader(data, 2), run.TrainState(epoch=2), SilentLog(), print_freq=2
         )
 
 
@@ -148,7 +148,7 @@ def test_prediction_counts_every_image_once_on_any_number_of_ranks(two_ranks):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("precision", list(engine.PRECISIONS))
+@pytest.mark.parametrize("precision", list(devices.PRECISIONS))
 def test_every_precision_trains_on_cuda(precision):
     t = training(precision, device=torch.device("cuda"))
     data = torch.randn(16, 3)
@@ -164,7 +164,7 @@ def test_no_step_waits_for_the_device(k, exact, precision):
     args = main.get_args_parser().parse_args(["--update-freq", str(k), "--clip-grad-norm", "1"])
     args.accum = "exact" if exact else "plain"
     model = models.create_model("SLIP_NANO8", 32, 16).to(device)
-    t = main.create_training(model, engine.Precision(precision, device), 10, args)
+    t = main.create_training(model, devices.Precision(precision, device), 10, args)
     batch = {v: torch.zeros(8, 3, 32, 32, dtype=torch.uint8) for v in ("image", "aug1", "aug2")}
     batch["text"] = torch.randint(1, 400, (8, 16))
     batch = {v: x.pin_memory() for v, x in batch.items()}
@@ -205,7 +205,7 @@ def batched_training(precision="fp32", **options):
         criterion=lambda outputs: {"loss": outputs.float().square().mean()},
         optimizer=torch.optim.AdamW(model.parameters()),
         schedule=np.full(100, 0.1),
-        precision=engine.Precision(precision, CPU),
+        precision=devices.Precision(precision, CPU),
         **options,
     )
 
@@ -216,11 +216,11 @@ def test_updates_that_are_not_finite_are_left_out(precision):
     data = torch.randn(24, 3)
     bad = data.clone()
     bad[5], bad[13] = torch.nan, torch.inf  # in updates 1 and 3 of 6
-    t, log, progress = batched_training(precision, skip_nonfinite=2), Said(), loops.Progress()
-    means, _ = loops.train_one_epoch(t, loader(bad, 4), progress, log, print_freq=2)
+    t, log, progress = batched_training(precision, skip_nonfinite=2), Said(), run.TrainState()
+    means, _ = engine.train_one_epoch(t, loader(bad, 4), progress, log, print_freq=2)
     sound = torch.cat([data[:4], data[8:12], data[16:]])
     other = batched_training(precision)
-    expected, _ = loops.train_one_epoch(other, loader(sound, 4), loops.Progress(), SilentLog())
+    expected, _ = engine.train_one_epoch(other, loader(sound, 4), run.TrainState(), SilentLog())
     assert means == pytest.approx(expected)
     for key, value in other.model.state_dict().items():
         assert torch.equal(t.model.state_dict()[key], value), key
@@ -240,7 +240,7 @@ def test_one_update_too_many_that_is_not_finite_stops():
     data[5] = data[13] = torch.nan
     t = batched_training(skip_nonfinite=1)
     with pytest.raises(InputError, match=r"over --skip-nonfinite 1 .*loss is nan at update 3"):
-        loops.train_one_epoch(t, loader(data, 4), loops.Progress(), SilentLog())
+        engine.train_one_epoch(t, loader(data, 4), run.TrainState(), SilentLog())
 
 
 def test_a_gradient_that_is_not_finite_is_left_out_as_well():
@@ -248,7 +248,7 @@ def test_a_gradient_that_is_not_finite_is_left_out_as_well():
     t.criterion = lambda outputs: {"loss": (0 * outputs.sum()).sqrt()}  # 0, of infinite slope
     before = {key: value.clone() for key, value in t.model.state_dict().items()}
     log = Said()
-    loops.train_one_epoch(t, loader(torch.randn(4, 3), 4), loops.Progress(), log)
+    engine.train_one_epoch(t, loader(torch.randn(4, 3), 4), run.TrainState(), log)
     assert all(torch.equal(value, before[key]) for key, value in t.model.state_dict().items())
     assert "gradient is not finite at update 0" in log.lines[0]
 
@@ -256,9 +256,9 @@ def test_a_gradient_that_is_not_finite_is_left_out_as_well():
 def test_an_epoch_goes_on_behind_the_samples_it_has_seen():
     """Also where its batch is another one now: three updates of 4 were six of 2."""
     data = torch.randn(24, 3)
-    t, progress = training(), loops.Progress(epoch=1, step=6, batch=2)
-    loops.train_one_epoch(t, loader(data, 4), progress, SilentLog())
+    t, progress = training(), run.TrainState(epoch=1, step=6, batch=2)
+    engine.train_one_epoch(t, loader(data, 4), progress, SilentLog())
     other = training()
-    loops.train_one_epoch(other, loader(data[12:], 4), loops.Progress(), SilentLog())
+    engine.train_one_epoch(other, loader(data[12:], 4), run.TrainState(), SilentLog())
     assert torch.equal(t.model.weight, other.model.weight)
     assert (progress.step, progress.batch, progress.samples) == (6, 4, 12)

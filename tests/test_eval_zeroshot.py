@@ -9,17 +9,18 @@ import torch.nn.functional as F
 from helpers import train_flags, write_folders
 from launch import run_script
 
-import datasets
-import engine
 import eval_zeroshot
-import loops
 import main
 import utils
+from catalog import CATALOG, LABELS, TEMPLATES, load_catalog, split_name
+from evaluation import Evaluation
+from infra import devices
 from models import create_model
+from pretrained import load_model
 from tokenizer import SimpleTokenizer
 from utils import InputError
 
-FP32 = engine.Precision("fp32", torch.device("cpu"))
+FP32 = devices.Precision("fp32", torch.device("cpu"))
 OURS = ("digits", "imagenet80")
 PUBLISHED = """food101 cifar10 cifar100 cub200 sun397 cars aircraft dtd pets caltech101 flowers
 mnist fer2013 stl10 eurosat resisc45 gtsrb kitti_distance country211 patch_camelyon ucf101_frames
@@ -28,10 +29,7 @@ kinetics700_frames clevr_counts hateful_memes rendered_sst2 imagenet""".split()
 
 @pytest.fixture(scope="module")
 def tables():
-    return [
-        utils.read_json(path, path)
-        for path in (datasets.CATALOG, datasets.LABELS, datasets.TEMPLATES)
-    ]
+    return [utils.read_json(path, path) for path in (CATALOG, LABELS, TEMPLATES)]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +48,7 @@ def test_the_26_sets_of_the_paper_and_the_demos(tables):
     assert set(templates) == {*labels, "imagenet80"}
     assert len(set(templates["imagenet80"])) == 80
     assert set(templates["imagenet"]) < set(templates["imagenet80"])
-    splits = {name: datasets.split_name(catalog, name, is_train=False) for name in catalog}
+    splits = {name: split_name(catalog, name, is_train=False) for name in catalog}
     val = "cub200 eurosat kitti_distance patch_camelyon ucf101_frames clevr_counts imagenet".split()
     assert {name for name, split in splits.items() if split == "val"} == set(val)
     assert splits["kinetics700_frames"] == "val_images" and splits["hateful_memes"] == "dev"
@@ -72,7 +70,7 @@ def test_classifier_equals_one_class_at_a_time(batch_size):
     model, tokenizer = create_model("CLIP_NANO8").eval(), SimpleTokenizer()
     classes, templates = ["dog", ["cat", "kitten"], "x"], ["a {}.", "photo of the {}"]
     got = eval_zeroshot.build_classifier(
-        model, tokenizer, classes, templates, loops.Evaluation(FP32), batch_size
+        model, tokenizer, classes, templates, Evaluation(FP32), batch_size
     )
     for row, names in zip(got, (["dog"], ["cat", "kitten"], ["x"]), strict=True):
         texts = [template.format(name) for name in names for template in templates]
@@ -92,7 +90,7 @@ def test_prompts_of_like_length_share_a_batch(monkeypatch):
 
     monkeypatch.setattr(model, "encode_text", watched)
     classes = ["dog", "dog " * 90, "cat", "a dog of " * 6, "owl"]
-    evaluation = loops.Evaluation(FP32, check=lambda: checks.append(len(shapes)))
+    evaluation = Evaluation(FP32, check=lambda: checks.append(len(shapes)))
     eval_zeroshot.build_classifier(model, SimpleTokenizer(), classes, ["{}"], evaluation, 2)
     assert shapes == [(2, 77), (2, 3), (1, 3)] and checks == [0, 1, 2]
 
@@ -117,19 +115,18 @@ def test_the_command_writes_results(tiny, trained, tmp_path):
 
 
 def test_scores_equal_a_plain_loop(tiny, trained):
-    from checkpoint import load_model
     from transforms import to_float
 
     model, _ = load_model(trained / "checkpoint.pt")
-    catalog, tokenizer = datasets.load_catalog(tiny / "catalog.json"), SimpleTokenizer()
-    labels, templates = (utils.read_json(p, p) for p in (datasets.LABELS, datasets.TEMPLATES))
+    catalog, tokenizer = load_catalog(tiny / "catalog.json"), SimpleTokenizer()
+    labels, templates = (utils.read_json(p, p) for p in (LABELS, TEMPLATES))
     task = eval_zeroshot.open_task("digits", 32, catalog, labels, templates)
-    ranking = eval_zeroshot.rank_images(model, task, tokenizer, loops.Evaluation(FP32, 7, 0))
-    result = eval_zeroshot.summarize(task, ranking)
+    ranking = eval_zeroshot.rank_images(model, task, tokenizer, Evaluation(FP32, 7, 0))
+    result = eval_zeroshot.summarize_task(task, ranking)
     hits = 0
     with torch.no_grad():
         texts = eval_zeroshot.build_classifier(
-            model, tokenizer, task.classes, task.templates, loops.Evaluation(FP32)
+            model, tokenizer, task.classes, task.templates, Evaluation(FP32)
         )
         for image, label in task.dataset:
             hits += (model.encode_image(to_float(image[None])) @ texts.T).argmax().item() == label
@@ -219,7 +216,7 @@ def test_results_are_added_to_those_of_other_sets(tiny, trained, tmp_path):
     first = [json.loads((tmp_path / f"{n}.json").read_text()) for n in ("results", "examples")]
     assert first[0]["digits"]["prompt_set"] == "digits"
     tables = {}
-    for what, path in (("labels", datasets.LABELS), ("templates", datasets.TEMPLATES)):
+    for what, path in (("labels", LABELS), ("templates", TEMPLATES)):
         tables[what] = tmp_path / f"{what}.json"
         tables[what].write_text(json.dumps({"other": utils.read_json(path, what)["digits"]}))
     entry = {"path": str(tiny / "digits"), "type": "imagefolder"}

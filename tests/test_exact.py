@@ -11,8 +11,8 @@ from launch import run_script
 import engine
 import main
 import make_dataset
-import models
-import runlog
+from infra import logger
+from towers import TINY_VIT
 
 METHODS = ("CLIP_NANO8", "SIMCLR_NANO8", "SLIP_NANO8")
 
@@ -54,7 +54,7 @@ def test_towers_see_the_same_random_state_twice():
     t = exact_training("SLIP_VITTINY8", 3)
     torch.manual_seed(0)
     t.model.visual = timm.create_model(
-        "vit_tiny_patch16_224", num_classes=0, drop_path_rate=0.5, **models.TINY_VIT
+        "vit_tiny_patch16_224", num_classes=0, drop_path_rate=0.5, **TINY_VIT
     ).double()
     t.model.train()
     towers, seen = t.model.towers, []
@@ -107,7 +107,7 @@ def epoch_of_digits(digits, folder, *flags, ranks=1):
     else:
         run = run_script("main.py", flags, ranks)
         assert run.returncode == 0, run.stderr
-    return runlog.read_log(folder / "log.txt")[0]
+    return logger.read_log(folder / "log.txt")[0]
 
 
 def test_digits_in_one_piece_and_in_8_are_trained_alike(tmp_path, capsys):

@@ -7,14 +7,12 @@ import torch.nn.functional as F
 from helpers import PeakMemory
 from sklearn.linear_model import LogisticRegression
 
-import checkpoint
-import engine
+import evaluation
 import features
-import loops
-import metrics
+from infra import checkpoint, devices
 
 CPU = torch.device("cpu")
-FP32 = engine.Precision("fp32", CPU)
+FP32 = devices.Precision("fp32", CPU)
 
 
 def blobs(n, classes=5, width=8, seed=0, spread=1.0):
@@ -41,9 +39,9 @@ def test_features_are_kept_on_disk_and_taken_once(tmp_path):
         return images.flatten(1)[:, :4]
 
     path = tmp_path / "features" / "x"
-    first, labels = features.extract(tower, 4, Tiny(), str(path), loops.Evaluation(FP32, 3, 0))
+    first, labels = features.extract(tower, 4, Tiny(), str(path), evaluation.Evaluation(FP32, 3, 0))
     assert calls == [3, 3, 1] and labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
-    again, _ = features.extract(tower, 4, Tiny(), str(path), loops.Evaluation(FP32, 3, 0))
+    again, _ = features.extract(tower, 4, Tiny(), str(path), evaluation.Evaluation(FP32, 3, 0))
     assert len(calls) == 3 and torch.equal(first, again)
     assert sorted(p.name for p in path.parent.iterdir()) == ["x-labels.npy", "x.npy"]
 
@@ -53,7 +51,9 @@ def test_features_are_kept_on_disk_and_taken_once(tmp_path):
 def test_files_that_were_cut_are_made_again(name, size, tmp_path):
     def extract():
         tower = lambda images: images.flatten(1)[:, :4]  # noqa: E731
-        return features.extract(tower, 4, Tiny(), str(tmp_path / "x"), loops.Evaluation(FP32, 3, 0))
+        return features.extract(
+            tower, 4, Tiny(), str(tmp_path / "x"), evaluation.Evaluation(FP32, 3, 0)
+        )
 
     first, labels = map(torch.clone, extract())
     with open(tmp_path / name, "r+b") as file:
@@ -101,7 +101,7 @@ def test_the_classifier_is_scikit_learns(c):
     expected = torch.from_numpy(theirs.predict_proba(test.double()))
     assert (probabilities - expected).abs().max() < 2e-3
     ranking = features.rank_linear(test, test_labels, weights)
-    assert metrics.top1(ranking) == pytest.approx(100 * theirs.score(test.double(), test_labels))
+    assert evaluation.top1(ranking) == pytest.approx(100 * theirs.score(test.double(), test_labels))
 
 
 def test_chunks_do_not_change_the_classifier(monkeypatch):

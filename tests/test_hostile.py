@@ -21,7 +21,7 @@ import pytest
 from filelock import FileLock
 
 if __name__ != "__main__":
-    import files
+    from infra import untrusted
 
 REPOSITORY = Path(__file__).parent.parent
 FORMS = ("zip", "legacy", "pkl", "npy")  # checkpoints of both kinds, metadata of both kinds
@@ -465,13 +465,14 @@ def peak_memory(reset=False):
 def read_all(folder):
     """Reads every file, and says of each what came of it; the folder is the current one."""
     sys.path[0] = str(REPOSITORY)
+
     import captions
-    import checkpoint
     import models
+    import pretrained
     from utils import InputError
 
     models.create_model("CLIP_VITTINY8")  # pages of the libraries' code are no memory of a payload
-    read = dict.fromkeys(CHECKPOINTS, checkpoint.load_model)
+    read = dict.fromkeys(CHECKPOINTS, pretrained.load_model)
     read["pkl"] = lambda path: captions.load_captions("yfcc15m", path)
     read["npy"] = lambda path: captions.load_captions("cc3m", path)
     reached = []
@@ -527,7 +528,7 @@ def test_a_payload_is_refused(results, payload):
         assert "\n" not in error and len(error) < 400 + len(row["path"])
         assert row["path"] in error and any(text in error for text in texts), error
         assert not row["canary"] and not row["reached"]
-        assert row["memory"] <= files.SLACK
+        assert row["memory"] <= untrusted.SLACK
 
 
 def test_how_many_were_refused(results):

@@ -14,8 +14,8 @@ from tensorboard.compat.proto.event_pb2 import SessionLog
 from test_checkpoint import save_released
 
 import main
-import runlog
-from keeper import Keeper
+from infra import logger
+from infra.checkpoint_manager import CheckpointManager
 from utils import InputError
 
 
@@ -26,7 +26,7 @@ def train(tiny, output_dir, *extra, **options):
 
 
 def rows(folder):
-    return runlog.read_log(folder / "log.txt")
+    return logger.read_log(folder / "log.txt")
 
 
 def step_losses(folder):
@@ -129,13 +129,13 @@ def assert_equal(a, b):
 def test_one_epoch_and_one_more_equal_two_bit_for_bit(tiny, tmp_path, monkeypatch):
     whole = train(tiny, tmp_path / "whole", epochs=2)
 
-    save = Keeper.save
+    save = CheckpointManager.save
 
     def save_and_stop(*args):
         save(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Keeper, "save", save_and_stop)
+    monkeypatch.setattr(CheckpointManager, "save", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         train(tiny, tmp_path / "parts", epochs=2)
     monkeypatch.undo()

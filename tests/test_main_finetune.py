@@ -12,6 +12,7 @@ from test_main_linear import result
 import main_finetune
 import main_linear
 import models
+import towers
 from transforms import MEAN, STD
 from utils import InputError
 
@@ -52,7 +53,7 @@ def test_presets_set_what_is_not_given():
 
 
 def test_rates_fall_from_the_head_down():
-    vit = models.create_visual(models.TOWERS["VITTINY8"])
+    vit = towers.create_visual(towers.TOWERS["VITTINY8"])
     vit.reset_classifier(10)
     groups = main_finetune.layer_groups(vit, 0.05, 0.5)
     scales = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
@@ -130,7 +131,7 @@ def test_training_resuming_and_the_average_of_weights(probed, tmp_path, capsys):
 
     extra = ["--model-ema", "--model-ema-decay", 0.5]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main_finetune.loops, "train_one_epoch", stop_after(1))
+        patch.setattr(main_finetune.engine, "train_one_epoch", stop_after(1))
         with pytest.raises(KeyboardInterrupt):
             call(probed, tmp_path / "parts", *extra)
     call(probed, tmp_path / "parts", *extra)
@@ -145,7 +146,7 @@ def test_training_resuming_and_the_average_of_weights(probed, tmp_path, capsys):
 
 def stop_after(epochs):
     """train_one_epoch that many times, then an interruption."""
-    keep, calls = main_finetune.loops.train_one_epoch, []
+    keep, calls = main_finetune.engine.train_one_epoch, []
 
     def train(*args, **options):
         if len(calls) == epochs:
@@ -158,7 +159,7 @@ def stop_after(epochs):
 
 def test_an_average_that_never_was(probed, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr(main_finetune.loops, "train_one_epoch", stop_after(1))
+        patch.setattr(main_finetune.engine, "train_one_epoch", stop_after(1))
         with pytest.raises(KeyboardInterrupt):
             call(probed, tmp_path)
     first = weights(tmp_path)["state_dict"]

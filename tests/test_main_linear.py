@@ -10,6 +10,7 @@ from launch import run_script
 
 import features
 import main_linear
+from pretrained import load_model
 from utils import InputError
 
 
@@ -45,10 +46,10 @@ def test_the_probe_trains_its_head_alone_and_goes_on(probed, tmp_path, capsys):
     def stop(*args, **options):  # after the first epoch's checkpoint
         raise KeyboardInterrupt
 
-    keep, calls = main_linear.loops.train_one_epoch, []
+    keep, calls = main_linear.engine.train_one_epoch, []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            main_linear.loops,
+            main_linear.engine,
             "train_one_epoch",
             lambda *a, **o: stop() if calls else (calls.append(1), keep(*a, **o))[1],
         )
@@ -79,7 +80,6 @@ def test_flags_that_would_not_be_applied_are_refused(probed, tmp_path):
 
 
 def test_a_tower_that_changed_is_noticed(probed):
-    from checkpoint import load_model
 
     path = probed / "run/checkpoint.pt"
     model, _ = load_model(path)

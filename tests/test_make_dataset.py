@@ -20,9 +20,11 @@ from launch import start
 import captions
 import make_dataset
 import utils
-from captions import Captions, load_captions
-from datasets import LABELS
-from files import read_file
+from captions import load_captions
+from catalog import LABELS
+from infra import arrow
+from infra.archives import read_file
+from infra.arrow import Captions
 from utils import InputError
 
 
@@ -203,13 +205,13 @@ def test_a_killed_conversion_goes_on_where_it_was(tmp_path, capsys, monkeypatch)
     process.kill()
     assert not output.exists()
 
-    written, write_arrow = [], captions.write_arrow
+    written, write_arrow = [], arrow.write_arrow
 
     def watched(path, *args):
         written.append(os.path.basename(path))
         write_arrow(path, *args)
 
-    monkeypatch.setattr(captions, "write_arrow", watched)
+    monkeypatch.setattr(arrow, "write_arrow", watched)
     make(*flags)
     assert "250,000 pairs kept, 0 rows dropped" in capsys.readouterr().out
     assert "000001.arrow" not in written and written[-2:] == ["000003.arrow", "merged.arrow"]
@@ -220,17 +222,17 @@ def test_a_killed_conversion_goes_on_where_it_was(tmp_path, capsys, monkeypatch)
 def test_a_changed_input_starts_anew(tmp_path, monkeypatch):
     """What an interruption left behind is of no use once the input or the flags changed."""
     table, output = tmp_path / "t.csv", tmp_path / "out.arrow"
-    monkeypatch.setattr(captions, "BATCH", 2)
+    monkeypatch.setattr(arrow, "BATCH", 2)
     for text, is_cut in (("a,b\nc,d\ne,f\n", True), ("A,B\nC,D\nE,F\n", False)):
         table.write_text(f"filepath,title\n{text}")
         source = captions.open_csv(table, ("filepath", "title"))
         if is_cut:
             source.rows = interrupted(source.rows, 2)
             with pytest.raises(KeyboardInterrupt):
-                captions.write_captions(output, source)
+                arrow.write_captions(output, source)
             assert len(list(tmp_path.glob("out.arrow.part/*.arrow"))) == 1
         else:
-            captions.write_captions(output, source)
+            arrow.write_captions(output, source)
     assert rows(output) == [("A", ["B"]), ("C", ["D"]), ("E", ["F"])]
 
 

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import captions
-import checkpoint
 import make_dataset
-from files import read_file
+from infra import arrow, checkpoint
+from infra.archives import read_file
 from transforms import EncodedImage
 from utils import InputError
 
@@ -50,9 +50,9 @@ def table():
 
 def arrow_file(buffer, compression):
     columns = [[f"{i}.jpg" for i, *_ in ROWS], [[a, b] for _, a, b in ROWS]]
-    batch = pa.record_batch(columns, captions.SCHEMA)
+    batch = pa.record_batch(columns, arrow.SCHEMA)
     options = pa.ipc.IpcWriteOptions(compression=compression)
-    with pa.ipc.new_file(buffer, captions.SCHEMA, options=options) as writer:
+    with pa.ipc.new_file(buffer, arrow.SCHEMA, options=options) as writer:
         for _ in range(3):
             writer.write_batch(batch)
 
@@ -72,7 +72,7 @@ def tar_of(buffer, _):
 
 
 def every(path):
-    pairs = captions.Captions(path)
+    pairs = arrow.Captions(path)
     return [pairs[i] for i in range(len(pairs))]
 
 

@@ -20,8 +20,8 @@ from test_main_finetune import flags as finetune_flags
 from test_main_linear import flags as probe_flags
 from test_main_linear import result
 
-import checkpoint
 import utils
+from infra import checkpoint
 
 CLOCK = ("samples_per_sec", "data_wait")  # what may differ between two runs
 

@@ -10,8 +10,8 @@ from helpers import train_flags, without_folder
 from submitit.slurm.slurm import SlurmJobEnvironment
 
 import run_with_submitit
-import runlog
 import utils
+from infra import logger
 from utils import InputError
 
 
@@ -37,7 +37,7 @@ def test_two_interrupted_tasks_go_on_as_two_ranks(tiny, tmp_path, monkeypatch):
     assert (folder / "checkpoint.pt").exists()
     settings = utils.read_json(folder / "args.json", "settings")
     assert settings["world_size"] == 2 and settings["effective_batch"] == 8
-    assert [row["pairs"] for row in runlog.read_log(folder / "log.txt")] == 20 * [16]
+    assert [row["pairs"] for row in logger.read_log(folder / "log.txt")] == 20 * [16]
 
 
 def test_wrong_flags_are_told_before_submission(tmp_path):

@@ -13,9 +13,8 @@ import torch
 from helpers import train_flags, without_folder, write_coco
 from launch import REPOSITORY, run_script
 
-import checkpoint
 import main
-import runlog
+from infra import checkpoint, logger
 
 pytestmark = pytest.mark.slurm
 
@@ -116,7 +115,7 @@ def assert_equal_runs(one, two):
     a, b = (checkpoint.load(folder / "checkpoint.pt") for folder in (one, two))
     for key in ("state_dict", "optimizer", "epoch"):
         torch.testing.assert_close(a[key], b[key], rtol=0, atol=0)
-    a, b = (runlog.read_log(folder / "log.txt") for folder in (one, two))
+    a, b = (logger.read_log(folder / "log.txt") for folder in (one, two))
     assert [{k: v for k, v in row.items() if k not in SPEED} for row in a] == [
         {k: v for k, v in row.items() if k not in SPEED} for row in b
     ]

@@ -13,14 +13,15 @@ import torchvision.datasets as tv
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
-import datasets
+import catalog
 import make_dataset
 import torchvision_sets
 import utils
+from catalog import get_downstream_dataset, open_splits, unchanged
 from torchvision_sets import ALIASES, SETS
 from utils import InputError
 
-LABELS = utils.read_json(datasets.LABELS, "labels")
+LABELS = utils.read_json(catalog.LABELS, "labels")
 
 
 def paint(path, number, mode="RGB", size=(8, 8)):
@@ -265,9 +266,7 @@ def no_checksums(monkeypatch):
 
 def open_set(root, name, is_train=False, labels=None, **entry):
     catalog = {name: {"type": "torchvision", "path": str(root), **entry}}
-    return datasets.get_downstream_dataset(
-        catalog, name, is_train, datasets.unchanged, labels or LABELS[name]
-    )
+    return get_downstream_dataset(catalog, name, is_train, unchanged, labels or LABELS[name])
 
 
 def test_every_set_has_a_copy():
@@ -335,7 +334,7 @@ def test_train_and_test_are_two_splits(tmp_path):
     entry = {"type": "torchvision", "path": str(tmp_path), "train": "test"}
     (tmp_path / "catalog.json").write_text(json.dumps({"food101": entry}))
     with pytest.raises(InputError, match="food101: train and test are both 'test'; correct"):
-        datasets.open_splits("food101", str(tmp_path / "catalog.json"), datasets.LABELS)
+        open_splits("food101", str(tmp_path / "catalog.json"), catalog.LABELS)
 
 
 def test_countries_are_bound_by_name(tmp_path):

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 import utils
+from infra import distributed
+from infra.run import Meters
 from models import create_model
-from utils import InputError, Meters, cosine_scheduler
+from utils import InputError, cosine_scheduler
 
 
 def test_schedule_equals_the_archived_code(reference):
@@ -107,14 +109,14 @@ def test_an_input_error_is_one_line_and_exit_code_2(capsys):
         raise InputError("Caught InputError in worker.\nTraceback\nutils.InputError: image x.jpg")
 
     with pytest.raises(SystemExit) as stop:
-        utils.run(fail)
+        distributed.run_script(fail)
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: image x.jpg\n"
 
 
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
-        utils.run(lambda: 1 / 0)
+        distributed.run_script(lambda: 1 / 0)
 
 
 @pytest.mark.parametrize("flags", [["--epoch", "3"], ["--count", "0"], ["--count", "x"], ["x"]])
@@ -129,7 +131,7 @@ def test_wrong_flags_are_input_errors(flags):
 def test_cuda_asked_for_where_there_is_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="--device cpu"):
-        utils.init_distributed("cuda")
+        distributed.init_distributed("cuda")
 
 
 def test_atomic_writing_keeps_the_old_file_on_failure(tmp_path):
@@ -165,13 +167,13 @@ def test_garbage_from_a_launcher_is_told(monkeypatch, environment, match):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=match):
-        utils.init_distributed("cpu")
+        distributed.init_distributed("cpu")
 
 
 def test_a_local_rank_that_is_none(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "first")
     with pytest.raises(InputError, match="LOCAL_RANK='first' in the environment is no number"):
-        utils.in_turns(lambda: 1)
+        distributed.rank_zero_first(lambda: 1)
 
 
 NESTED = "[" * 100_000 + "]" * 100_000

@@ -10,13 +10,14 @@ import pytest
 import torch.distributed as dist
 from launch import REPOSITORY, start
 
-import interrupts
-from interrupts import NOTHING, SAVE, Interrupts, Stopped, Watchdog
+from infra import signals
+from infra.distributed import Watchdog
+from infra.signals import NOTHING, SAVE, SignalHandler, Stopped
 
 
 def test_signals_are_noted_until_asked_for_and_handlers_come_back():
-    before = [signal.getsignal(s) for s in interrupts.STOPPING]
-    with Interrupts() as held:
+    before = [signal.getsignal(s) for s in signals.STOPPING]
+    with SignalHandler() as held:
         held.hold()
         assert held.agreed() == NOTHING and held.agreed(SAVE) == SAVE
         os.kill(os.getpid(), signal.SIGTERM)
@@ -24,11 +25,11 @@ def test_signals_are_noted_until_asked_for_and_handlers_come_back():
         with pytest.raises(Stopped) as stopped:
             held.stop(signal.SIGTERM)
     assert stopped.value.code == 0
-    assert [signal.getsignal(s) for s in interrupts.STOPPING] == before
+    assert [signal.getsignal(s) for s in signals.STOPPING] == before
 
 
 def test_before_a_run_holds_them_signals_stop_at_once():
-    with Interrupts(), pytest.raises(Stopped):
+    with SignalHandler(), pytest.raises(Stopped):
         os.kill(os.getpid(), signal.SIGUSR2)
         time.sleep(5)
 
@@ -39,7 +40,7 @@ def test_a_launchers_handler_gets_its_signal_when_the_run_is_saved(signum):
     calls = []
     before = signal.signal(signum, lambda *args: calls.append(args[0]))
     try:
-        with Interrupts() as held:
+        with SignalHandler() as held:
             held.hold()
             assert callable(signal.getsignal(signal.SIGUSR1)) == (signum == signal.SIGUSR1)
             os.kill(os.getpid(), signum)
@@ -54,10 +55,10 @@ def test_a_launchers_handler_gets_its_signal_when_the_run_is_saved(signum):
 WORKER = """
 import os, signal, sys, time
 sys.path.insert(0, {repository!r})
-import interrupts
+from infra import signals
 child = os.fork()
 if not child:
-    interrupts.shield_worker()
+    signals.shield_worker()
     time.sleep(30)
     os._exit(7)
 time.sleep(0.3)
@@ -84,7 +85,7 @@ def test_only_its_parent_ends_a_worker():
 RANK = """
 import os, sys, time
 import torch.distributed as dist
-from interrupts import Watchdog
+from infra.distributed import Watchdog
 file = dist.FileStore(sys.argv[1], 3)
 Watchdog(file, int(os.environ["RANK"]), 3, beat=0.1, limit=2).start()
 print("started", flush=True)

@@ -11,12 +11,11 @@ from helpers import Said, train_flags
 from launch import run_script, start
 from test_main import train, weights
 
-import checkpoint
-import keeper
-import loops
 import main
 import utils
-from interrupts import Interrupts
+from infra import checkpoint, checkpoint_manager
+from infra.run import TrainState
+from infra.signals import NOTHING, SignalHandler
 from utils import InputError
 
 SMALL = {"val": "none", "model": "SIMCLR_NANO8"}
@@ -27,11 +26,13 @@ def kept(tmp_path):
     """A keeper of a small model, and the model."""
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters())
-    progress = loops.Progress()
+    progress = TrainState()
     args = argparse.Namespace(keep_last=2, save_every_minutes=0.0)
     parts = {"state_dict": model, "optimizer": optimizer, "progress": progress}
-    with Interrupts() as interrupts:
-        k = keeper.Keeper(tmp_path, parts, interrupts, utils.CPU, args, {"args": {"model": "x"}})
+    with SignalHandler() as interrupts:
+        k = checkpoint_manager.CheckpointManager(
+            tmp_path, parts, interrupts, utils.CPU, args, {"args": {"model": "x"}}
+        )
         k.begin(said := Said())
         yield k, model, said
 
@@ -50,12 +51,12 @@ def test_a_checkpoint_holds_all_and_is_plain_data(tiny, tmp_path):
 
 def test_copies_take_the_memory_of_those_before():
     state = {"a": torch.ones(3), "b": [torch.zeros(2), {"c": 1}], "d": (1, "x")}
-    copy = keeper.host_copy(state)
+    copy = checkpoint_manager.copy_to_host(state)
     state["a"] += 1
     assert copy["a"].tolist() == [1, 1, 1] and copy["b"][1] == {"c": 1} and copy["d"] == (1, "x")
-    again = keeper.host_copy(state, copy)
+    again = checkpoint_manager.copy_to_host(state, copy)
     assert again["a"].data_ptr() == copy["a"].data_ptr() and again["a"].tolist() == [2, 2, 2]
-    assert keeper.host_copy({"a": torch.ones(4)}, copy)["a"].tolist() == [1] * 4
+    assert checkpoint_manager.copy_to_host({"a": torch.ones(4)}, copy)["a"].tolist() == [1] * 4
 
 
 def test_never_two_writers(kept, monkeypatch):
@@ -64,7 +65,7 @@ def test_never_two_writers(kept, monkeypatch):
     k.seconds, going, write = 1e-9, threading.Event(), k.write
     monkeypatch.setattr(k, "write", lambda *args: (going.wait(10), write(*args)))
     k.save()
-    assert k.due() == keeper.NOTHING
+    assert k.due() == NOTHING
     threads = threading.active_count()
     threading.Timer(0.2, going.set).start()
     model.weight.data.fill_(2)
@@ -120,7 +121,7 @@ def test_where_there_are_no_hard_links_files_are_moved(kept, monkeypatch):
 
 
 def test_two_runs_do_not_share_a_folder(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(keeper, "LOCK_PATIENCE", 0.5)
+    monkeypatch.setattr(checkpoint_manager, "LOCK_PATIENCE", 0.5)
     flags = train_flags(tiny, tmp_path / "run", epochs=1000, **SMALL)
     (running,) = start("main.py", flags, tmp_path / "log")
     try:

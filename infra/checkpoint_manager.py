@@ -1,8 +1,8 @@
-"""A run's folder: saving at any update, in the background, and going on from the newest whole file.
+"""A run's folder: saving at any update, in the background, and resuming from the newest whole file.
 
 checkpoint.pt is the latest, checkpoint-<updates>.pt those before it, checkpoint_best.pt the best.
-Each is written beside its place, flushed, proved readable and renamed: at any moment a whole one is
-there. Rank 0 writes, one file at a time.
+Each is written beside its place, flushed, verified and renamed: at any moment a whole one is there.
+Rank 0 writes, one file at a time.
 """
 
 import fcntl
@@ -16,25 +16,25 @@ import time
 
 import torch
 
-import checkpoint
 import utils
-from interrupts import NOTHING, SAVE
-from runlog import SilentLog
+from infra import checkpoint, distributed
+from infra.logger import SilentLog
+from infra.signals import NOTHING, SAVE
 from utils import InputError
 
 LOCK_PATIENCE = 10.0  # seconds: a process that was killed just now may not have gone yet
 
 
-def host_copy(value, old=None):
+def copy_to_host(value, old=None):
     """A copy of nested dicts and lists of tensors in host memory; takes the memory of an `old` one.
 
     From CUDA the copies are asynchronous: synchronize before they are read.
     """
     if isinstance(value, dict):
         old = old if isinstance(old, dict) else {}
-        return {key: host_copy(x, old.get(key)) for key, x in value.items()}
+        return {key: copy_to_host(x, old.get(key)) for key, x in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(host_copy(x) for x in value)
+        return type(value)(copy_to_host(x) for x in value)
     if not torch.is_tensor(value):
         return value
     if not torch.is_tensor(old) or (old.shape, old.dtype) != (value.shape, value.dtype):
@@ -70,7 +70,7 @@ def lock_folder(folder):
     return file
 
 
-class Keeper:
+class CheckpointManager:
     """What saves a run, lets it go on, and stops it at a signal.
 
     parts: {key of the checkpoint: what has a state_dict}; "progress" is a loops.Progress. facts:
@@ -98,7 +98,9 @@ class Keeper:
         where the run begins. A requeued job names its first --resume again: the run's own progress
         comes first.
         """
-        path, notes = utils.from_main(self.newest() if utils.is_main() else None)
+        path, notes = distributed.broadcast_object(
+            self.newest() if distributed.is_main_process() else None
+        )
         if not (path or other):
             return notes
         state = checkpoint.load(path or other)
@@ -121,10 +123,10 @@ class Keeper:
     def restore_random(self, states, path):
         """On another number of ranks those that are new keep the state they were seeded with."""
         try:
-            if utils.get_rank() >= len(states):
+            if distributed.get_rank() >= len(states):
                 return
-            state = states[utils.get_rank()]
-            utils.set_random_state(state, self.device)
+            state = states[distributed.get_rank()]
+            utils.set_rng_state(state, self.device)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"checkpoint {path}: its random states are of another kind") from error
         self.progress.random = state if self.progress.step else None
@@ -154,7 +156,7 @@ class Keeper:
     def begin(self, log):
         """Before the first update, when the folder is there."""
         self.log = log
-        if utils.is_main() and not self.lock:
+        if distributed.is_main_process() and not self.lock:
             self.lock = lock_folder(self.folder)
 
     # Saving
@@ -163,7 +165,7 @@ class Keeper:
         """What is due after this update, the same on all ranks: NOTHING, SAVE or a signal."""
         is_time = self.seconds and time.monotonic() - self.saved > self.seconds
         is_free = not (self.writer and self.writer.is_alive())
-        wish = SAVE if is_time and is_free and utils.is_main() else NOTHING
+        wish = SAVE if is_time and is_free and distributed.is_main_process() else NOTHING
         return self.interrupts.agreed(wish)
 
     def obey(self, order):
@@ -180,7 +182,7 @@ class Keeper:
             "the same command goes on from there"
         )
         self.log.close()
-        utils.leave()  # a launcher's handler may not come back
+        distributed.cleanup_distributed()  # a launcher's handler may not come back
         self.interrupts.stop(order)
 
     def check(self):
@@ -189,12 +191,12 @@ class Keeper:
 
     def save(self, is_best=False):
         """Copies the run's state, all ranks together; a thread of rank 0 writes it."""
-        states = utils.gather_objects([utils.random_state(self.device)])
-        if not utils.is_main():
+        states = distributed.all_gather_object([utils.get_rng_state(self.device)])
+        if not distributed.is_main_process():
             return
         self.wait()
         parts = {key: part.state_dict() for key, part in self.parts.items()}
-        self.copies = host_copy(parts, self.copies)
+        self.copies = copy_to_host(parts, self.copies)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         facts = {"epoch": self.progress.epoch, "best_acc1": self.progress.best_acc1}
@@ -224,7 +226,7 @@ class Keeper:
 
     def accept(self, temporary, is_best):
         """Proves a new file and keeps the latest, the place of which it is about to take."""
-        checkpoint.prove(temporary)
+        checkpoint.verify(temporary)
         if is_best:  # first: the latest says how good the best is
             best = os.path.join(self.folder, "checkpoint_best.pt")
             with open(temporary, "rb") as source:

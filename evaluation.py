@@ -1,18 +1,85 @@
-"""Scores of a classifier on a labelled set, in percent.
+"""Evaluation over a labelled set: prediction on all ranks, and the metrics, in percent.
 
 A classifier is judged by each image's best classes and, of two classes, by the margin: that is all
 that is kept of its scores. Shapes: n images, C classes, K = min(5, C) best classes.
 """
 
+import math
 import os
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Subset
 
-import loops
 import utils
+from infra.devices import Precision, to_device
+from infra.distributed import all_reduce, get_rank, get_world_size
+from infra.signals import shield_worker
 from transforms import to_float
+from utils import InputError
+
+
+@dataclass
+class Evaluation:
+    """How a model runs over a labelled set."""
+
+    precision: Precision
+    batch_size: int = 256  # images per rank and step
+    workers: int = 10
+    check: callable = lambda: None  # called before each batch by all ranks; raises to stop there
+
+
+def sharded_batches(dataset, evaluation):
+    """This rank's batches of a labelled set: (row numbers, images and labels on the device).
+
+    Rank r of N has the rows r, r + N, ...: each is seen once, whatever N.
+    """
+    e, device = evaluation, evaluation.precision.device
+    mine = torch.arange(get_rank(), len(dataset), get_world_size())
+    loader = DataLoader(
+        Subset(dataset, mine.tolist()),
+        e.batch_size,
+        num_workers=min(e.workers, len(mine)),
+        pin_memory=device.type == "cuda",
+        worker_init_fn=shield_worker,
+        generator=torch.Generator(),  # of its workers' seeds: takes none of the run's numbers
+    )
+    batches = iter(loader)
+    for start in range(0, math.ceil(len(dataset) / get_world_size()), e.batch_size):
+        e.check()
+        if start < len(mine):  # a rank may have a batch less than others
+            yield mine[start : start + e.batch_size], *to_device(next(batches), device)
+
+
+def check_finite(outputs):
+    """A model's outputs, which would lose every comparison unnoticed if they were not numbers."""
+    if outputs.isfinite().all():
+        return outputs
+    raise InputError(
+        "the model's outputs are not finite: its checkpoint's weights are most likely not; take "
+        "another checkpoint, or try --precision fp32"
+    )
+
+
+@torch.no_grad()
+def predict(score_fn, width, dataset, evaluation):
+    """score_fn(images on the device) -> (B, width), over a labelled set of n images.
+
+    Returns (scores (n, width) float64, labels (n,) int64) on the CPU, in the set's order. Each
+    image is counted once, and every rank returns the same, as one process would.
+    """
+    precision = evaluation.precision
+    # Ranks fill in their own rows of zeros, so that the sum over ranks is the whole.
+    scores = torch.zeros(len(dataset), width + 1, dtype=torch.float64, device=precision.device)
+    for rows, images, labels in sharded_batches(dataset, evaluation):
+        rows = rows.to(precision.device)
+        with precision.autocast():
+            scores[rows, :-1] = score_fn(images).double()
+        scores[rows, -1] = labels.double()
+    scores = check_finite(all_reduce(scores).cpu())
+    return scores[:, :-1], scores[:, -1].long()
+
 
 RESAMPLES = 1000  # of the bootstrap
 
@@ -43,7 +110,7 @@ def rank_classes(scores):
     return torch.cat([scores.topk(min(5, scores.shape[1])).indices, margin], dim=1)
 
 
-def collected(rows, labels):
+def collect_ranking(rows, labels):
     """The Ranking of rank_classes' rows of a whole set."""
     return Ranking(rows[:, :-1].long(), rows[:, -1], labels)
 
@@ -57,7 +124,7 @@ def rank_set(classify, classes, dataset, evaluation):
     def score(images):
         return rank_classes(classify(to_float(images)))
 
-    return collected(*loops.predict(score, ranking_width(classes), dataset, evaluation))
+    return collect_ranking(*predict(score, ranking_width(classes), dataset, evaluation))
 
 
 def top1(r):
@@ -155,7 +222,7 @@ def details(name, ranking, class_names):
     }
 
 
-def report(folder, name, dataset, ranking, class_names, facts):
+def report_score(folder, name, dataset, ranking, class_names, facts):
     """Prints a classifier's score on a set and adds all that is known of it to folder/name.json."""
     result = summarize(dataset, ranking) | facts | details(dataset, ranking, class_names)
     utils.update_json(os.path.join(utils.make_folder(folder), f"{name}.json"), {dataset: result})

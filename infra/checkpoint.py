@@ -1,9 +1,9 @@
-"""Checkpoints: saving without half-written files, safe loading, the keys of old and new ones.
+"""The checkpoint file: saved without half-written files, loaded as plain data.
 
 A checkpoint is a dict: epoch, state_dict, optimizer, scaler, best_acc1, args. Those released with
 the paper hold an argparse.Namespace, sometimes with a pathlib path, and keys that begin with
-"module.", and their optimizer holds a NumPy float; ours, which keeper.py makes, hold more, but
-plain data. No other class is ever built from a file.
+"module.", and their optimizer holds a NumPy float; ours, which checkpoint_manager.py makes, hold
+more, but plain data. No other class is ever built from a file.
 """
 
 import argparse
@@ -20,8 +20,7 @@ from contextlib import contextmanager
 import torch
 
 import utils
-from files import SLACK, PlainDtype, first_line, memory_limit, plain_scalar
-from models import create_model
+from infra.untrusted import SLACK, PlainDtype, first_line, memory_limit, plain_scalar
 from utils import InputError
 
 # Names that a checkpoint may hold, and what is built for them: paths touch no disk, NumPy's numbers
@@ -32,22 +31,27 @@ STAND_INS = {
     "numpy.core.multiarray.scalar": plain_scalar,
     "numpy._core.multiarray.scalar": plain_scalar,  # NumPy 2
 }
+
+
 for module in ("pathlib", "pathlib._local"):  # the latter since Python 3.13
     STAND_INS[f"{module}.PosixPath"] = STAND_INS[f"{module}.PurePosixPath"] = pathlib.PurePosixPath
 SAFE_GLOBALS = [(built, name) for name, built in STAND_INS.items()]
+
+
 TENSOR_NAMES = re.compile(
     r"collections\.(OrderedDict|Counter)|(builtins|__builtin__)\.set|_codecs\.encode|"
     r"torch\.(Size|device)|torch\._utils\._rebuild_(tensor_v[23]|parameter)|"
     r"torch\.(storage\.Untyped|[A-Z]\w+)Storage|torch\.(bool|bfloat16|(float|u?int|complex)\d+\w*)"
 )
 
+
 # What an optimizer holds of each parameter, in its shape.
 MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.SGD: ("momentum_buffer",)}
 
 
-def save(path, state, prove=lambda path: None):
+def save(path, state, verify=lambda path: None):
     """Writes beside `path`, flushes, renames: an interrupted save leaves the old file."""
-    utils.write_atomically(path, lambda file: torch.save(state, file), prove)
+    utils.write_atomically(path, lambda file: torch.save(state, file), verify)
 
 
 def check_sums(path):
@@ -61,7 +65,7 @@ def check_sums(path):
         raise InputError(f"checkpoint {path} is damaged: the checksum of {broken} differs")
 
 
-def prove(path):
+def verify(path):
     """Raises an error unless a checkpoint that we have just written can be read.
 
     Unlike load, it bounds no memory: that would bound the training beside it, too.
@@ -304,48 +308,3 @@ def load_weights(model, state_dict, path, check="--model"):
         )
         raise InputError(f"checkpoint {path} is of another model ({text}); check {check}")
     model.load_state_dict(state_dict)
-
-
-def model_name(state, path):
-    """The name of the model that a loaded checkpoint holds."""
-    name = getattr(state["args"], "model", None)
-    if not isinstance(name, str):
-        raise InputError(
-            f"checkpoint {path} does not say which model it holds; its args need a model, as "
-            "'SLIP_VITB16'"
-        )
-    return name
-
-
-@contextmanager
-def bounded(path):
-    """For building the model that a checkpoint describes: memory is bounded by the file's size.
-
-    On one thread, as a limit is fatal to OpenMP where a thread cannot start. Every failure is an
-    InputError.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with memory_limit(4 * os.path.getsize(path) + SLACK):  # weights may be in half precision
-            yield
-    except InputError as error:
-        raise InputError(f"checkpoint {path}: {error}") from error
-    except Exception as error:
-        reason = first_line(error)
-        raise InputError(f"checkpoint {path}: its model cannot be built: {reason}") from error
-    finally:
-        torch.set_num_threads(threads)
-
-
-def load_model(path):
-    """(model in eval mode on the CPU, args of its training run) from a checkpoint file."""
-    state = load(path)
-    args, name = state["args"], model_name(state, path)
-    # Checkpoints of CLIP runs may lack the flags of the SimCLR head, which they have no use for.
-    with bounded(path):
-        model = create_model(
-            name, getattr(args, "ssl_mlp_dim", 4096), getattr(args, "ssl_emb_dim", 256)
-        )
-    load_weights(model, state["state_dict"], path, f"its args, which say {name}")
-    return model.eval(), args

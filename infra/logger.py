@@ -1,4 +1,4 @@
-"""What a run leaves behind for people: lines on screen, log.txt, args.json, TensorBoard's events.
+"""The log of a run: lines on screen, log.txt, args.json, TensorBoard's events.
 
 Rank 0 keeps it; the other ranks have a SilentLog.
 """
@@ -15,15 +15,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils import (
-    InputError,
-    get_world_size,
-    is_main,
-    make_folder,
-    regular_file,
-    write_atomically,
-    write_json,
-)
+from infra.distributed import get_world_size, is_main_process
+from utils import InputError, make_folder, regular_file, write_atomically, write_json
 
 
 def git_revision():
@@ -171,4 +164,4 @@ class SilentLog:
 
 
 def open_log(*args):
-    return RunLog(*args) if is_main() else SilentLog()
+    return RunLog(*args) if is_main_process() else SilentLog()

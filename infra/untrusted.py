@@ -1,4 +1,4 @@
-"""Strangers' files, read safely: pickles and .npy as plain data, compressed text, zip and tar.
+"""Strangers' files, read as plain data: pickles, .npy, text and JSON as they stream, and paths.
 
 Nothing in a file is ever executed, no claimed size is believed beyond a limit, and what does not
 fit raises an InputError that names the file.
@@ -9,15 +9,12 @@ import csv
 import gzip
 import os
 import pickle
-import re
 import resource
 import sqlite3
-import struct
 import tarfile
 import zipfile
 import zlib
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 
 import ijson
@@ -28,11 +25,17 @@ from utils import InputError, regular_file
 
 # What parsers of text, tables and archives raise when a file is damaged or of another kind.
 BAD_INPUT = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError)
+
+
 BAD_INPUT += (RecursionError, TypeError, ValueError, csv.Error, ijson.JSONError, sqlite3.Error)
+
+
 BAD_INPUT += (tarfile.TarError, zipfile.BadZipFile, zlib.error, pa.ArrowException)
 
+
 MAX_LINE = 2**24  # characters of a line of text
-MAX_IMAGE = 2**28  # bytes of an image, packed or not
+
+
 SLACK = 2**28  # bytes that reading any file may take, beside what its size explains
 
 
@@ -84,7 +87,11 @@ def plain_scalar(dtype, data):
 
 
 PLAIN_GLOBALS = {("_codecs", "encode"): latin1}
+
+
 PLAIN_GLOBALS |= {("numpy", "ndarray"): PlainArray, ("numpy", "dtype"): PlainDtype}
+
+
 for package in ("numpy.core", "numpy._core"):  # before and since NumPy 2
     PLAIN_GLOBALS[f"{package}.multiarray", "_reconstruct"] = plain_array
     PLAIN_GLOBALS[f"{package}.multiarray", "scalar"] = plain_scalar
@@ -216,114 +223,6 @@ def read_lines(file):
         yield line.decode("utf-8-sig" if line.startswith(b"\xef\xbb\xbf") else "utf-8")
 
 
-# ---------------------------------------------------------------------------------------------
-# Images, in folders, zips and tars
-
-
-def open_bytes(path):
-    return open(path, "rb", buffering=0, opener=regular_file)
-
-
-class UnusualZip(Exception):
-    """A zip with features that are left to zipfile."""
-
-
-class Zip:
-    """Reads members of a zip without parsing its directory: it looks for the name's bytes there.
-
-    So one of YFCC's archives of a thousand images opens in a fraction of zipfile's time, which
-    counts, as there are far more of them than can be kept open.
-    """
-
-    ENTRY = struct.Struct("<4s6H3L5H2L")  # of the directory, in front of the name
-
-    def __init__(self, path):
-        self.file = open_bytes(path)
-        self.size = os.fstat(self.file.fileno()).st_size
-        start = max(self.size - 65_557, 0)  # the end record and the longest comment
-        tail = self.pread(65_557, start)
-        end = tail.rfind(b"PK\5\6")
-        if end < 0 or len(tail) - end < 22:
-            raise zipfile.BadZipFile("it is no zip, or its end is missing")
-        length, offset = struct.unpack_from("<LL", tail, end + 12)
-        if offset + length != start + end:
-            raise UnusualZip
-        self.directory = self.pread(length, offset)
-
-    def pread(self, length, offset):
-        return os.pread(self.file.fileno(), min(length, self.size), offset)
-
-    def find(self, name):
-        """The directory's entry for a member's name, in bytes."""
-        at = -1
-        while (at := self.directory.find(name, at + 1)) >= 0:
-            if at >= self.ENTRY.size:
-                entry = self.ENTRY.unpack_from(self.directory, at - self.ENTRY.size)
-                if entry[0] == b"PK\1\2" and entry[10] == len(name):
-                    return entry
-        raise KeyError(f"there is no item named {name.decode()!r} in the archive")
-
-    def read(self, name):
-        entry = self.find(name.encode())
-        flags, method, crc, packed, unpacked, offset = (entry[i] for i in (3, 4, 7, 8, 9, 16))
-        if flags & 1 or method not in (0, 8) or 0xFFFFFFFF in (packed, unpacked, offset):
-            raise UnusualZip
-        if unpacked > MAX_IMAGE:
-            raise ValueError(f"it unpacks to {unpacked} bytes, more than an image has")
-        head = self.pread(30, offset)
-        if len(head) < 30 or head[:4] != b"PK\3\4":
-            raise zipfile.BadZipFile("it is not where the archive's directory says")
-        data = self.pread(packed, offset + 30 + sum(struct.unpack_from("<HH", head, 26)))
-        if method == 8:
-            data = zlib.decompressobj(-15).decompress(data, unpacked + 1)
-        if len(data) != unpacked or zlib.crc32(data) != crc:
-            raise zipfile.BadZipFile("it is damaged: its checksum differs")
-        return data
-
-
-class SlowZip:
-    """The same by zipfile, for what Zip does not know: encryption, other methods, zip64."""
-
-    def __init__(self, path):
-        self.file = zipfile.ZipFile(path)
-
-    def read(self, name):
-        if self.file.getinfo(name).file_size > MAX_IMAGE:
-            raise ValueError("it unpacks to more bytes than an image has")
-        return self.file.read(name)
-
-
-@lru_cache(maxsize=128)
-def open_archive(kind, path, process):
-    """An archive kept open; `process` keeps forked workers off a handle they would share."""
-    return kind(path)
-
-
-def read_zip(path, name):
-    try:
-        return open_archive(Zip, path, os.getpid()).read(name)
-    except UnusualZip:
-        return open_archive(SlowZip, path, os.getpid()).read(name)
-
-
-def read_tar(path, name):
-    """A member of an uncompressed tar, `name` ending on "@OFFSET+SIZE" (make_dataset.py's)."""
-    place = re.fullmatch(r".*@(\d+)\+(\d+)", name)
-    if not place:
-        raise ValueError("its place in the tar, @OFFSET+SIZE, is missing from its name")
-    offset, size = map(int, place.groups())
-    if size > MAX_IMAGE:
-        raise ValueError(f"it has {size} bytes, more than an image has")
-    file = open_archive(open_bytes, path, os.getpid())
-    data = os.pread(file.fileno(), size, offset)
-    if len(data) != size:
-        raise EOFError("the tar ends before it")
-    return data
-
-
-ARCHIVES = {".zip/": read_zip, ".tar/": read_tar}
-
-
 def check_inside(root, path, what, allowed=False):
     """Raises InputError where `path` leads out of `root`; `what` says which path it is.
 
@@ -338,41 +237,3 @@ def check_inside(root, path, what, allowed=False):
             f"{what} {path!r} leaves its folder {str(root)!r}; correct it, or give "
             "--allow-outside-root if you trust it"
         )
-
-
-def read_plain(path):
-    with open_bytes(path) as file:
-        if os.fstat(file.fileno()).st_size > MAX_IMAGE:
-            raise ValueError(f"it has over {MAX_IMAGE} bytes")
-        return file.read()
-
-
-def read_file(root, path):
-    """The bytes of root/path, where path may lead into an archive ("images/12/345.zip/678.jpg").
-
-    Raises InputError, naming the file, if it is absent, damaged or too large.
-    """
-    try:
-        for mark, read in ARCHIVES.items():
-            archive, inside, name = path.partition(mark)
-            if inside:
-                return read(os.path.join(root, archive + mark[:-1]), name)
-        return read_plain(os.path.join(root, path))
-    except OSError as error:
-        reason = error.strerror or error
-    except (LookupError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
-        reason = error.args[0] if error.args else error
-    except (zlib.error, struct.error, NotImplementedError, OverflowError) as error:
-        reason = error
-    raise InputError(f"image {root}/{path}: {reason}; check the path and the file")
-
-
-def has_file(root, path):
-    """Whether there is such a file; a member of an archive is read, which checks it, too."""
-    if not any(mark in path for mark in ARCHIVES):
-        return os.path.isfile(os.path.join(root, path))
-    try:
-        read_file(root, path)
-    except InputError:
-        return False
-    return True

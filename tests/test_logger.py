@@ -4,8 +4,8 @@ import json
 
 import torch
 
-import runlog
-from runlog import RunLog
+from infra import logger
+from infra.logger import RunLog
 
 
 def test_the_log_leaves_out_epochs_that_run_again(tmp_path):
@@ -18,7 +18,7 @@ def test_the_log_leaves_out_epochs_that_run_again(tmp_path):
     lines += ['{"epoch": 3, "tr']  # a kill in the midst of a line
     (tmp_path / "log.txt").write_text("".join(lines))
     RunLog(tmp_path, first_epoch=2).close()
-    assert [row["epoch"] for row in runlog.read_log(tmp_path / "log.txt")] == [0, 1]
+    assert [row["epoch"] for row in logger.read_log(tmp_path / "log.txt")] == [0, 1]
 
 
 def test_a_log_of_another_run_is_kept_aside(tmp_path):
@@ -30,11 +30,11 @@ def test_a_log_of_another_run_is_kept_aside(tmp_path):
 
 def test_a_machine_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert runlog.git_revision() is None
+    assert logger.git_revision() is None
 
 
 def test_silent_log_does_nothing():
-    log = runlog.SilentLog()
+    log = logger.SilentLog()
     log.say("x")
     log.scalars({}, 3)
     with log.progress(3, "epoch") as report:
@@ -44,7 +44,7 @@ def test_silent_log_does_nothing():
 def test_settings_are_what_a_reader_needs(tmp_path):
     import argparse
 
-    settings = runlog.describe_run(argparse.Namespace(lr=0.1), effective_batch=8)
+    settings = logger.describe_run(argparse.Namespace(lr=0.1), effective_batch=8)
     assert settings["args"] == {"lr": 0.1}
     assert settings["effective_batch"] == 8 and settings["world_size"] == 1
     assert settings["versions"]["torch"] == torch.__version__

@@ -7,31 +7,29 @@ import zipfile
 import pytest
 
 import captions
-import checkpoint
-import files
-import runlog
 import utils
+from infra import archives, checkpoint, logger, untrusted
 from utils import InputError
 
 
 def test_bad_archives_are_named(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"no zip")
     with pytest.raises(InputError, match="a.zip/1.jpg: it is no zip"):
-        files.read_file(tmp_path, "a.zip/1.jpg")
+        archives.read_file(tmp_path, "a.zip/1.jpg")
     with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
         archive.writestr("2.jpg", b"x")
     with pytest.raises(InputError, match="b.zip/1.jpg.*no item named"):
-        files.read_file(tmp_path, "b.zip/1.jpg")
+        archives.read_file(tmp_path, "b.zip/1.jpg")
     with pytest.raises(InputError, match="c.zip/1.jpg: No such file"):
-        files.read_file(tmp_path, "c.zip/1.jpg")
+        archives.read_file(tmp_path, "c.zip/1.jpg")
 
 
 def test_a_path_stays_below_its_root(tmp_path):
     for path in ("a.jpg", "a/../b.jpg", "..a/b..jpg", "images/12/345.zip/678.jpg", f"{tmp_path}/a"):
-        files.check_inside(tmp_path, path, "image")
-    files.check_inside("/", "/etc/x", "image")
+        untrusted.check_inside(tmp_path, path, "image")
+    untrusted.check_inside("/", "/etc/x", "image")
     (tmp_path / "link").symlink_to("/")
-    files.check_inside(tmp_path, "link/etc/passwd", "image")
+    untrusted.check_inside(tmp_path, "link/etc/passwd", "image")
     outside = (
         "..",
         "../a",
@@ -45,13 +43,13 @@ def test_a_path_stays_below_its_root(tmp_path):
         with pytest.raises(
             InputError, match="image '.*' leaves its folder '.*--allow-outside-root"
         ):
-            files.check_inside(tmp_path, path, "image")
-        files.check_inside(tmp_path, path, "image", allowed=True)
+            untrusted.check_inside(tmp_path, path, "image")
+        untrusted.check_inside(tmp_path, path, "image", allowed=True)
 
 
 READERS = {
-    "image": lambda path: files.read_file(path.parent, path.name),
-    "archive": lambda path: files.read_file(path.parent, f"{path.name}/1.jpg"),
+    "image": lambda path: archives.read_file(path.parent, path.name),
+    "archive": lambda path: archives.read_file(path.parent, f"{path.name}/1.jpg"),
     "pickle": lambda path: captions.load_captions("yfcc15m", path),
     "npy": lambda path: captions.load_captions("cc3m", path),
     "list": lambda path: captions.load_captions("redcaps", path),
@@ -61,7 +59,7 @@ READERS = {
     "checkpoint": checkpoint.load,
     "digest": checkpoint.file_digest,
     "json": lambda path: utils.read_json(path, "labels"),
-    "log": runlog.read_log,
+    "log": logger.read_log,
 }
 
 

@@ -1,0 +1,281 @@
+"""The catalog of labelled sets for evaluation, probe and fine-tuning."""
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import torchvision
+from torch.utils.data import Dataset
+
+from infra.archives import read_file
+from infra.untrusted import check_inside, read_metadata, read_npy
+from torchvision_sets import SETS, open_torchvision
+from transforms import decode_image
+from utils import InputError, read_json, read_json_object
+
+HERE = Path(__file__).parent
+
+
+CATALOG, LABELS, TEMPLATES = (
+    str(HERE / name) for name in ("dataset_catalog.json", "labels.json", "templates.json")
+)
+
+
+def load_catalog(path=CATALOG, allow_outside=False):
+    """The catalog, {name: {"type", "path", "train", "test"}}; paths are relative to its file.
+
+    A set may lie anywhere by an absolute path or one with ~, but "../" climbs out of no folder,
+    unless allow_outside, which each entry keeps for the paths that its set lists.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    catalog = read_json(path, "catalog")
+    if not isinstance(catalog, dict):
+        raise InputError(f"catalog {path} is no object of named sets; see dataset_catalog.json")
+    for name, entry in catalog.items():
+        texts = isinstance(entry, dict) and all(isinstance(v, str) for v in entry.values())
+        if not texts or not {"type", "path"} <= entry.keys():
+            raise InputError(f"catalog {path}: entry {name!r} needs a type and a path, as texts")
+        what, own = f"catalog {path}: {name!r}", os.path.expanduser(entry["path"])
+        if not os.path.isabs(own):
+            check_inside(folder, own, what, allow_outside)
+        entry["path"] = os.path.join(folder, own)
+        for split in (entry.get("train", ""), entry.get("test", "")):
+            check_inside(entry["path"], split, what, allow_outside)
+        entry["allow_outside"] = allow_outside
+    return catalog
+
+
+class Views(Dataset):
+    """A labelled set of PIL images as (view(image), label)."""
+
+    def __init__(self, images, view):
+        self.images, self.view = images, view
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        image, label = self.images[index]
+        return self.view(image), label
+
+
+class LabelledViews(Views):
+    """The same for training, by EpochSampler's keys: {"image": view(image, generator), "label"}.
+
+    The generator's numbers depend on (seed, epoch, index) alone.
+    """
+
+    def __init__(self, images, view, seed=0):
+        super().__init__(images, view)
+        self.seed = seed
+
+    def __getitem__(self, key):
+        epoch, (index, *_) = key
+        image, label = self.images[index]
+        rng = np.random.default_rng((self.seed, epoch, index))
+        return {"image": self.view(image, rng), "label": label}
+
+
+def unchanged(image):
+    return image
+
+
+def load_image(path):
+    return decode_image(read_file("", str(path)), path)
+
+
+def check_names(name, labels):
+    """Raises InputError unless the classes of a set are texts or lists of synonyms, as it needs."""
+    if not isinstance(labels, list):
+        raise InputError(f"labels of {name!r} are {repr(labels)[:80]}, not a list; correct them")
+    for label in labels:
+        synonyms = label if isinstance(label, list) else [label]
+        if not synonyms or not all(is_text(synonym) for synonym in synonyms):
+            raise InputError(
+                f"labels of {name!r}: {repr(label)[:80]} is neither a text nor a list of texts; "
+                "correct it"
+            )
+
+
+def is_text(value):
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)  # half of a pair
+
+
+def check_labels(found, labels, where):
+    if found != len(labels):
+        raise InputError(
+            f"{where} has {found} classes, but labels.json has {len(labels)} for this set; "
+            "check the folder or the labels"
+        )
+
+
+def open_imagefolder(name, entry, split, transform, labels):
+    """torchvision's ImageFolder: the sorted class folders are the labels in order."""
+    folder = os.path.join(entry["path"], split)
+    try:
+        dataset = torchvision.datasets.ImageFolder(folder, transform, loader=load_image)
+    except FileNotFoundError as error:
+        raise InputError(f"{name}: {error}; check the folder") from error
+    check_labels(len(dataset.classes), labels, folder)
+    return dataset
+
+
+def class_numbers(found, labels, where):
+    """Class numbers 0 to C-1 from numbers, or from names such as clevr_counts' "count_10"."""
+    names = {label: i for i, label in enumerate(labels) if isinstance(label, str)}
+    try:
+        numbers = [
+            names[label.removeprefix("count_")] if isinstance(label, str) else int(label)
+            for label in np.asarray(found).tolist()
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{where}: {error} is not in labels.json for this set") from error
+    if not numbers or not 0 <= min(numbers) <= max(numbers) < len(labels):
+        raise InputError(
+            f"{where} holds classes {min(numbers, default='none')} to "
+            f"{max(numbers, default='none')}, but labels.json has {len(labels)} for this set"
+        )
+    return numbers
+
+
+class FileList(Dataset):
+    """<split>_images.npy (paths below root) and <split>_labels.npy (class numbers or names)."""
+
+    def __init__(self, name, entry, split, transform, labels):
+        self.root, self.transform = entry["path"], transform
+        self.images, found = (
+            read_metadata(os.path.join(self.root, f"{split}_{part}.npy"), read_npy)
+            for part in ("images", "labels")
+        )
+        if len(self.images) != len(found):
+            raise InputError(
+                f"{name}: {split}_images.npy has {len(self.images)} rows, but "
+                f"{split}_labels.npy {len(found)}; they must agree"
+            )
+        for image in self.images:
+            what, allowed = f"{self.root}/{split}_images.npy: image", entry.get("allow_outside")
+            check_inside(self.root, str(image), what, allowed)
+        self.labels = class_numbers(found, labels, f"{self.root}/{split}_labels.npy")
+
+    def __len__(self):
+        return len(self.images)
+
+    @property
+    def samples(self):
+        paths = (os.path.join(self.root, str(image)) for image in self.images)
+        return list(zip(paths, self.labels, strict=True))
+
+    def __getitem__(self, index):
+        image = load_image(os.path.join(self.root, str(self.images[index])))
+        return self.transform(image), self.labels[index]
+
+
+CATALOG_TYPES = {
+    "imagefolder": open_imagefolder,
+    "filelist": FileList,
+    "torchvision": open_torchvision,
+    "special": open_torchvision,  # the archived name
+}
+
+
+def split_name(catalog, name, is_train):
+    """The folder, file prefix or torchvision's name of the training or the evaluated split.
+
+    None where torchvision's set has no training split of its own.
+    """
+    entry, part = catalog[name], "train" if is_train else "test"
+    is_torchvision = CATALOG_TYPES.get(entry["type"]) is open_torchvision and name in SETS
+    own = getattr(SETS[name], part) if is_torchvision else part
+    return own and entry.get(part, own)
+
+
+def is_present(entry):
+    return os.path.isdir(entry["path"])
+
+
+def add_set_flags(parser):
+    """The flags of scripts that train on a labelled set; returns add_argument of their group."""
+    add = parser.add_argument_group("Data").add_argument
+    add("--dataset", default="imagenet", help="set of the catalog, with a train and a test split")
+    add("--catalog", default=CATALOG, help="where the sets lie (JSON)")
+    add("--labels", default=LABELS, help="class names (JSON)")
+    add_outside_flag(add)
+    return add
+
+
+def add_outside_flag(add):
+    what = "follow paths of metadata and catalog that leave their folder by ../ or from /"
+    add("--allow-outside-root", action="store_true", help=what)
+
+
+def download_split(catalog, name, is_train, labels):
+    """A set of type torchvision, fetched where it is absent; None where it has no such split."""
+    if name not in catalog or name not in labels:
+        raise InputError(f"{name!r} is not in the catalog and the labels; choose from them")
+    if CATALOG_TYPES.get(catalog[name]["type"]) is not open_torchvision:
+        raise InputError(f"{name}: the catalog says type {catalog[name]['type']}, not torchvision")
+    check_names(name, labels[name])
+    split = split_name(catalog, name, is_train)
+    if is_train and split is None:
+        return None
+    return open_torchvision(name, catalog[name], split, unchanged, labels[name], download=True)
+
+
+def open_splits(name, catalog, labels, allow_outside=False):
+    """(training and test set of PIL images, their classes as labels.json names them).
+
+    catalog, labels: paths of the JSON files. Raises InputError as get_downstream_dataset.
+    """
+    table, catalog = read_json_object(labels, "labels"), load_catalog(catalog, allow_outside)
+    if name not in table:
+        raise InputError(f"{name!r} is not in {labels}; choose from {', '.join(table)}")
+    train, test = (
+        get_downstream_dataset(catalog, name, is_train, unchanged, table[name])
+        for is_train in (True, False)
+    )
+    if (split := split_name(catalog, name, True)) == split_name(catalog, name, False):
+        raise InputError(f"{name}: train and test are both {split!r}; correct the catalog")
+    return train, test, table[name]
+
+
+def fingerprint(name, catalog, is_train, images):
+    """A text that changes with a set's place and split, its files' paths, sizes, times and labels.
+
+    images: the set as open_splits opens it.
+    """
+    entry, split = catalog[name], split_name(catalog, name, is_train)
+    digest = hashlib.sha256(repr((entry["type"], entry["path"], split)).encode())
+    for path, label in images.samples:
+        file = re.split(r"(?<=\.zip|\.tar)/", path)[0]  # an image may lie in an archive
+        try:
+            stat = os.stat(file)
+            state = stat.st_size, stat.st_mtime_ns
+        except OSError:  # reading it will tell
+            state = None
+        digest.update(repr((path, label, state)).encode())
+    return digest.hexdigest()
+
+
+def get_downstream_dataset(catalog, name, is_train, transform, labels):
+    """A labelled set of the catalog: items are (transform(PIL image), class number).
+
+    Raises InputError if the set is unknown or absent, or its classes are not those of `labels`.
+    """
+    if name not in catalog:
+        raise InputError(f"{name!r} is not in the catalog; choose from {', '.join(catalog)}")
+    entry = catalog[name]
+    if entry["type"] not in CATALOG_TYPES:
+        raise InputError(
+            f"catalog entry {name!r}: unknown type {entry['type']!r}; choose from "
+            f"{', '.join(CATALOG_TYPES)}"
+        )
+    if not is_present(entry):
+        raise InputError(
+            f"{name}: folder {entry['path']} is absent; put the set there or change its path in "
+            "the catalog"
+        )
+    check_names(name, labels)
+    split = split_name(catalog, name, is_train)
+    return CATALOG_TYPES[entry["type"]](name, entry, split, transform, labels)

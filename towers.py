@@ -1,0 +1,137 @@
+"""Image and text towers, and their rows.
+
+Shapes: B batch, L tokens (77), W width of a tower.
+"""
+
+from dataclasses import dataclass, field
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+VOCAB_SIZE = 49408
+
+
+CONTEXT_LENGTH = 77
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One image tower by its timm name and options, and the text tower that goes with it."""
+
+    timm_name: str
+    options: dict = field(default_factory=dict)
+    embed_dim: int = 512
+    text_width: int = 512
+    text_heads: int = 8
+    text_layers: int = 12
+
+
+TINY_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4}
+
+
+TOWERS = {
+    # MoCo v3's ViT-S has 12 heads where timm's has 6.
+    "VITS16": Tower("vit_small_patch16_224", {"num_heads": 12}),
+    "VITB16": Tower("vit_base_patch16_224"),
+    "VITL16": Tower("vit_large_patch16_224"),
+    "VITB32": Tower("vit_base_patch32_224"),
+    # CLIP's modified ResNet-50 with attention pooling.
+    "RN50": Tower("resnet50_clip", embed_dim=1024),
+    # For the demo and the tests: 32-pixel images.
+    "VITTINY8": Tower("vit_tiny_patch16_224", TINY_VIT, 128, 128, 4, 2),
+}
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which a token sees itself and those before it.
+
+    Parameters are named as nn.MultiheadAttention names them.
+    """
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x):  # (B, L, W)
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # (B, L, 3W)
+        qkv = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        # query, key, value: (B, heads, L, W/heads) each
+        x = F.scaled_dot_product_attention(*qkv, is_causal=True)  # (B, heads, L, W/heads)
+        return self.out_proj(x.transpose(1, 2).flatten(2))  # (B, L, W)
+
+
+class MLP(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.gelu = QuickGELU()
+        self.c_proj = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return self.c_proj(self.gelu(self.c_fc(x)))
+
+
+class ResidualAttentionBlock(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.attn = CausalSelfAttention(width, heads)
+        self.ln_1 = nn.LayerNorm(width)
+        self.mlp = MLP(width)
+        self.ln_2 = nn.LayerNorm(width)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    def __init__(self, width, layers, heads):
+        super().__init__()
+        self.resblocks = nn.Sequential(
+            *[ResidualAttentionBlock(width, heads) for _ in range(layers)]
+        )
+        self.checkpointing = False
+
+    def forward(self, x):
+        for block in self.resblocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
+        return x
+
+
+def create_visual(tower):
+    """The timm image tower without classifier: images (B, 3, S, S) -> (B, W)."""
+    return timm.create_model(tower.timm_name, num_classes=0, **tower.options)
+
+
+def output_width(visual):
+    """W of a timm tower: some of its models (MobileNetV3) widen the features in their head."""
+    return getattr(visual, "head_hidden_size", visual.num_features)
+
+
+def input_size(visual):
+    """The side S of the square images that a timm tower takes, in pixels."""
+    patches = getattr(visual, "patch_embed", None)
+    size = getattr(patches, "img_size", None) or visual.pretrained_cfg["input_size"][1:]
+    return size[0]
+
+
+def is_convolutional(visual):
+    """Whether a tower convolves more than to cut patches, or has batch norm inside."""
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in visual.modules())
+    return convolutions > 1 or has_batch_norm(visual)
+
+
+def has_batch_norm(visual):
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in visual.modules())
