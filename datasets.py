@@ -11,7 +11,6 @@ from infra.archives import read_file
 from infra.distributed import get_rank, get_world_size
 from infra.signals import shield_worker
 from infra.untrusted import check_inside
-from tokenizer import trim
 from transforms import IMAGE_VIEWS, EncodedImage, augment, group_steps
 from utils import InputError
 
@@ -89,10 +88,13 @@ class Collate:
             "sources": columns.pop("source"),
         }
         steps = columns.pop("steps", [{}])
-        text = {"text": trim(self.tokenizer(columns.pop("text")))} if "text" in columns else {}
+        text = {"text": self.tokens(columns.pop("text"))} if "text" in columns else {}
         views = {view: default_collate(images) for view, images in columns.items()}
         grouped = {view: group_steps([s[view] for s in steps]) for view in steps[0]}
         return views | text | {"steps": grouped} | notes
+
+    def tokens(self, texts):
+        return self.tokenizer.trim(self.tokenizer(texts))
 
 
 class EpochSampler(Sampler):

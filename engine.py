@@ -1,7 +1,8 @@
-"""The engine: one update, exact over micro-batches and ranks, and one epoch, from any update on.
+"""The engine: one update, plain or exact over micro-batches and ranks, and one epoch.
 
-Knows no model, loss or data. A model makes outputs of a batch of views, a criterion metrics of
-these, {"loss": ...}; exact accumulation needs the model in two halves, heads(towers(views)).
+Knows no model, loss or data. A model makes outputs of a batch of views, a criterion makes metrics
+of these, {"loss": ...}; exact accumulation needs the model in two halves,
+forward_head(forward_features(**views)).
 """
 
 import time
@@ -23,24 +24,20 @@ from infra.distributed import (
     get_rank,
     get_world_size,
 )
-from infra.signals import NOTHING
 from utils import InputError, get_rng_state, natural, not_negative, positive_int, set_rng_state
 
-# ---------------------------------------------------------------------------------------------
-# Batches, from the loader to the device
 
-
-# ---------------------------------------------------------------------------------------------
-# Compilation
-
-
-# ---------------------------------------------------------------------------------------------
-# Gradients of several micro-batches
+def add_training_flags(add):
+    """Adds the flags of every script that trains, with add_argument of their group."""
+    add("--print-freq", default=10, type=positive_int, help="updates between readings of metrics")
+    add("--skip-nonfinite", default=0, type=natural, help="updates a run may skip as nan or inf")
+    add("--save-every-minutes", default=30, type=not_negative, help="also at epoch ends; 0: never")
+    add("--keep-last", default=2, type=positive_int, help="checkpoints kept, the latest first")
 
 
 @dataclass
 class Training:
-    """What an update reads and changes."""
+    """Everything that an update reads and changes."""
 
     model: nn.Module  # views -> outputs; on several ranks wrapped by DDP, unless `exact`
     criterion: callable  # outputs -> {"loss": ..., ...}
@@ -50,13 +47,17 @@ class Training:
     update_freq: int = 1  # micro-batches an update
     exact: bool = False  # the gradient of the whole batch, not the mean of the micro-batches'
     clip_grad_norm: float = 0.0  # largest norm of the gradient; 0: any
-    skip_nonfinite: int = 0  # updates of a run that may be left out
+    skip_nonfinite: int = 0  # updates of a run that may be skipped
     prepare: callable = lambda batch: batch  # on the device; not in autocast
     after_update: callable = lambda: None
-    feed: Prefetcher = field(init=False)
+    prefetcher: Prefetcher = field(init=False)
 
     def __post_init__(self):
-        self.feed = Prefetcher(self.precision.device, self.prepare)
+        self.prefetcher = Prefetcher(self.precision.device, self.prepare)
+
+
+# ---------------------------------------------------------------------------------------------
+# Gradients of several micro-batches
 
 
 def accumulate_plain(training, micro_batches):
@@ -66,7 +67,7 @@ def accumulate_plain(training, micro_batches):
     """
     t, sums = training, {}
     for i, batch in enumerate(micro_batches, start=1):
-        views = t.feed(batch)
+        views = t.prefetcher(batch)
         is_ddp = isinstance(t.model, DistributedDataParallel)
         with t.model.no_sync() if is_ddp and i < t.update_freq else nullcontext():
             with t.precision.autocast():
@@ -80,29 +81,30 @@ def accumulate_plain(training, micro_batches):
 def accumulate_exact(training, micro_batches):
     """The gradient of all micro-batches of all ranks as one batch; returns that batch's metrics.
 
-    GradCache (Gao et al., arXiv:2101.06983), extended to heads with batch statistics: the towers
-    run without gradient, batch by batch; heads and loss run once, on the features of all; then the
-    towers run again, under the same random state, and pass on what the loss gave their features.
+    GradCache (Gao et al., arXiv:2101.06983), extended to heads with batch statistics.
     """
     t, parts, states, micro_batches = training, [], [], list(micro_batches)
+    # The towers run without gradient, one micro-batch after the other.
     with torch.no_grad(), kept_buffers(t.model):
         for batch in micro_batches:
-            views = t.feed(batch)
+            views = t.prefetcher(batch)
             states.append(get_rng_state(t.precision.device))
             with t.precision.autocast():
-                parts.append(t.model.towers(**views))
+                parts.append(t.model.forward_features(**views))
 
+    # Heads and loss run once, on the features of all micro-batches.
     features = {v: torch.cat([part[v] for part in parts]).requires_grad_() for v in parts[0]}
     with t.precision.autocast():
-        metrics = t.criterion(t.model.heads(features))
+        metrics = t.criterion(t.model.forward_head(features))
     t.precision.scaler.scale(metrics["loss"]).backward()
     gradients = {view: iter(x.grad.split(len(parts[0][view]))) for view, x in features.items()}
 
+    # The towers run again, from the same random states, and backward with the features' gradients.
     for batch, state in zip(micro_batches, states, strict=True):
-        views = t.feed(batch)
+        views = t.prefetcher(batch)
         set_rng_state(state, t.precision.device)
         with t.precision.autocast():
-            part = t.model.towers(**views)
+            part = t.model.forward_features(**views)
         torch.autograd.backward(list(part.values()), [next(gradients[view]) for view in part])
     average_gradients(t.model)
     return {key: value.detach() for key, value in metrics.items()}
@@ -110,7 +112,7 @@ def accumulate_exact(training, micro_batches):
 
 @contextmanager
 def kept_buffers(model):
-    """Undoes what happens to a model's buffers within: batch norm counts no batch twice."""
+    """Undoes all changes of a model's buffers within: batch norm counts no batch twice."""
     copies = [buffer.clone() for buffer in model.buffers()]
     try:
         yield
@@ -126,7 +128,7 @@ def restore_buffers(model, copies):
 
 @contextmanager
 def rehearsal(model, device):
-    """What runs within leaves no trace in a model's buffers and gradients, nor in random states."""
+    """Undoes all changes within of a model's buffers and gradients, and of random states."""
     state = get_rng_state(device)
     try:
         with kept_buffers(model):
@@ -137,10 +139,10 @@ def rehearsal(model, device):
 
 
 def warmup_ddp(training, views):
-    """Has DDP arrange its buckets of gradients, for which it needs a backward pass, of any views.
+    """Has DDP arrange its buckets of gradients, which takes one backward pass, of any views.
 
-    From then on a sum over ranks adds in the same order at every update. Otherwise the first one of
-    a run that goes on would differ, in the last bits, from the same one of an undisturbed run.
+    From then on a sum over ranks adds in the same order at every update. Otherwise the first update
+    of a resumed run would differ, in the last bits, from the same one of an undisturbed run.
     """
     t = training
     if not isinstance(t.model, DistributedDataParallel):
@@ -149,6 +151,10 @@ def warmup_ddp(training, views):
         with t.precision.autocast():
             outputs = t.model(**views)
         sum(x.float().sum() for x in outputs.values() if x.requires_grad).backward()
+
+
+# ---------------------------------------------------------------------------------------------
+# One update
 
 
 def update(training, micro_batches, step):
@@ -182,10 +188,10 @@ def optimizer_step(training):
 
 
 def update_if_finite(training, micro_batches, step):
-    """The same, but where a rank's loss or the gradient is not finite, all stays as it was.
+    """The same, but if a rank's loss or the gradient is not finite, nothing changes.
 
     Returns (metrics, whether the step was taken), the latter equal on all ranks. Waits for the
-    device, unlike update. A gradient that fp16 scaled too far is the scaler's affair.
+    device, unlike update. A gradient that fp16 scaled too far is left to the scaler.
     """
     t = training
     copies = [buffer.clone() for buffer in t.model.buffers()]
@@ -201,25 +207,19 @@ def update_if_finite(training, micro_batches, step):
     return metrics, False
 
 
-def add_training_flags(add):
-    """The flags of every script that trains, with add_argument of their group."""
-    add("--print-freq", default=10, type=positive_int, help="updates between readings of metrics")
-    add("--skip-nonfinite", default=0, type=natural, help="updates a run may leave out as nan, inf")
-    add(
-        "--save-every-minutes", default=30, type=not_negative, help="besides epochs' ends; 0: never"
-    )
-    add("--keep-last", default=2, type=positive_int, help="checkpoints kept, the latest first")
+# ---------------------------------------------------------------------------------------------
+# One epoch
 
 
 class Batches:
-    """A loader's batches, less what is not for the device; notes the time spent waiting for them.
+    """A loader's batches without their notes; measures the time spent waiting for them.
 
-    "bad" of a batch lists why samples had to be replaced, "sources" what its samples are; `notes`
-    returns those of the batches since its last call.
+    Notes are "bad", the reasons why samples had to be replaced, and "sources", the origin of each
+    sample.
     """
 
-    def __init__(self, loader):
-        self.batches, self.waited, self.bad, self.sources = iter(loader), 0.0, [], []
+    def __init__(self, batches):
+        self.batches, self.waited, self.bad, self.sources = batches, 0.0, [], []
 
     def take(self, number):
         for _ in range(number):
@@ -231,113 +231,133 @@ class Batches:
             yield batch
 
     def notes(self):
+        """(bad, sources) of the batches since the last call; sources has a list a batch."""
         notes, self.bad, self.sources = (self.bad, self.sources), [], []
         return notes
 
 
-def check_bad(reasons, progress, samples, fraction, device, log):
-    """Counts the samples that had to be replaced, over all ranks, and names them.
+def train_one_epoch(training, loader, run, print_freq=10, max_bad_fraction=0.01):
+    """Trains from the update that the run is at to the end of its epoch.
 
-    Raises InputError, on every rank at once, above `fraction` of the epoch's `samples`.
+    Metrics stay on the device; they are read every print_freq updates, and before the run is saved.
+
+    Args:
+        training: the Training.
+        loader: has start(epoch, batch), a length in micro-batches and a batch_size.
+        run: an infra.run.Run, which is polled after each update: it may save, or stop.
+        print_freq: updates between readings of metrics.
+        max_bad_fraction: of the epoch's samples that may be unreadable.
+
+    Returns (means of the metrics over ranks and updates, speed and size of the epoch).
+
+    Raises InputError, on every rank at once, if the loss is not finite or too many samples cannot
+    be read.
+    """
+    t, k, state, log = training, training.update_freq, run.state, run.log
+    updates, batch_size = len(loader) // k, loader.batch_size * k * get_world_size()
+    state.start_epoch(updates, batch_size)
+    is_whole = state.step == updates  # the run was stopped after it, in validation
+    batches = Batches(iter(()) if is_whole else loader.start(state.epoch, state.step * k))
+    started, waited, first = (
+        time.perf_counter() - state.elapsed,
+        state.waited,
+        state.epoch * updates,
+    )
+
+    def read_metrics():
+        rows, (bad, sources) = state.meters.read(), batches.notes()
+        count_bad(bad, run, updates * batch_size, max_bad_fraction, t.precision.device)
+        if not np.isfinite(state.meters.window).all():
+            raise InputError(describe_fault(rows["loss"], sources, first + state.step - 1, run))
+
+    t.model.train()
+    with log.progress(updates, f"epoch {state.epoch}", state.step) as report:
+        for step in range(state.step, updates):
+            # forward, backward and optimizer step, on all ranks
+            if t.skip_nonfinite:
+                metrics, is_taken = update_if_finite(t, batches.take(k), first + step)
+            else:
+                metrics, is_taken = update(t, batches.take(k), first + step), True
+            if is_taken:
+                state.meters.update(metrics)
+            else:
+                skip_update(t, metrics, batches.sources, first + step, run)
+            state.advance(time.perf_counter() - started, waited + batches.waited)
+
+            # now and then: read the metrics, which waits for the device, and log their means
+            is_due = state.step % print_freq == 0 or state.step == updates
+            if is_due or t.skip_nonfinite:
+                read_metrics()
+            if is_due:
+                means, speed = state.meters.means(), state.speed()
+                report(state.step, means, {**speed, "elapsed": state.elapsed})
+                values = {**means, **speed, "lr": t.schedule[first + step]}
+                log.scalars({f"train/{key}": x for key, x in values.items()}, first + step)
+
+            # save if it is time, or stop at a signal
+            run.poll(before_save=read_metrics)
+    size = {"pairs": state.step * batch_size, "bad_samples": state.bad}
+    return state.meters.averages(), state.speed() | size
+
+
+def count_bad(reasons, run, samples, fraction, device):
+    """Counts and names the samples that had to be replaced, on all ranks together.
+
+    Args:
+        reasons: a text for each such sample of this rank.
+        run: whose state counts them.
+        samples: of the epoch, on all ranks.
+        fraction: of these that may be replaced.
+        device: for the sum over ranks.
+
+    Raises InputError, on every rank at once, above that fraction.
     """
     if not all_reduce(torch.tensor(len(reasons), device=device)):
         return
     reasons = all_gather_object(reasons)
     for reason in reasons:
-        log.say_once(f"replaced by the next sample: {reason}")
-    progress.bad += len(reasons)
-    if progress.bad > fraction * samples:
+        run.log.info_once(f"replaced by the next sample: {reason}")
+    run.state.bad += len(reasons)
+    if run.state.bad > fraction * samples:
         raise InputError(
-            f"{progress.bad} of the epoch's {samples} samples cannot be read, more than "
-            f"--max-bad-fraction {fraction:g}; the latest: {reasons[-1]}"
+            f"{run.state.bad} of the epoch's {samples} samples cannot be read, more than the "
+            f"allowed fraction of {fraction:g}; the latest: {reasons[-1]}"
         )
 
 
-def describe_fault(losses, sources, update, epoch, log):
-    """The first loss that is not finite, or the gradient, in words; log.dump lists its samples.
+def skip_update(training, metrics, sources, update, run):
+    """Counts and names an update that was not taken. Raises InputError if it is one too many."""
+    limit, state = training.skip_nonfinite, run.state
+    state.skipped += 1
+    fault = describe_fault([metrics["loss"].item()], sources, update, run)
+    if state.skipped > limit:
+        raise InputError(f"more than {limit} updates of the run would be skipped: {fault}")
+    run.log.info(f"skipped, {state.skipped} of {limit}: {fault}")
 
-    losses: this rank's of its latest updates, the last of which is number `update`; sources: the
-    samples of their micro-batches. Every rank calls it, and gets the same.
+
+def describe_fault(losses, sources, update, run):
+    """Names the first loss that is not finite, or the gradient; lists its samples in a file.
+
+    Args:
+        losses: this rank's losses of its latest updates.
+        sources: the samples of each micro-batch of these.
+        update: the number of the last of them.
+        run: whose log takes the file.
+
+    Returns the text, the same on every rank; all call it together.
     """
     faults = all_gather_object([(i, get_rank(), x) for i, x in enumerate(losses)])
     faults = [fault for fault in faults if not np.isfinite(fault[2])]
     i, rank, loss = min(faults, default=(len(losses) - 1, 0, None))
-    what = "gradient is not finite" if loss is None else f"loss is {loss}"
-    update += i + 1 - len(losses)
+    fault = "gradient is not finite" if loss is None else f"loss is {loss}"
+    update, epoch = update + i + 1 - len(losses), run.state.epoch
     k = len(sources) // len(losses)
     mine = chain.from_iterable(sources[i * k : (i + 1) * k])
     samples = all_gather_object([{"rank": get_rank(), **source} for source in mine])
     facts = {"update": update, "epoch": epoch, "rank": rank, "loss": str(loss)}
-    path = broadcast_object(log.dump(f"nonfinite-{update}.json", {**facts, "samples": samples}))
+    path = run.log.dump(f"nonfinite-{update}.json", {**facts, "samples": samples})
     return (
-        f"{what} at update {update} (epoch {epoch}) on rank {rank}; lower --lr, lengthen "
-        f"warm-up or try --precision fp32; its samples are listed in {path}"
+        f"{fault} at update {update} (epoch {epoch}) on rank {rank}; lower the learning rate, "
+        "lengthen warm-up or try precision fp32; its samples are listed in "
+        f"{broadcast_object(path)}"
     )
-
-
-def train_one_epoch(
-    training, loader, progress, log, print_freq=10, max_bad_fraction=0.01, keeper=None
-):
-    """The epoch that `progress` is in, from the update that it is at, to which the loader's sampler
-    goes (go_to).
-
-    Returns (the epoch's means over all ranks, its speed and size). Metrics stay on the device and
-    are read every print_freq updates, and before `keeper`, asked after each, saves the run. Raises
-    InputError on every rank at once when the loss is not finite, or too many samples cannot be
-    read, and what keeper raises to stop.
-    """
-    t, k, epoch = training, training.update_freq, progress.epoch
-    updates, samples = len(loader) // k, loader.batch_size * k * get_world_size()
-    progress.start(updates, samples)
-    first, total = epoch * updates, updates * samples
-    loader.sampler.go_to(epoch, progress.step * k)
-    batches = Batches(loader) if progress.step < updates else None
-    if progress.random:
-        set_rng_state(progress.random, t.precision.device)
-        progress.random = None
-    started, waited = time.perf_counter() - progress.elapsed, progress.waited
-
-    def read(update):
-        rows = progress.meters.read()
-        bad, sources = batches.notes()
-        check_bad(bad, progress, total, max_bad_fraction, t.precision.device, log)
-        if not np.isfinite(progress.meters.window).all():
-            raise InputError(describe_fault(rows["loss"], sources, update, epoch, log))
-
-    t.model.train()
-    with log.progress(updates, f"epoch {epoch}", progress.step) as report:
-        for step in range(progress.step, updates):
-            if t.skip_nonfinite:
-                metrics, is_taken = update_if_finite(t, batches.take(k), first + step)
-                if not is_taken:
-                    skip_update(t, metrics, batches.sources, first + step, progress, log)
-            else:
-                metrics, is_taken = update(t, batches.take(k), first + step), True
-            if is_taken:
-                progress.meters.update(metrics)
-            progress.advance(time.perf_counter() - started, waited + batches.waited)
-
-            order = keeper.due() if keeper else NOTHING
-            is_reported = progress.step % print_freq == 0 or progress.step == updates
-            if order or is_reported or t.skip_nonfinite:
-                read(first + step)
-            if is_reported:
-                means, speed = progress.meters.means(), progress.speed()
-                report(progress.step, means, {**speed, "elapsed": progress.elapsed})
-                values = {**means, **speed, "lr": t.schedule[first + step]}
-                log.scalars({f"train/{key}": x for key, x in values.items()}, first + step)
-            if order:
-                log.flush()
-                keeper.obey(order)
-    size = {"pairs": progress.step * samples, "bad_samples": progress.bad}
-    return progress.meters.averages(), progress.speed() | size
-
-
-def skip_update(training, metrics, sources, update, progress, log):
-    """Counts and names an update that was not taken. Raises InputError where it is one too many."""
-    limit, epoch = training.skip_nonfinite, progress.epoch
-    progress.skipped += 1
-    fault = describe_fault([metrics["loss"].item()], sources, update, epoch, log)
-    if progress.skipped > limit:
-        raise InputError(f"over --skip-nonfinite {limit} updates of the run: {fault}")
-    log.say(f"left out, {progress.skipped} of {limit}: {fault}")

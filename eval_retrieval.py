@@ -20,8 +20,8 @@ from evaluation import Evaluation, check_finite, predict
 from infra import devices, distributed
 from infra.untrusted import check_inside
 from pretrained import load_model
-from tokenizer import SimpleTokenizer, trim
-from transforms import CenterCrop, to_float
+from tokenizer import SimpleTokenizer
+from transforms import CenterCrop
 from utils import InputError, positive_int
 
 CHUNK = 1024  # queries that are compared with everything at once
@@ -155,7 +155,7 @@ def embed_texts(model, tokenizer, texts, precision, batch_size=256):
     """(m, D) unit rows in float64, each as loops.predict keeps images."""
     rows = []
     for start in range(0, len(texts), batch_size):
-        tokens = trim(tokenizer(texts[start : start + batch_size])).to(precision.device)
+        tokens = tokenizer.trim(tokenizer(texts[start : start + batch_size])).to(precision.device)
         with precision.autocast():
             rows.append(F.normalize(model.encode_text(tokens).float(), dim=-1).double())
     return check_finite(torch.cat(rows))
@@ -165,10 +165,9 @@ def embed_images(model, dataset, evaluation):
     """(n, D) unit rows in float64, on every rank."""
 
     def embed(images):
-        return F.normalize(model.encode_image(to_float(images)).float(), dim=-1)
+        return F.normalize(model.encode_image(model.normalize(images)).float(), dim=-1)
 
-    width = model.image_projection.shape[1]
-    rows, _ = predict(embed, width, dataset, evaluation)
+    rows, _ = predict(embed, model.embed_dim, dataset, evaluation)
     return rows.to(evaluation.precision.device)
 
 

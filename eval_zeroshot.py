@@ -29,7 +29,7 @@ from catalog import (
 from evaluation import Evaluation, confusions, details, display_names, rank_set, summarize
 from infra import devices, distributed
 from pretrained import load_model
-from tokenizer import SimpleTokenizer, trim
+from tokenizer import SimpleTokenizer
 from transforms import CenterCrop, encode_jpeg
 from utils import InputError, positive_int
 
@@ -84,11 +84,11 @@ def build_classifier(model, tokenizer, classes, templates, evaluation, batch_siz
             prompts += [template.replace("{}", name) for template in templates]
             owners += [owner] * len(templates)
     device, tokens = evaluation.precision.device, tokenizer(prompts)
-    order = tokens.argmax(-1).argsort(descending=True, stable=True)
-    embeds = torch.empty(len(prompts), model.text_projection.shape[1], device=device)
+    order = tokenizer.lengths(tokens).argsort(descending=True, stable=True)
+    embeds = torch.empty(len(prompts), model.embed_dim, device=device)
     for rows in order.split(batch_size or PROMPTS.get(device.type, 256)):
-        evaluation.check()
-        text = trim(tokens[rows], range(1, tokens.shape[1])).to(device)
+        evaluation.poll()
+        text = tokenizer.trim(tokens[rows], buckets=None).to(device)
         with evaluation.precision.autocast():
             embeds[rows.to(device)] = F.normalize(model.encode_text(text).float(), dim=-1)
     sums = embeds.new_zeros(len(classes), embeds.shape[1])
@@ -102,7 +102,7 @@ def rank_images(model, task, tokenizer, evaluation):
     classifier = build_classifier(model, tokenizer, task.classes, task.templates, evaluation)
 
     def classify(images):
-        embed = F.normalize(model.encode_image(images).float(), dim=-1)
+        embed = F.normalize(model.encode_image(model.normalize(images)).float(), dim=-1)
         with torch.autocast(images.device.type, enabled=False):
             return embed @ classifier.T
 

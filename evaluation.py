@@ -1,7 +1,7 @@
 """Evaluation over a labelled set: prediction on all ranks, and the metrics, in percent.
 
-A classifier is judged by each image's best classes and, of two classes, by the margin: that is all
-that is kept of its scores. Shapes: n images, C classes, K = min(5, C) best classes.
+A classifier is judged by each image's best classes and, for two classes, by the margin: its other
+scores are not kept. Shapes: n images, B of a batch, C classes, K = min(5, C) best classes.
 """
 
 import math
@@ -16,18 +16,20 @@ import utils
 from infra.devices import Precision, to_device
 from infra.distributed import all_reduce, get_rank, get_world_size
 from infra.signals import shield_worker
-from transforms import to_float
 from utils import InputError
 
+# ---------------------------------------------------------------------------------------------
+# Prediction
 
-@dataclass
+
+@dataclass(frozen=True)
 class Evaluation:
-    """How a model runs over a labelled set."""
+    """The way a model runs over a labelled set."""
 
     precision: Precision
     batch_size: int = 256  # images per rank and step
     workers: int = 10
-    check: callable = lambda: None  # called before each batch by all ranks; raises to stop there
+    poll: callable = lambda: None  # called before each batch by all ranks; may raise to stop there
 
 
 def sharded_batches(dataset, evaluation):
@@ -47,27 +49,33 @@ def sharded_batches(dataset, evaluation):
     )
     batches = iter(loader)
     for start in range(0, math.ceil(len(dataset) / get_world_size()), e.batch_size):
-        e.check()
+        e.poll()
         if start < len(mine):  # a rank may have a batch less than others
             yield mine[start : start + e.batch_size], *to_device(next(batches), device)
 
 
 def check_finite(outputs):
-    """A model's outputs, which would lose every comparison unnoticed if they were not numbers."""
+    """Returns a model's outputs; numbers that are not finite would lose comparisons unnoticed."""
     if outputs.isfinite().all():
         return outputs
     raise InputError(
         "the model's outputs are not finite: its checkpoint's weights are most likely not; take "
-        "another checkpoint, or try --precision fp32"
+        "another checkpoint, or try precision fp32"
     )
 
 
 @torch.no_grad()
 def predict(score_fn, width, dataset, evaluation):
-    """score_fn(images on the device) -> (B, width), over a labelled set of n images.
+    """Scores every image of a labelled set once, on all ranks together.
 
-    Returns (scores (n, width) float64, labels (n,) int64) on the CPU, in the set's order. Each
-    image is counted once, and every rank returns the same, as one process would.
+    Args:
+        score_fn: images of a batch on the device -> (B, width).
+        width: the number of scores of an image.
+        dataset: of (image, label).
+        evaluation: precision, batch size and workers.
+
+    Returns (scores (n, width) float64, labels (n,) int64) on the CPU, in the set's order; every
+    rank returns the same, as one process would.
     """
     precision = evaluation.precision
     # Ranks fill in their own rows of zeros, so that the sum over ranks is the whole.
@@ -81,17 +89,19 @@ def predict(score_fn, width, dataset, evaluation):
     return scores[:, :-1], scores[:, -1].long()
 
 
+# ---------------------------------------------------------------------------------------------
+# Metrics
+
 RESAMPLES = 1000  # of the bootstrap
 
 
 @dataclass
 class Ranking:
-    """top (n, K): the best classes, best first; margin (n,): score of class 1 over class 0; labels
-    (n,)."""
+    """The classes that a classifier ranked best for each image of a set."""
 
-    top: torch.Tensor
-    margin: torch.Tensor
-    labels: torch.Tensor
+    top: torch.Tensor  # (n, K), best first
+    margin: torch.Tensor  # (n,) score of class 1 over class 0
+    labels: torch.Tensor  # (n,)
 
     def of(self, rows):
         return Ranking(self.top[rows], self.margin[rows], self.labels[rows])
@@ -103,10 +113,10 @@ def ranking_width(classes):
 
 
 def rank_classes(scores):
-    """(B, C) -> (B, K + 1): what a Ranking needs of each row, as loops.predict collects it."""
+    """(B, C) scores -> (B, K + 1): best classes and margin, as `predict` collects them."""
     scores = scores.double()  # half precision could not hold the classes' numbers beside them
     margin = scores[:, 1:2] - scores[:, :1] if scores.shape[1] > 1 else scores
-    margin = margin + 0 * scores.sum(1, keepdim=True)  # not finite where any score is not
+    margin = margin + 0 * scores.sum(1, keepdim=True)  # not finite if any score is not
     return torch.cat([scores.topk(min(5, scores.shape[1])).indices, margin], dim=1)
 
 
@@ -118,11 +128,15 @@ def collect_ranking(rows, labels):
 def rank_set(classify, classes, dataset, evaluation):
     """The Ranking of a labelled set of (3, S, S) uint8 images, the same on every rank.
 
-    classify: normalised images (B, 3, S, S) on the device -> scores (B, C).
+    Args:
+        classify: (B, 3, S, S) uint8 images on the device -> scores (B, C).
+        classes: C.
+        dataset: of (image, label).
+        evaluation: precision, batch size and workers.
     """
 
     def score(images):
-        return rank_classes(classify(to_float(images)))
+        return rank_classes(classify(images))
 
     return collect_ranking(*predict(score, ranking_width(classes), dataset, evaluation))
 
@@ -223,7 +237,16 @@ def details(name, ranking, class_names):
 
 
 def report_score(folder, name, dataset, ranking, class_names, facts):
-    """Prints a classifier's score on a set and adds all that is known of it to folder/name.json."""
+    """Prints a classifier's score on a set, and adds it with all details to folder/name.json.
+
+    Args:
+        folder: of the results.
+        name: of the classifier.
+        dataset: name of the set, which chooses the metric.
+        ranking: of the set's images.
+        class_names: C texts.
+        facts: further entries of the result, {name: value}.
+    """
     result = summarize(dataset, ranking) | facts | details(dataset, ranking, class_names)
     utils.update_json(os.path.join(utils.make_folder(folder), f"{name}.json"), {dataset: result})
     low, high = result["interval"]

@@ -9,13 +9,11 @@ import os
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 import utils
 from evaluation import check_finite, collect_ranking, rank_classes, sharded_batches
 from infra import distributed
-from transforms import to_float
 
 CHUNK = 16384  # images whose features a classifier sees at once
 
@@ -30,10 +28,19 @@ def cache_key(*facts):
 
 @torch.no_grad()
 def extract(tower, width, dataset, path, evaluation):
-    """The features (n, W) and labels (n,) of a set, mapped from `path`.npy and `path`-labels.npy.
+    """The features of a labelled set, computed once and mapped from disk.
 
-    Where the files are absent or damaged they are made: each rank writes its own rows, so that all
-    ranks must see the folder. tower: images on the device -> (B, W).
+    If the files are absent or damaged they are made: each rank writes its own rows, so all ranks
+    must see the folder.
+
+    Args:
+        tower: (B, 3, S, S) uint8 images on the device -> (B, W).
+        width: W.
+        dataset: of (image, label).
+        path: of the files, `path`.npy and `path`-labels.npy.
+        evaluation: precision, batch size and workers.
+
+    Returns (features (n, W) float32, labels (n,) int64).
     """
     n = len(dataset)
     files = {f"{path}.npy": (np.float32, (n, width)), f"{path}-labels.npy": (np.int64, (n,))}
@@ -42,19 +49,19 @@ def extract(tower, width, dataset, path, evaluation):
             utils.make_folder(os.path.dirname(path))
             for file, kind in files.items():
                 np.lib.format.open_memmap(f"{file}.tmp", "w+", *kind)
-        barrier()
+        distributed.barrier()
         features, labels = (np.load(f"{file}.tmp", mmap_mode="r+") for file in files)
         for rows, images, classes in sharded_batches(dataset, evaluation):
             with evaluation.precision.autocast():
-                features[rows] = check_finite(tower(to_float(images)).float().cpu())
+                features[rows] = check_finite(tower(images).float().cpu())
             labels[rows] = classes.cpu()
         features.flush()
         labels.flush()
-        barrier()
+        distributed.barrier()
         if distributed.is_main_process():
             for file in files:
                 os.replace(f"{file}.tmp", file)
-        barrier()
+        distributed.barrier()
     features, labels = (np.load(file, mmap_mode="c") for file in files)  # copied when written to
     return torch.from_numpy(features), torch.from_numpy(labels)
 
@@ -66,11 +73,6 @@ def is_whole(file, dtype, shape):
     except (OSError, ValueError, EOFError):
         return False
     return (kept.dtype, kept.shape) == (dtype, shape)
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The contrastive losses: CLIP, SimCLR and their sum, SLIP (arXiv:2112.12750, section 3).
 
-Each takes the model's output dict and returns {"loss", ...metrics}, scalars on the model's device,
-for this rank's rows against all ranks'. Accuracies are in percent and carry no gradient.
+Each takes the model's output dict and returns {"loss", ...metrics}: scalars on the model's device,
+for this rank's rows against the rows of all ranks. Accuracies are in percent, without gradient.
 Shapes: B local batch, N global batch, D embedding.
 """
 
@@ -21,19 +21,23 @@ def normalize(embed):
 
 
 def local_labels(embed):
-    """The columns, among all ranks' rows, of this rank's B rows: (B,)."""
+    """The columns, among the rows of all ranks, of this rank's B rows: (B,)."""
     return torch.arange(len(embed), device=embed.device) + len(embed) * get_rank()
 
 
 class RowLoss(nn.Module):
-    """Some rows of a similarity matrix: the sum of their cross-entropies, and how many are right.
-
-    queries (R, D), keys (K, D), labels (R,) the key of each query, hidden (R,) a key that a query
-    must not see, or None.
-    """
+    """The summed cross-entropy of some rows of a similarity matrix, and the number of hits."""
 
     def forward(self, queries, keys, labels, scale, hidden=None):
-        logits = scale * queries @ keys.T
+        """
+        Args:
+            queries: (R, D) unit rows.
+            keys: (K, D) unit rows.
+            labels: (R,) the key that matches each query.
+            scale: the inverse temperature.
+            hidden: (R,) a key that each query must not see, or None.
+        """
+        logits = scale * queries @ keys.T  # (R, K)
         if hidden is not None:
             logits = logits.scatter(1, hidden[:, None], -torch.inf)
         hits = (logits.detach().argmax(-1) == labels).sum()
@@ -41,9 +45,10 @@ class RowLoss(nn.Module):
 
 
 class InfoNCE(nn.Module):
-    """Mean cross-entropy of queries against keys, and accuracy in percent.
+    """-log(exp(s q.k+) / sum_k exp(s q.k)), the mean over queries q, and accuracy in percent.
 
-    ROWS rows of the matrix at a time, recomputed in backward: memory grows with the keys alone.
+    (van den Oord et al., 2018.) ROWS rows of the matrix at a time, recomputed in backward: memory
+    grows with the number of keys, not with its square. Takes the arguments of RowLoss.
     """
 
     def __init__(self):
@@ -62,9 +67,13 @@ class InfoNCE(nn.Module):
             total, hits = total + loss, hits + right
         return total / len(queries), 100 * hits / len(queries)
 
+    def blocks(self):
+        """The modules to compile."""
+        return [self.rows]
+
 
 class CLIPLoss(nn.Module):
-    """Cross-entropy of images against all texts and of texts against all images, halved.
+    """(InfoNCE(image, texts) + InfoNCE(text, images)) / 2, at the learned temperature.
 
     On several ranks the archived code, and the default here, sends no gradient through the
     gathered embeddings. gather_with_grad sends it, which equals one process on the whole batch.
@@ -79,13 +88,14 @@ class CLIPLoss(nn.Module):
         image, text = normalize(outputs["image_embed"]), normalize(outputs["text_embed"])  # (B, D)
         scale, labels = outputs["logit_scale"].to(image.dtype), local_labels(image)
         with torch.autocast(image.device.type, enabled=False):
-            all_image, all_text = (
-                all_gather(x, self.gather_with_grad) for x in (image, text)
-            )  # (N, D)
-            by_image, acc = self.contrast(image, all_text, labels, scale)
-            by_text, _ = self.contrast(text, all_image, labels, scale)
+            images, texts = (all_gather(x, self.gather_with_grad) for x in (image, text))  # (N, D)
+            by_image, acc = self.contrast(image, texts, labels, scale)
+            by_text, _ = self.contrast(text, images, labels, scale)
         loss = (by_image + by_text) / 2
         return {"loss": loss, "clip_loss": loss, "clip_acc": acc}
+
+    def blocks(self):
+        return self.contrast.blocks()
 
 
 class SIMCLRLoss(nn.Module):
@@ -104,17 +114,20 @@ class SIMCLRLoss(nn.Module):
         labels, scale = local_labels(a), 1 / self.temperature
         with torch.autocast(a.device.type, enabled=False):
             all_a, all_b = all_gather(a, with_grad=True), all_gather(b, with_grad=True)  # (N, D)
-            own = labels + len(all_a)  # oneself, among the keys
+            own = labels + len(all_a)  # a row itself, among the keys
             of_a, acc = self.contrast(a, torch.cat([all_b, all_a]), labels, scale, own)
             of_b, _ = self.contrast(b, torch.cat([all_a, all_b]), labels, scale, own)
         loss = (of_a + of_b) / 2
         return {"loss": loss, "ssl_loss": loss, "ssl_acc": acc}
 
+    def blocks(self):
+        return self.contrast.blocks()
+
 
 class SLIPLoss(nn.Module):
     """clip_loss + ssl_scale * ssl_loss."""
 
-    def __init__(self, ssl_loss, ssl_scale, gather_with_grad=False):
+    def __init__(self, ssl_loss, ssl_scale=1.0, gather_with_grad=False):
         super().__init__()
         self.clip_loss = CLIPLoss(gather_with_grad)
         self.ssl_loss = ssl_loss
@@ -123,3 +136,27 @@ class SLIPLoss(nn.Module):
     def forward(self, outputs):
         clip, ssl = self.clip_loss(outputs), self.ssl_loss(outputs)
         return {**clip, **ssl, "loss": clip["clip_loss"] + self.ssl_scale * ssl["ssl_loss"]}
+
+    def blocks(self):
+        return [*self.clip_loss.blocks(), *self.ssl_loss.blocks()]
+
+
+LOSSES = {  # by the `loss` of a method
+    "clip": lambda temperature, ssl_scale, with_grad: CLIPLoss(with_grad),
+    "simclr": lambda temperature, ssl_scale, with_grad: SIMCLRLoss(temperature),
+    "slip": lambda temperature, ssl_scale, with_grad: SLIPLoss(
+        SIMCLRLoss(temperature), ssl_scale, with_grad
+    ),
+}
+
+
+def create_loss(name, temperature=0.1, ssl_scale=1.0, gather_with_grad=False):
+    """The loss that trains a method.
+
+    Args:
+        name: a row of LOSSES, as the method's `loss` says.
+        temperature: of the SimCLR loss.
+        ssl_scale: weight of the SimCLR loss in SLIP.
+        gather_with_grad: see CLIPLoss.
+    """
+    return LOSSES[name](temperature, ssl_scale, gather_with_grad)

@@ -5,7 +5,6 @@
     python main.py --device cpu ...  # one process, any machine
 """
 
-import itertools
 import os
 from argparse import BooleanOptionalAction
 
@@ -13,6 +12,7 @@ import torch
 from torchvision.utils import make_grid
 
 import captions
+import catalog
 import datasets
 import engine
 import eval_zeroshot
@@ -20,13 +20,11 @@ import losses
 import models
 import towers
 import utils
-from catalog import CATALOG, LABELS, TEMPLATES, add_outside_flag, load_catalog
 from evaluation import Evaluation
-from infra import checkpoint, devices, distributed, logger, run
-from infra.checkpoint_manager import CheckpointManager
-from infra.signals import SignalHandler
+from infra import checkpoint, devices, distributed
+from infra.run import Run
 from tokenizer import SimpleTokenizer
-from transforms import to_float, to_unit
+from transforms import to_unit
 from utils import InputError, natural, not_negative, number, positive, positive_int
 
 MIN_SSL_BATCH = 64  # samples per step below which the SimCLR head's batch statistics mislead
@@ -43,8 +41,8 @@ def get_args_parser():
     add("--augment", choices=("cpu", "device"), help="where; by default device on CUDA, else cpu")
     add("--max-bad-fraction", default=0.01, type=number(float, 0, 1), help="of unreadable images")
     add("--val-dataset", default="imagenet", help="set scored zero-shot as it trains, or none")
-    add("--catalog", default=CATALOG, help="where the labelled sets lie (JSON)")
-    add_outside_flag(add)
+    add("--catalog", default=catalog.CATALOG, help="where the labelled sets lie (JSON)")
+    catalog.add_outside_flag(add)
     add("--output-dir", default="./", help="folder of checkpoints and logs")
 
     add = parser.add_argument_group("Model").add_argument
@@ -54,7 +52,7 @@ def get_args_parser():
     add("--ssl-scale", default=1.0, type=not_negative, help="weight of the SimCLR loss in SLIP")
     add("--ssl-temp", default=0.1, type=positive, help="temperature of the SimCLR loss")
     add("--gather-with-grad", action="store_true", help="full CLIP gradient on several ranks")
-    add("--resume", default="", help="checkpoint to go on from; output-dir's own comes first")
+    add("--resume", default="", help="checkpoint to resume; output-dir's own comes first")
 
     add = parser.add_argument_group("Optimization").add_argument
     add("--epochs", default=25, type=positive_int)
@@ -81,27 +79,19 @@ def get_args_parser():
     return parser
 
 
-def create_loss(model, args):
-    simclr = losses.SIMCLRLoss(args.ssl_temp)
-    with_grad = args.gather_with_grad or args.accum == "exact"
-    return {
-        models.CLIP: losses.CLIPLoss(with_grad),
-        models.SIMCLR: simclr,
-        models.SLIP: losses.SLIPLoss(simclr, args.ssl_scale, with_grad),
-    }[type(model)]
+# ---------------------------------------------------------------------------------------------
+# Data
 
 
 def open_validation(model, args):
-    """The zero-shot task of --val-dataset, or None where there is nothing to score."""
+    """The zero-shot task of --val-dataset, or None if there is nothing to score."""
     if args.val_dataset == "none" or "text" not in model.views:
         return None
-    catalog = load_catalog(args.catalog, args.allow_outside_root)
-    labels = utils.read_json(LABELS, "labels")
-    templates = utils.read_json(TEMPLATES, "templates")
+    sets = catalog.load_catalog(args.catalog, args.allow_outside_root)
+    labels = utils.read_json(catalog.LABELS, "labels")
+    templates = utils.read_json(catalog.TEMPLATES, "templates")
     try:
-        return eval_zeroshot.open_task(
-            args.val_dataset, model.image_size, catalog, labels, templates
-        )
+        return eval_zeroshot.open_task(args.val_dataset, model.image_size, sets, labels, templates)
     except InputError as error:
         raise InputError(f"--val-dataset: {error} (or give --val-dataset none)") from error
 
@@ -128,29 +118,41 @@ def open_loader(model, tokenizer, device, args):
     )
 
 
-def picture_of_views(loader, columns=8):
+def picture_of_views(model, loader, columns=8):
     """A grid (3, height, width) of the first samples: a row for each image view."""
-    keys = itertools.islice(loader.sampler, columns)
-    batch = loader.collate_fn([loader.dataset[key] for key in keys])
-    views = [to_unit(batch[v], batch["steps"].get(v, ())) for v in loader.dataset.image_views]
-    return make_grid(torch.cat(views), nrow=len(views[0]))
+    batch = loader.preview(columns)
+    views = [to_unit(batch[v], batch["steps"].get(v, ())) for v in model.views if v != "text"]
+    return make_grid(torch.cat(views), nrow=columns)
 
 
-def prepare(batch):
-    """A batch on its device -> the model's arguments: images augmented and normalised."""
-    steps = batch.pop("steps")
-    return {v: x if v == "text" else to_float(x, steps.get(v, ())) for v, x in batch.items()}
+# ---------------------------------------------------------------------------------------------
+# Training
 
 
 def create_training(model, precision, updates, args):
-    """Loss, optimizer and schedule, of a model that all ranks train together."""
+    """Loss, optimizer and schedule of a model that all ranks train together.
+
+    Args:
+        model: a models.Method on its device.
+        precision: devices.Precision.
+        updates: of an epoch.
+        args: the flags.
+    """
+
+    def prepare(batch):  # on the device: images augmented and normalised
+        steps = batch.pop("steps")
+        return {
+            v: x if v == "text" else model.normalize(x, steps.get(v, ())) for v, x in batch.items()
+        }
+
     if args.grad_checkpointing:
-        model.checkpoint_gradients()
+        model.set_grad_checkpointing()
     # Of a single micro-batch both gradients are the same, and the plain one is faster.
     exact = args.accum == "exact" and args.update_freq > 1
+    with_grad = args.gather_with_grad or args.accum == "exact"
     return engine.Training(
         model=model if exact else distributed.wrap_ddp(model, precision.device),
-        criterion=create_loss(model, args),
+        criterion=losses.create_loss(model.loss, args.ssl_temp, args.ssl_scale, with_grad),
         optimizer=torch.optim.AdamW(
             utils.param_groups(model, args.wd), args.lr, args.betas, args.eps, fused=True
         ),
@@ -167,147 +169,66 @@ def create_training(model, precision, updates, args):
     )
 
 
-def empty_views(model, device, batch_size):
-    """A batch of zeros, to rehearse with."""
-    size = (batch_size, 3, model.image_size, model.image_size)
-    views = {view: torch.zeros(size, device=device) for view in model.views}
-    if "text" in views:
-        views["text"] = torch.zeros(batch_size, 77, dtype=torch.long, device=device)
-    return views
-
-
 def compile_training(model, training, views):
-    """Compiles the blocks of the towers and the loss; returns why not, where that fails."""
+    """Compiles the blocks of the towers and the loss; returns the reason if that fails."""
 
     def trial():
         with engine.rehearsal(model, training.precision.device):
             with training.precision.autocast():
-                features = model.towers(**views)
+                features = model.forward_features(**views)
             sum(x.float().sum() for x in features.values()).backward()
 
-    rows = [m for m in training.criterion.modules() if isinstance(m, losses.RowLoss)]
-    return devices.compile_modules([*model.blocks(), *rows], trial)
+    return devices.compile_modules([*model.blocks(), *training.criterion.blocks()], trial)
 
 
-def announce(log, model, task, loader, training, args):
+def log_summary(log, model, task, loader, training, args):
     """The first lines of a run's log."""
     precision, k = training.precision, args.update_freq
     batch = args.batch_size * distributed.get_world_size()
-    log.say(
-        f"{args.model}: {len(loader.dataset)} images, {len(loader) // k} updates "
+    log.info(
+        f"{args.model}: {loader.images} images, {len(loader) // k} updates "
         f"an epoch of {batch} x {k}, {precision.name} on {precision.device.type}"
     )
     if k > 1 and not training.exact:
-        log.say(
+        log.info(
             f"note: negatives and batch statistics are those of micro-batches of {batch}; "
             f"--accum exact takes them from all {batch * k} samples of an update"
         )
     if training.exact and towers.has_batch_norm(model.visual):
-        log.say(
+        log.info(
             f"note: the batch norm inside of {args.model}'s image tower sees {args.batch_size} "
             "samples at a time, so --accum exact is not exact there; all else is"
         )
     contrasted = batch * k if training.exact else batch
     if "aug1" in model.views and contrasted < MIN_SSL_BATCH:
-        log.say(
+        log.info(
             f"warning: {contrasted} samples over all ranks are few for the batch statistics "
             f"of the SimCLR head; use {MIN_SSL_BATCH} or more"
         )
     if task is None:
-        log.say("no zero-shot validation: --val-dataset none, or a method without text")
+        log.info("no zero-shot validation: --val-dataset none, or a method without text")
 
 
 def advise(log, data_wait, loader):
-    """One line, once, where training waits for its data."""
+    """One line, once a run, if training waits for its data."""
     if data_wait > 0.1:
-        on_device = loader.dataset.on_device
-        log.say_once(
+        augment = "" if loader.augments_on_device else "--augment device, "
+        log.info_once(
             f"over 10% of the time is spent waiting for data ({data_wait:.0%} in the epoch): try "
-            f"--workers above {loader.num_workers}, {'' if on_device else '--augment device, '}"
-            "smaller images or faster storage for --root"
+            f"--workers above {loader.workers}, {augment}smaller images or faster storage for "
+            "--root",
+            topic="data wait",
         )
 
 
-def main(args):
-    with SignalHandler() as interrupts:
-        train(interrupts, args)
-
-
-def train(interrupts, args):
-    device = distributed.init_distributed(args.device, args.dist_url, args.deterministic)
-    utils.seed_everything(args.seed)
-
-    model = models.create_model(args.model, args.ssl_mlp_dim, args.ssl_emb_dim).to(device)
-    if args.disable_amp and args.precision not in (None, "fp32"):
-        raise InputError(f"--disable-amp contradicts --precision {args.precision}; give one")
-    precision = devices.Precision("fp32" if args.disable_amp else args.precision, device)
-    task, tokenizer = open_validation(model, args), SimpleTokenizer()
-    evaluation = Evaluation(precision, args.batch_size, args.workers)
-
-    if args.evaluate:
-        return evaluate_only(model, task, tokenizer, evaluation, args)
-
-    loader = open_loader(model, tokenizer, device, args)
-    updates = len(loader) // args.update_freq
-    training, progress = create_training(model, precision, updates, args), run.TrainState()
-
-    batch = args.batch_size * args.update_freq * distributed.get_world_size()
-    facts = logger.describe_run(args, effective_batch=batch, precision=precision.name)
-    parts = {"state_dict": model, "optimizer": training.optimizer, "scaler": precision.scaler}
-    keeper = CheckpointManager(
-        args.output_dir, parts | {"progress": progress}, interrupts, device, args, facts
-    )
-    evaluation.check = keeper.check
-    notes = keeper.restore(args.resume)
-
-    # The picture first: where --root is wrong it fails before anything is written.
-    is_new = distributed.is_main_process() and not progress.updates
-    picture = picture_of_views(loader) if is_new else None
-    log = logger.open_log(args.output_dir, progress.epoch, progress.epoch * updates + progress.step)
-    log.settings(facts)
-    keeper.begin(log)
-    announce(log, model, task, loader, training, args)
-    views = empty_views(model, device, args.batch_size)
-    if args.compile if args.compile is not None else device.type == "cuda":
-        reason = compile_training(model, training, views)
-        if reason:
-            log.say(f"warning: torch.compile failed, training goes on without it: {reason}")
+def warm_up(model, training, log, args):
+    """Compiles, and has DDP arrange its buckets, with a batch of zeros."""
+    device = training.precision.device
+    views = model.dummy_batch(args.batch_size, device)
+    is_compiled = args.compile if args.compile is not None else device.type == "cuda"
+    if is_compiled and (reason := compile_training(model, training, views)):
+        log.info(f"warning: torch.compile failed, training continues without it: {reason}")
     engine.warmup_ddp(training, views)
-    if is_new:
-        log.picture("views", picture)
-    for note in notes:
-        log.say(note)
-
-    interrupts.hold()
-    while progress.epoch < args.epochs:
-        epoch = progress.epoch
-        utils.seed_everything(args.seed, epoch, distributed.get_rank())
-        means, speed = engine.train_one_epoch(
-            training, loader, progress, log, args.print_freq, args.max_bad_fraction, keeper
-        )
-        advise(log, speed["data_wait"], loader)
-        stats = {f"train_{key}": value for key, value in means.items()}
-
-        distributed.broadcast_buffers(model)
-        is_best = False
-        if task and ((epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs):
-            result = validate(model, task, tokenizer, evaluation)
-            is_best = result["accuracy"] > progress.best_acc1
-            progress.best_acc1 = max(result["accuracy"], progress.best_acc1)
-            stats |= {f"test_{key}": result[key] for key in ("accuracy", "acc1", "acc5")}
-            log.say(
-                f"epoch {epoch}: {task.name} {result['accuracy']:.2f}, "
-                f"best {progress.best_acc1:.2f}"
-            )
-
-        stats |= {"epoch": epoch, "lr": training.schedule[(epoch + 1) * updates - 1], **speed}
-        if hasattr(model, "logit_scale"):
-            stats["logit_scale"] = model.logit_scale.exp().item()
-        log.epoch(stats)
-        progress.finish_epoch()
-        keeper.save(is_best)
-    keeper.wait()
-    log.close()
 
 
 def validate(model, task, tokenizer, evaluation):
@@ -316,18 +237,71 @@ def validate(model, task, tokenizer, evaluation):
     return eval_zeroshot.summarize_task(task, ranking)
 
 
-def evaluate_only(model, task, tokenizer, evaluation, args):
+def evaluate_only(model, task, tokenizer, precision, args):
     if task is None:
         raise InputError(
             f"--evaluate has nothing to score for {args.model} and --val-dataset "
             f"{args.val_dataset}; choose a set, and a method with text"
         )
     path = args.resume or os.path.join(args.output_dir, "checkpoint.pt")
-    checkpoint.load_weights(model, checkpoint.load(path)["state_dict"], path)
+    checkpoint.load_weights(model, checkpoint.load(path)["state_dict"], path, "--model")
+    evaluation = Evaluation(precision, args.batch_size, args.workers)
     result = validate(model, task, tokenizer, evaluation)
     if distributed.is_main_process():
         score = f"{task.name}: {result['metric']} {result['accuracy']:.2f}"
         print(f"{score}, {result['images']} images of {task.split}")
+
+
+def main(args):
+    device = distributed.init_distributed(args.device, args.dist_url, args.deterministic)
+    utils.seed_everything(args.seed)
+
+    model = models.create_model(args.model, args.ssl_mlp_dim, args.ssl_emb_dim).to(device)
+    if args.disable_amp and args.precision not in (None, "fp32"):
+        raise InputError(f"--disable-amp contradicts --precision {args.precision}; give one")
+    precision = devices.Precision("fp32" if args.disable_amp else args.precision, device)
+    task, tokenizer = open_validation(model, args), SimpleTokenizer()
+    if args.evaluate:
+        return evaluate_only(model, task, tokenizer, precision, args)
+
+    loader = open_loader(model, tokenizer, device, args)
+    training = create_training(model, precision, len(loader) // args.update_freq, args)
+
+    with Run(args.output_dir, training, args, {"state_dict": model}) as run:
+        run.resume(args.resume, check="--model")
+        # The picture first: if --root is wrong it fails before anything is written.
+        is_pictured = run.is_new and distributed.is_main_process()
+        picture = picture_of_views(model, loader) if is_pictured else None
+        run.start()
+        log_summary(run.log, model, task, loader, training, args)
+        warm_up(model, training, run.log, args)
+        if is_pictured:
+            run.log.picture("views", picture)
+
+        evaluation = Evaluation(precision, args.batch_size, args.workers, run.poll)
+        for epoch in run.epochs(args.epochs):
+            # train, on all ranks, and log the means of the epoch
+            means, speed = engine.train_one_epoch(
+                training, loader, run, args.print_freq, args.max_bad_fraction
+            )
+            advise(run.log, speed["data_wait"], loader)
+            stats = {f"train_{key}": value for key, value in means.items()} | speed
+            stats["lr"] = training.optimizer.param_groups[0]["lr"]
+            if hasattr(model, "logit_scale"):
+                stats["logit_scale"] = model.logit_scale.exp().item()
+
+            # validate by zero-shot classification
+            distributed.broadcast_buffers(model)
+            is_best = False
+            if task and ((epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs):
+                result = validate(model, task, tokenizer, evaluation)
+                is_best = result["accuracy"] > run.state.best_acc1
+                run.state.best_acc1 = max(result["accuracy"], run.state.best_acc1)
+                stats |= {f"test_{key}": result[key] for key in ("accuracy", "acc1", "acc5")}
+                score, best = result["accuracy"], run.state.best_acc1
+                run.log.info(f"epoch {epoch}: {task.name} {score:.2f}, best {best:.2f}")
+
+            run.end_epoch(stats, is_best)
 
 
 if __name__ == "__main__":

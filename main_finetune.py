@@ -18,18 +18,16 @@ import torch
 from PIL import ImageOps
 from torch import nn
 
-import catalog
 import datasets
 import engine
-import models
-import pretrained
-import towers
 import utils
+from catalog import LabelledViews, Views, add_set_flags, open_splits
 from evaluation import Evaluation, display_names, rank_set, report_score, top1
-from infra import checkpoint, devices, distributed, logger, run
-from infra.checkpoint_manager import CheckpointManager
-from infra.signals import SignalHandler
-from transforms import MEAN, STD, CenterCrop
+from infra import checkpoint, devices, distributed
+from infra.run import Run
+from pretrained import load_vit
+from towers import input_size
+from transforms import CenterCrop, normalize, to_unit
 from utils import InputError, natural, not_negative, positive, positive_int
 
 PRESETS = {
@@ -38,8 +36,7 @@ PRESETS = {
     "large": {"epochs": 50, "warmup_epochs": 5, "layer_decay": 0.75, "drop_path": 0.1},
 }
 
-
-# What a run goes on with as it began: its schedule is laid out for all of it.
+# A run resumes with equal flags: its schedule is laid out for all of it.
 FIXED = ("preset", "epochs", "warmup_epochs", "layer_decay", "drop_path", "lr", "warmup_lr")
 FIXED += ("min_lr", "weight_decay", "clip_grad", "aa", "color_jitter", "no_flip", "crop_min")
 FIXED += ("reprob", "mixup", "cutmix", "smoothing", "seed", "effective_batch")
@@ -56,7 +53,7 @@ class PresetParser(utils.ArgumentParser):
 
 def get_args_parser():
     parser = PresetParser("main_finetune.py", "Fine-tuning of a ViT, by BeiT's recipe")
-    add = catalog.add_set_flags(parser)
+    add = add_set_flags(parser)
     add("--output-dir", default="./", help="folder of the result, checkpoint and logs")
 
     add = parser.add_argument_group("Model").add_argument
@@ -102,53 +99,27 @@ def get_args_parser():
 
 
 class Classifier(nn.Module):
-    """A ViT with a head, as the engine calls it."""
+    """A ViT with a head, and the way its tower wants images.
 
-    def __init__(self, vit):
+    vit: timm's VisionTransformer; tower: its towers.Tower.
+    """
+
+    def __init__(self, vit, tower):
         super().__init__()
-        self.vit = vit
+        self.vit, self.tower = vit, tower
+        self.image_size = input_size(vit)
 
     def forward(self, image, label):
         return {"logits": self.vit(image).float(), "label": label}
 
+    def score(self, vit, test, evaluation):
+        """The evaluation.Ranking of a set by `vit`: its own, or an average of its weights."""
+        vit.eval()
 
-def create_vit(path, classes, args):
-    """(timm's ViT with the weights of a checkpoint's image tower and a new head, its settings).
+        def classify(images):
+            return vit(normalize(to_unit(images), self.tower.mean, self.tower.std))
 
-    Position embeddings are interpolated to --input-size. The head starts at a thousandth of the
-    usual weights, so that training starts from even probabilities.
-    """
-    state = checkpoint.load(path)
-    _, tower = models.parse_name(pretrained.model_name(state, path))
-    options = dict(tower.options, num_classes=classes, drop_path_rate=args.drop_path)
-    if args.input_size:
-        options["img_size"] = args.input_size
-    with pretrained.bounded(path):
-        vit = timm.create_model(tower.timm_name, **options)
-    if not isinstance(vit, timm.models.VisionTransformer):
-        raise InputError(
-            f"{path} holds {state['args'].model}, whose tower is no ViT: BeiT's recipe is for ViTs"
-        )
-    size, patch = towers.input_size(vit), vit.patch_embed.patch_size[0]
-    if size % patch:
-        raise InputError(f"--input-size {size} is no multiple of the patch of {patch} pixels")
-    nn.init.trunc_normal_(vit.head.weight, std=2e-5)
-    nn.init.zeros_(vit.head.bias)
-    weights = {
-        key.removeprefix("visual."): value
-        for key, value in state["state_dict"].items()
-        if key.startswith("visual.")
-    }
-    if "pos_embed" in weights:
-        with pretrained.bounded(path):
-            weights["pos_embed"] = timm.layers.resample_abs_pos_embed(
-                weights["pos_embed"],
-                vit.patch_embed.grid_size,
-                num_prefix_tokens=vit.num_prefix_tokens,
-            )
-    own = {f"head.{key}": value for key, value in vit.head.state_dict().items()}
-    checkpoint.load_weights(vit, weights | own, path, "--pretrained")
-    return vit
+        return rank_set(classify, self.vit.num_classes, test, evaluation)
 
 
 def layer_of(name, depth):
@@ -187,10 +158,10 @@ def posterize(image, bits, **_):
 class TimmView:
     """timm's training augmentation of a PIL image, drawing from the given generator alone."""
 
-    def __init__(self, size, args):
-        options = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "re_mode": "pixel"}
+    def __init__(self, size, tower, args):
+        options = {"mean": tower.mean, "std": tower.std, "interpolation": "bicubic"}
         options |= {"scale": (args.crop_min, 1.0), "hflip": 0.0 if args.no_flip else 0.5}
-        options |= {"color_jitter": args.color_jitter, "re_prob": args.reprob}
+        options |= {"color_jitter": args.color_jitter, "re_prob": args.reprob, "re_mode": "pixel"}
         options["auto_augment"] = None if args.aa == "none" else args.aa
         try:
             self.transform = timm.data.create_transform(size, is_training=True, **options)
@@ -212,6 +183,8 @@ def create_criterion(args, classes):
     """(prepare, criterion): Mixup runs on the device; its labels are probabilities."""
     mixup = None
     if args.mixup or args.cutmix:
+        if args.batch_size % 2:
+            raise InputError(f"--batch-size {args.batch_size}: Mixup takes pairs; make it even")
         mixup = timm.data.Mixup(
             args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=classes
         )
@@ -232,9 +205,19 @@ def create_criterion(args, classes):
 # Training
 
 
-def create_training(model, precision, updates, classes, args):
+def create_training(model, precision, updates, args):
+    """Loss, optimizer, schedule and average of weights.
+
+    Args:
+        model: the Classifier on its device.
+        precision: devices.Precision.
+        updates: of an epoch.
+        args: the flags.
+
+    Returns (engine.Training, timm's ModelEmaV3 or None).
+    """
     vit, ema = model.vit, None
-    prepare, criterion = create_criterion(args, classes)
+    prepare, criterion = create_criterion(args, vit.num_classes)
     if args.model_ema:
         ema = timm.utils.ModelEmaV3(vit, decay=args.model_ema_decay)
     training = engine.Training(
@@ -259,91 +242,67 @@ def create_training(model, precision, updates, classes, args):
     return training, ema
 
 
-def announce(log, train, updates, facts, notes, args):
+def resume(run, vit, ema, args):
+    """Restores the run; an average of weights that its checkpoint lacks starts from its weights."""
+    fixed = ("preset",) if args.evaluate else FIXED
+    run.resume(check="--dataset and --input-size", fixed=fixed)
+    latest = run.checkpoints.latest
+    if args.evaluate and run.is_new:
+        raise InputError(f"--evaluate: {latest} is absent; train first")
+    if "ema" in run.checkpoints.absent:
+        if args.evaluate:
+            raise InputError(f"--model-ema: {latest} holds no average; omit the flag")
+        ema.set(vit)
+        run.notes.append("the checkpoint holds no average of weights: it starts from its weights")
+
+
+def train(run, training, loader, score, args):
+    """The epochs that are left; score() -> the evaluation.Ranking of the test set."""
+    run.start()
     preset = " ".join(f"--{k.replace('_', '-')} {getattr(args, k)}" for k in PRESETS["base"])
-    batch = facts["effective_batch"]
-    log.say(f"--preset {args.preset}: {preset}")
-    log.say(f"{args.dataset}: {len(train)} images, {updates} updates an epoch of {batch}")
-    for note in notes:
-        log.say(note)
+    run.log.info(f"--preset {args.preset}: {preset}")
+    updates, batch = len(loader) // args.update_freq, run.facts["effective_batch"]
+    run.log.info(f"{args.dataset}: {loader.images} images, {updates} updates an epoch of {batch}")
+    model = getattr(training.model, "module", training.model)
+    engine.warmup_ddp(training, datasets.empty_batch(model.image_size, training.precision.device))
+    for epoch in run.epochs(args.epochs):
+        means, speed = engine.train_one_epoch(training, loader, run, args.print_freq)
+        stats = {f"train_{key}": value for key, value in means.items()} | speed
+        if (epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs:
+            stats["test_acc1"] = top1(score())
+        run.end_epoch(stats)
 
 
 def main(args):
-    with SignalHandler() as interrupts:
-        finetune(interrupts, args)
-
-
-def finetune(interrupts, args):
     device = distributed.init_distributed(args.device, args.dist_url, args.deterministic)
     utils.seed_everything(args.seed)
 
-    train, test, labels = catalog.open_splits(
+    train_set, test, labels = open_splits(
         args.dataset, args.catalog, args.labels, args.allow_outside_root
     )
     names = display_names(labels)
-    vit = create_vit(args.pretrained, len(names), args).to(device)
-    size = towers.input_size(vit)
-    test = catalog.Views(test, CenterCrop(size, round(size * 256 / 224), bicubic=True))
-    precision = devices.Precision(args.precision, device)
-    evaluation = Evaluation(precision, args.batch_size, args.workers)
-    if (args.mixup or args.cutmix) and args.batch_size % 2:
-        raise InputError(f"--batch-size {args.batch_size} is odd, Mixup takes pairs; make it even")
-    views = catalog.LabelledViews(train, TimmView(size, args), args.seed)
+    vit, tower = load_vit(args.pretrained, len(names), args.drop_path, args.input_size)
+    model = Classifier(vit.to(device), tower)
+    size = model.image_size
+    test = Views(test, CenterCrop(size, round(size * 256 / 224), bicubic=True))
+    views = LabelledViews(train_set, TimmView(size, tower, args), args.seed)
     loader = datasets.open_loader(views, args.batch_size, args.workers, device, args.update_freq)
-    updates = len(loader) // args.update_freq
-    training, ema = create_training(Classifier(vit), precision, updates, len(names), args)
 
-    progress, batch = (
-        run.TrainState(),
-        args.batch_size * args.update_freq * distributed.get_world_size(),
-    )
-    parts = {"state_dict": vit, "optimizer": training.optimizer, "scaler": precision.scaler}
-    parts |= {"progress": progress} | ({"ema": ema.module} if ema else {})
-    facts = logger.describe_run(args, effective_batch=batch, precision=precision.name)
+    precision = devices.Precision(args.precision, device)
+    training, ema = create_training(model, precision, len(loader) // args.update_freq, args)
     folder = os.path.join(args.output_dir, f"finetune-{args.dataset}")
-    digest = checkpoint.file_digest(args.pretrained)
-    keeper = CheckpointManager(folder, parts, interrupts, device, args, facts, digest)
-    fixed = ("preset",) if args.evaluate else FIXED
-    notes = keeper.restore(check="--dataset and --input-size", fixed=fixed)
-    if args.evaluate and not progress.updates:
-        raise InputError(f"--evaluate: {keeper.latest} is absent; train first")
-    if "ema" in keeper.absent and args.evaluate:
-        raise InputError(f"--model-ema: {keeper.latest} holds no average; leave the flag")
-    if "ema" in keeper.absent:
-        ema.set(vit)
-        notes.append("the checkpoint holds no average of weights: it starts from its weights")
+    parts = {"state_dict": vit} | ({"ema": ema.module} if ema else {})
+    with Run(folder, training, args, parts, checkpoint.file_digest(args.pretrained)) as run:
+        resume(run, vit, ema, args)
+        evaluation = Evaluation(precision, args.batch_size, args.workers, run.poll)
+        if not args.evaluate:
+            train(run, training, loader, lambda: model.score(vit, test, evaluation), args)
+        results = {"finetune": model.score(vit, test, evaluation)}
+        if ema:
+            results["finetune-ema"] = model.score(ema.module, test, evaluation)
 
-    def score(model):
-        model.eval()
-        return rank_set(model, len(names), test, evaluation)
-
-    if not args.evaluate:
-        log = logger.open_log(folder, progress.epoch, progress.epoch * updates + progress.step)
-        log.settings(facts)
-        keeper.begin(log)
-        evaluation.check = keeper.check
-        announce(log, train, updates, facts, notes, args)
-        engine.warmup_ddp(training, datasets.empty_batch(size, device))
-        interrupts.hold()
-        while progress.epoch < args.epochs:
-            epoch = progress.epoch
-            utils.seed_everything(args.seed, epoch, distributed.get_rank())
-            means, speed = engine.train_one_epoch(
-                training, loader, progress, log, args.print_freq, keeper=keeper
-            )
-            stats = {f"train_{k}": v for k, v in means.items()} | speed | {"epoch": epoch}
-            if (epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs:
-                stats["test_acc1"] = top1(score(vit))
-            log.epoch(stats)
-            progress.finish_epoch()
-            keeper.save()
-        keeper.wait()
-
-    results = {"finetune": score(vit)} | ({"finetune-ema": score(ema.module)} if ema else {})
-    if not args.evaluate:
-        log.close()
     for name, ranking in results.items() if distributed.is_main_process() else ():
-        facts = {"epochs": progress.epoch, "input_size": size, "preset": args.preset}
+        facts = {"epochs": run.state.epoch, "input_size": size, "preset": args.preset}
         facts |= {"checkpoint": args.pretrained}
         report_score(args.output_dir, name, args.dataset, ranking, names, facts)
 

@@ -19,14 +19,27 @@ import datasets
 import engine
 import features
 import pretrained
-import towers
 import utils
-from catalog import LabelledViews, Views, add_set_flags, fingerprint, load_catalog, open_splits
-from evaluation import METRICS, Evaluation, display_names, rank_set, report_score, summarize, top1
-from infra import checkpoint, devices, distributed, logger, run
-from infra.checkpoint_manager import CheckpointManager
-from infra.signals import SignalHandler
-from transforms import CenterCrop, CropAndFlip, to_float
+from catalog import (
+    LabelledViews,
+    Views,
+    add_set_flags,
+    fingerprint,
+    load_catalog,
+    open_splits,
+)
+from evaluation import (
+    METRICS,
+    Evaluation,
+    display_names,
+    rank_set,
+    report_score,
+    summarize,
+    top1,
+)
+from infra import checkpoint, devices, distributed
+from infra.run import Run
+from transforms import CenterCrop, CropAndFlip
 from utils import InputError, natural, not_negative, positive, positive_int
 
 
@@ -68,11 +81,11 @@ def global_lr(args, world_size):
     return args.lr * args.batch_size * world_size / 256
 
 
-# What a probe goes on with, or is done with, as it began: its learning rate depends on the rest.
+LR_SCALINGS = {"archived": archived_lr, "global": global_lr}
+
+# A probe resumes, or is done, with equal flags: its learning rate depends on the rest.
 FIXED = ("lr", "lr_scaling", "momentum", "wd", "epochs", "crop_min", "no_flip", "seed")
 FIXED += ("effective_batch", "effective_lr")
-
-LR_SCALINGS = {"archived": archived_lr, "global": global_lr}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -82,10 +95,10 @@ LR_SCALINGS = {"archived": archived_lr, "global": global_lr}
 class Probe(nn.Module):
     """A frozen image tower, always in evaluation mode, and a linear head on its features."""
 
-    def __init__(self, tower, width, classes):
+    def __init__(self, model, classes):
         super().__init__()
-        self.tower = tower.requires_grad_(False)
-        self.head = nn.Linear(width, classes)
+        self.tower, self.normalize = model.visual.requires_grad_(False), model.normalize
+        self.head = nn.Linear(model.num_features, classes)
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
 
@@ -94,6 +107,9 @@ class Probe(nn.Module):
         self.tower.eval()
         return self
 
+    def forward(self, image, label):
+        return {"logits": self.classify(image), "label": label}
+
     def classify(self, image):
         """(B, 3, S, S) normalised -> (B, C) float32."""
         with torch.no_grad():
@@ -101,8 +117,15 @@ class Probe(nn.Module):
         with torch.autocast(image.device.type, enabled=False):
             return self.head(embed)
 
-    def forward(self, image, label):
-        return {"logits": self.classify(image), "label": label}
+    def score(self, test, evaluation):
+        """The evaluation.Ranking of a labelled set."""
+        self.eval()
+        return rank_set(
+            lambda images: self.classify(self.normalize(images)),
+            self.head.out_features,
+            test,
+            evaluation,
+        )
 
 
 def probe_loss(outputs):
@@ -111,12 +134,15 @@ def probe_loss(outputs):
     return {"loss": F.cross_entropy(logits, label), "acc1": 100 * hits}
 
 
-def prepare(batch):
-    return {"image": to_float(batch["image"]), "label": batch["label"]}
-
-
 def create_training(probe, precision, updates, args):
-    """SGD on the head; the rate is constant within an epoch and follows half a cosine over them."""
+    """SGD on the head; the rate is constant within an epoch and follows half a cosine over them.
+
+    Args:
+        probe: on its device.
+        precision: devices.Precision.
+        updates: of an epoch.
+        args: the flags.
+    """
     world_size = distributed.get_world_size()
     lr = LR_SCALINGS[args.lr_scaling](args, world_size)
     if not lr:
@@ -134,13 +160,8 @@ def create_training(probe, precision, updates, args):
         schedule=np.repeat(lr * cosine, updates),
         precision=precision,
         skip_nonfinite=args.skip_nonfinite,
-        prepare=prepare,
+        prepare=lambda batch: batch | {"image": probe.normalize(batch["image"])},
     )
-
-
-def score_probe(probe, test, classes, evaluation):
-    probe.eval()
-    return rank_set(probe.classify, classes, test, evaluation)
 
 
 def check_frozen(tower, path):
@@ -151,108 +172,110 @@ def check_frozen(tower, path):
             raise RuntimeError(f"the frozen tower was changed: {key}")
 
 
-def train_probe(model, width, splits, evaluation, interrupts, args):
-    """(the probe's Ranking, its epochs); goes on where --output-dir holds an unfinished one."""
+def train_probe(model, splits, precision, args):
+    """Trains the probe, or resumes an unfinished one of --output-dir.
+
+    Args:
+        model: the pretrained models.Method on its device.
+        splits: (training set, test set, class names).
+        precision: devices.Precision.
+        args: the flags.
+
+    Returns (its evaluation.Ranking of the test set, epochs).
+    """
     train, test, names = splits
-    test = Views(test, CenterCrop(model.image_size, round(model.image_size * 256 / 224)))
-    precision, device = evaluation.precision, evaluation.precision.device
-    probe = Probe(model.visual, width, len(names)).to(device)
-    view = CropAndFlip(model.image_size, args.crop_min, not args.no_flip)
+    size = model.image_size
+    test = Views(test, CenterCrop(size, round(size * 256 / 224)))
+    view = CropAndFlip(size, args.crop_min, not args.no_flip)
     loader = datasets.open_loader(
-        LabelledViews(train, view, args.seed), args.batch_size, args.workers, device
+        LabelledViews(train, view, args.seed), args.batch_size, args.workers, precision.device
     )
-    updates = len(loader)
-    training = create_training(probe, precision, updates, args)
-    progress = run.TrainState()
-    parts = {"state_dict": probe.head, "optimizer": training.optimizer, "progress": progress}
-    facts = logger.describe_run(
-        args,
-        effective_batch=args.batch_size * distributed.get_world_size(),
-        effective_lr=float(training.schedule[0]),
-        precision=precision.name,
-    )
+    probe = Probe(model, len(names)).to(precision.device)
+    training = create_training(probe, precision, len(loader), args)
+
     folder = os.path.join(args.output_dir, f"linear-{args.dataset}")
     digest = checkpoint.file_digest(args.pretrained)
-    keeper = CheckpointManager(folder, parts, interrupts, device, args, facts, digest)
-    notes = keeper.restore(check="--dataset", fixed=() if args.evaluate else FIXED)
-    if args.evaluate and not progress.updates:
-        raise InputError(f"--evaluate: {keeper.latest} is absent; train the probe first")
-    if args.evaluate:
-        return score_probe(probe, test, len(names), evaluation), progress.epoch
+    parts, lr = {"state_dict": probe.head}, float(training.schedule[0])
+    with Run(folder, training, args, parts, digest, effective_lr=lr) as run:
+        run.resume(check="--dataset", fixed=() if args.evaluate else FIXED)
+        evaluation = Evaluation(precision, args.batch_size, args.workers, run.poll)
+        if args.evaluate and run.is_new:
+            raise InputError(f"--evaluate: {run.checkpoints.latest} is absent; train the probe")
+        if args.evaluate:
+            return probe.score(test, evaluation), run.state.epoch
 
-    log = logger.open_log(folder, progress.epoch, progress.epoch * updates + progress.step)
-    log.settings(facts)
-    keeper.begin(log)
-    evaluation.check = keeper.check
-    log.say(
-        f"{args.dataset}: {len(train)} images of {len(names)} classes, {updates} updates an epoch; "
-        f"learning rate {training.schedule[0]:g} by the {args.lr_scaling} rule"
-    )
-    for note in notes:
-        log.say(note)
-    engine.warmup_ddp(training, datasets.empty_batch(model.image_size, device))
-    is_done = progress.epoch >= args.epochs
-    ranking = score_probe(probe, test, len(names), evaluation) if is_done else None
-    interrupts.hold()
-    while progress.epoch < args.epochs:
-        epoch = progress.epoch
-        means, speed = engine.train_one_epoch(
-            training, loader, progress, log, args.print_freq, keeper=keeper
+        run.start()
+        run.log.info(
+            f"{args.dataset}: {len(train)} images of {len(names)} classes, {len(loader)} updates "
+            f"an epoch; learning rate {lr:g} by the {args.lr_scaling} rule"
         )
-        ranking = score_probe(probe, test, len(names), evaluation)
-        summary = summarize(args.dataset, ranking)
-        progress.best_acc1 = max(progress.best_acc1, summary["accuracy"])
-        stats = {f"train_{k}": v for k, v in means.items()} | speed
-        stats |= {"epoch": epoch, "test_acc1": summary["acc1"], "test_acc5": summary["acc5"]}
-        log.epoch(stats | {"lr": float(training.schedule[epoch * updates])})
-        progress.finish_epoch()
-        keeper.save()
-    keeper.wait()
-    log.close()
+        engine.warmup_ddp(training, datasets.empty_batch(size, precision.device))
+        is_done = run.state.epoch >= args.epochs
+        ranking = probe.score(test, evaluation) if is_done else None
+        for _ in run.epochs(args.epochs):
+            # train the head, on all ranks
+            means, speed = engine.train_one_epoch(training, loader, run, args.print_freq)
+            stats = {f"train_{key}": value for key, value in means.items()} | speed
+            stats["lr"] = training.optimizer.param_groups[0]["lr"]
+
+            # score the test set
+            ranking = probe.score(test, evaluation)
+            summary = summarize(args.dataset, ranking)
+            run.state.best_acc1 = max(run.state.best_acc1, summary["accuracy"])
+            stats |= {"test_acc1": summary["acc1"], "test_acc5": summary["acc5"]}
+            run.end_epoch(stats)
     check_frozen(model.visual, args.pretrained)
-    return ranking, progress.epoch
+    return ranking, run.state.epoch
 
 
 # ---------------------------------------------------------------------------------------------
-# All classifiers: {name of the result: (its Ranking, further facts)}
+# All classifiers: {name of the result: (its evaluation.Ranking, further facts)}
 
 
-def classify_linear(model, width, splits, evaluation, interrupts, args):
-    ranking, epochs = train_probe(model, width, splits, evaluation, interrupts, args)
+def classify_linear(model, splits, precision, args):
+    ranking, epochs = train_probe(model, splits, precision, args)
     return {"linear": (ranking, {"epochs": epochs})}
 
 
-def extract_splits(model, width, splits, evaluation, args):
-    """Features of the train and the test split, seen as for zero-shot classification."""
+def extract_splits(model, splits, precision, args):
+    """Features of the training and the test split, seen as for zero-shot classification."""
     train, test, _ = splits
-    view = CenterCrop(model.image_size)
+    view, evaluation = (
+        CenterCrop(model.image_size),
+        Evaluation(precision, args.batch_size, args.workers),
+    )
     digest, results = checkpoint.file_digest(args.pretrained), []
-    catalog = load_catalog(args.catalog, args.allow_outside_root)
+    sets = load_catalog(args.catalog, args.allow_outside_root)
     for split, images in (("train", train), ("test", test)):
-        data = Views(images, view)
         content = distributed.broadcast_object(
             distributed.is_main_process()
-            and fingerprint(args.dataset, catalog, split == "train", images)
+            and fingerprint(args.dataset, sets, split == "train", images)
         )
-        key = features.cache_key(digest, vars(view), content, evaluation.precision.name)
+        key = features.cache_key(digest, vars(view), content, precision.name)
         path = os.path.join(args.output_dir, "features", f"{args.dataset}-{split}-{key}")
-        results += features.extract(model.visual, width, data, path, evaluation)
+        results += features.extract(
+            lambda images: model.visual(model.normalize(images)),
+            model.num_features,
+            Views(images, view),
+            path,
+            evaluation,
+        )
     return results
 
 
-def classify_logistic(model, width, splits, evaluation, interrupts, args):
-    train, train_labels, test, test_labels = extract_splits(model, width, splits, evaluation, args)
+def classify_logistic(model, splits, precision, args):
+    train, train_labels, test, test_labels = extract_splits(model, splits, precision, args)
+    metric = METRICS.get(args.dataset, top1)
     weights, c = features.fit_with_search(
-        train, train_labels, len(splits[2]), METRICS.get(args.dataset, top1),
-        evaluation.precision.device, args.seed,
-    )  # fmt: skip
+        train, train_labels, len(splits[2]), metric, precision.device, args.seed
+    )
     return {"logistic": (features.rank_linear(test, test_labels, weights), {"C": c})}
 
 
-def classify_knn(model, width, splits, evaluation, interrupts, args):
-    data = extract_splits(model, width, splits, evaluation, args)
+def classify_knn(model, splits, precision, args):
+    data = extract_splits(model, splits, precision, args)
     rankings = features.knn_rankings(
-        *data, len(splits[2]), args.k, args.temperature, evaluation.precision.device
+        *data, len(splits[2]), args.k, args.temperature, precision.device
     )
     facts = {"temperature": args.temperature}
     return {f"knn-{k}": (ranking, {"k": k, **facts}) for k, ranking in rankings.items()}
@@ -262,11 +285,6 @@ CLASSIFIERS = {"linear": classify_linear, "logistic": classify_logistic, "knn": 
 
 
 def main(args):
-    with SignalHandler() as interrupts:
-        evaluate(interrupts, args)
-
-
-def evaluate(interrupts, args):
     device = distributed.init_distributed(args.device, args.dist_url, args.deterministic)
     utils.seed_everything(args.seed)
 
@@ -278,9 +296,7 @@ def evaluate(interrupts, args):
     )
     names = display_names(labels)
 
-    classify, width = CLASSIFIERS[args.classifier], towers.output_width(model.visual)
-    evaluation = Evaluation(precision, args.batch_size, args.workers)
-    results = classify(model, width, (train, test, names), evaluation, interrupts, args)
+    results = CLASSIFIERS[args.classifier](model, (train, test, names), precision, args)
     for name, (ranking, facts) in results.items() if distributed.is_main_process() else ():
         facts |= {"checkpoint": args.pretrained}
         report_score(args.output_dir, name, args.dataset, ranking, names, facts)

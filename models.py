@@ -1,35 +1,29 @@
-"""CLIP, SimCLR and SLIP: image and text towers, projections, and `create_model`.
+"""The methods CLIP, SimCLR and SLIP (arXiv:2112.12750): towers, projections, heads, `create_model`.
 
-Shapes: B batch, L tokens (77), W width of a tower, D joint embedding.
-
-State-dict keys are public: checkpoints released with the paper (arXiv:2112.12750) load here.
+A model is `forward_head(forward_features(views))`: towers, then projections and heads on the
+features of all views. State-dict keys are public: checkpoints released with the paper load here.
+Shapes: B batch, S image side, L tokens, W width of the image tower, D joint embedding.
 """
 
 import timm
 import torch
-import torch.distributed as dist
-import torch.distributed.nn.functional as dist_grad
 import torch.nn.functional as F
 from torch import nn
 
+from infra.distributed import all_reduce_with_grad, get_world_size
 from towers import (
-    CONTEXT_LENGTH,
     TOWERS,
-    VOCAB_SIZE,
+    TextTower,
     Tower,
-    Transformer,
     create_visual,
     input_size,
     is_convolutional,
     output_width,
 )
+from transforms import normalize, to_unit
 from utils import InputError
 
 MAX_LOGIT_SCALE = 4.6052  # ln(100)
-
-
-# ---------------------------------------------------------------------------------------------
-# Text tower
 
 
 # ---------------------------------------------------------------------------------------------
@@ -43,14 +37,14 @@ class SyncBatchNorm(nn.BatchNorm1d):
     """
 
     def forward(self, x):  # (B, W)
-        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+        if not self.training or get_world_size() == 1:
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             full = x if x.dtype == torch.float64 else x.float()
-            count = len(full) * dist.get_world_size()
-            mean = dist_grad.all_reduce(full.sum(0)) / count
+            count = len(full) * get_world_size()
+            mean = all_reduce_with_grad(full.sum(0)) / count
             centred = full - mean
-            var = dist_grad.all_reduce(centred.square().sum(0)) / count
+            var = all_reduce_with_grad(centred.square().sum(0)) / count
             with torch.no_grad():  # running_var is the unbiased estimate, as in nn.BatchNorm1d
                 self.num_batches_tracked += 1
                 self.running_mean.lerp_(mean, self.momentum)
@@ -82,81 +76,78 @@ class SIMCLRHead(nn.Module):
 class Method(nn.Module):
     """An image tower, and heads that are trained on the features of all views.
 
-    `forward` is heads(towers(views)); the two halves serve gradients that are exact over many
-    micro-batches (engine.accumulate_exact).
+    A subclass says which `views` it takes and which `loss` (a row of losses.LOSSES) trains it.
+    The two halves of `forward` serve gradients that are exact over many micro-batches
+    (engine.accumulate_exact).
     """
 
     def __init__(self, tower):
         super().__init__()
         self.visual = create_visual(tower)
-        self.image_size = input_size(self.visual)
+        self.image_size, self.mean, self.std = input_size(self.visual), tower.mean, tower.std
+        self.num_features = self.embed_dim = output_width(self.visual)
         self.is_convolutional = is_convolutional(self.visual)
         if self.is_convolutional:
             self.visual.to(memory_format=torch.channels_last)
 
-    def towers(self, **images):
-        """Views (B, 3, S, S) -> {view: (B, W) features}; in one pass, but not through batch norm,
-        whose statistics are of one view."""
+    def forward(self, **views):
+        return self.forward_head(self.forward_features(**views))
+
+    def forward_features(self, **images):
+        """Views (B, 3, S, S) -> {view: (B, W) features}.
+
+        All views take one pass, but not through batch norm, whose statistics are of one view.
+        """
         if self.is_convolutional:
             return {view: self.visual(x) for view, x in images.items()}
         features = self.visual(torch.cat(list(images.values())))
         return dict(zip(images, features.chunk(len(images)), strict=True))
 
-    def forward(self, **views):
-        return self.heads(self.towers(**views))
+    def normalize(self, images, steps=()):
+        """(B, 3, S, S) uint8 -> float32, with the mean and deviation that the tower expects.
+
+        steps: augmentation still to be done, grouped by transforms.group_steps.
+        """
+        return normalize(to_unit(images, steps), self.mean, self.std)
+
+    def dummy_batch(self, batch_size, device):
+        """{view: zeros} in the shapes of a training batch, to warm up with."""
+        size = (batch_size, 3, self.image_size, self.image_size)
+        return {view: torch.zeros(size, device=device) for view in self.views}
 
     def blocks(self):
         """The modules to compile, one by one: blocks that are alike share one compilation."""
         blocks = getattr(self.visual, "blocks", None)
         return [self.visual] if self.is_convolutional or blocks is None else list(blocks)
 
-    def checkpoint_gradients(self):
+    def set_grad_checkpointing(self):
         """Recomputes the towers' activations block by block in backward: less memory, more time.
 
-        Raises InputError where timm's tower cannot.
+        Raises InputError if timm's tower cannot.
         """
         try:
             self.visual.set_grad_checkpointing()
         except (AssertionError, AttributeError) as error:
             raise InputError(
-                "--grad-checkpointing: timm's image tower has none; leave it"
+                "timm's image tower has no gradient checkpointing; train without it"
             ) from error
 
 
-class CLIP(Method):
+class CLIP(TextTower, Method):
     """An image tower and a text tower trained to agree on pairs (Radford et al., 2021)."""
 
-    views = ("image", "text")
+    views, loss = ("image", "text"), "clip"
 
     def __init__(self, tower, ssl_mlp_dim=None, ssl_emb_dim=None):
         super().__init__(tower)
-        width, image_width = tower.text_width, output_width(self.visual)
-        self.transformer = Transformer(width, tower.text_layers, tower.text_heads)
-        self.token_embedding = nn.Embedding(VOCAB_SIZE, width)
-        self.positional_embedding = nn.Parameter(torch.empty(CONTEXT_LENGTH, width))
-        self.ln_final = nn.LayerNorm(width)
-        self.image_projection = nn.Parameter(torch.empty(image_width, tower.embed_dim))
-        self.text_projection = nn.Parameter(torch.empty(width, tower.embed_dim))
+        self.add_text_tower(tower)
+        self.embed_dim = tower.embed_dim
+        self.image_projection = nn.Parameter(torch.empty(self.num_features, self.embed_dim))
+        self.text_projection = nn.Parameter(torch.empty(tower.text_width, self.embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
-        self.init_parameters()
-
-    def init_parameters(self):
-        width, layers = self.token_embedding.embedding_dim, len(self.transformer.resblocks)
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.positional_embedding, std=0.01)
-        for block in self.transformer.resblocks:
-            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
-        nn.init.normal_(self.image_projection, std=len(self.image_projection) ** -0.5)
-        nn.init.normal_(self.text_projection, std=width**-0.5)
-
-    def read(self, text):
-        """(B, L) token ids -> (B, W), at the end-of-text token, which has the highest id."""
-        x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]  # (B, L, W)
-        x = self.ln_final(self.transformer(x))
-        return x[torch.arange(len(x), device=x.device), text.argmax(-1)]
+        self.init_text_tower()
+        nn.init.normal_(self.image_projection, std=self.num_features**-0.5)
+        nn.init.normal_(self.text_projection, std=tower.text_width**-0.5)
 
     def encode_image(self, image):
         """(B, 3, S, S) normalised images -> (B, D), not normalised."""
@@ -164,24 +155,28 @@ class CLIP(Method):
 
     def encode_text(self, text):
         """(B, L) token ids -> (B, D), not normalised."""
-        return self.read(text) @ self.text_projection
+        return self.forward_text(text) @ self.text_projection
 
-    def towers(self, text, **images):
-        return {**super().towers(**images), "text": self.read(text)}
+    def forward_features(self, text, **images):
+        return {**super().forward_features(**images), "text": self.forward_text(text)}
 
-    def heads(self, features):
+    def forward_head(self, features):
         return {
-            "image_embed": features["image"] @ self.image_projection,
-            "text_embed": features["text"] @ self.text_projection,
+            "image_embed": features["image"] @ self.image_projection,  # (B, D)
+            "text_embed": features["text"] @ self.text_projection,  # (B, D)
             "logit_scale": self.logit_scale.exp(),
         }
+
+    def dummy_batch(self, batch_size, device):
+        text = torch.zeros(batch_size, self.context_length, dtype=torch.long, device=device)
+        return super().dummy_batch(batch_size, device) | {"text": text}
 
     def blocks(self):
         return [*super().blocks(), *self.transformer.resblocks]
 
-    def checkpoint_gradients(self):
-        super().checkpoint_gradients()
-        self.transformer.checkpointing = True
+    def set_grad_checkpointing(self):
+        super().set_grad_checkpointing()
+        self.transformer.grad_checkpointing = True
 
     @torch.no_grad()
     def clamp_logit_scale(self):
@@ -197,31 +192,31 @@ def contrast_views(head, features):
 class SIMCLR(Method):
     """An image tower trained to agree on two views of an image (Chen et al., 2020)."""
 
-    views = ("aug1", "aug2")
+    views, loss = ("aug1", "aug2"), "simclr"
 
     def __init__(self, tower, ssl_mlp_dim=4096, ssl_emb_dim=256):
         super().__init__(tower)
-        self.image_mlp = SIMCLRHead(output_width(self.visual), ssl_mlp_dim, ssl_emb_dim)
+        self.image_mlp = SIMCLRHead(self.num_features, ssl_mlp_dim, ssl_emb_dim)
 
     def encode_image(self, image):
         """(B, 3, S, S) normalised images -> (B, W), before the head."""
         return self.visual(image)
 
-    def heads(self, features):
+    def forward_head(self, features):
         return contrast_views(self.image_mlp, features)
 
 
 class SLIP(CLIP):
     """CLIP and SimCLR on one image tower (Mu et al., arXiv:2112.12750)."""
 
-    views = ("image", "text", "aug1", "aug2")
+    views, loss = ("image", "text", "aug1", "aug2"), "slip"
 
     def __init__(self, tower, ssl_mlp_dim=4096, ssl_emb_dim=256):
         super().__init__(tower)
-        self.image_mlp = SIMCLRHead(output_width(self.visual), ssl_mlp_dim, ssl_emb_dim)
+        self.image_mlp = SIMCLRHead(self.num_features, ssl_mlp_dim, ssl_emb_dim)
 
-    def heads(self, features):
-        return {**super().heads(features), **contrast_views(self.image_mlp, features)}
+    def forward_head(self, features):
+        return {**super().forward_head(features), **contrast_views(self.image_mlp, features)}
 
 
 METHODS = {"CLIP": CLIP, "SIMCLR": SIMCLR, "SLIP": SLIP}
@@ -232,16 +227,21 @@ def parse_name(name):
     method, _, tower = name.partition("_")
     if method not in METHODS or not (tower in TOWERS or timm.is_model(tower)):
         raise InputError(
-            f"unknown model {name!r}; choose METHOD_TOWER with METHOD in {', '.join(METHODS)} "
-            f"and TOWER in {', '.join(TOWERS)} or any model name of timm"
+            f"unknown model {name!r}; choose METHOD_TOWER with METHOD from {', '.join(METHODS)} "
+            f"and TOWER from {', '.join(TOWERS)} or any model name of timm"
         )
     return METHODS[method], TOWERS.get(tower) or Tower(tower)
 
 
 def create_model(name, ssl_mlp_dim=4096, ssl_emb_dim=256):
-    """Builds a model by name, randomly initialised. Raises InputError for an unknown name.
+    """Builds a model by name, randomly initialised.
 
-    ssl_mlp_dim, ssl_emb_dim: hidden and output width of the SimCLR head, where there is one.
+    Args:
+        name: METHOD_TOWER, as "SLIP_VITB16".
+        ssl_mlp_dim: hidden width of the SimCLR head, if the method has one.
+        ssl_emb_dim: output width of that head.
+
+    Raises InputError for an unknown name.
     """
     method, tower = parse_name(name)
     return method(tower, ssl_mlp_dim, ssl_emb_dim)

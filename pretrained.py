@@ -1,14 +1,88 @@
-"""From a checkpoint file to a model."""
+"""From a checkpoint file to a model: load_model, and the image tower alone with a new head."""
 
 import os
 from contextlib import contextmanager
 
+import timm
 import torch
 
-from infra.checkpoint import load, load_weights
+from infra import checkpoint
 from infra.untrusted import SLACK, first_line, memory_limit
-from models import create_model
+from models import create_model, parse_name
+from towers import input_size
 from utils import InputError
+
+
+def load_model(path):
+    """The model of a checkpoint file, ours or a released one.
+
+    Returns (model in eval mode on the CPU, args of its training run).
+
+    Raises InputError if the file is absent, unsafe, damaged, or of another kind.
+    """
+    state = checkpoint.load(path)
+    args, name = state["args"], model_name(state, path)
+    # Checkpoints of CLIP runs may lack the flags of the SimCLR head, which CLIP does not have.
+    with bounded(path):
+        model = create_model(
+            name, getattr(args, "ssl_mlp_dim", 4096), getattr(args, "ssl_emb_dim", 256)
+        )
+    checkpoint.load_weights(model, state["state_dict"], path, f"its args, which say {name}")
+    return model.eval(), args
+
+
+def load_vit(path, classes, drop_path=0.0, image_size=None):
+    """The ViT of a checkpoint's image tower with a new head, for training.
+
+    Position embeddings are interpolated to another image size. The head starts at a thousandth of
+    the usual weights, so that training starts from even probabilities (BeiT).
+
+    Args:
+        path: of the checkpoint file, ours or a released one.
+        classes: outputs of the head.
+        drop_path: rate of stochastic depth at the last block.
+        image_size: in pixels; None: that of pre-training.
+
+    Returns (timm's VisionTransformer, its row of towers.TOWERS).
+
+    Raises InputError for a tower that is no ViT and a size that its patches do not divide.
+    """
+    state = checkpoint.load(path)
+    name = model_name(state, path)
+    _, tower = parse_name(name)
+    options = dict(tower.options, num_classes=classes, drop_path_rate=drop_path)
+    if image_size:
+        options["img_size"] = image_size
+    with bounded(path):
+        vit = timm.create_model(tower.timm_name, **options)
+    if not isinstance(vit, timm.models.VisionTransformer):
+        raise InputError(f"{path} holds {name}, whose image tower is no ViT; choose another")
+    size, patch = input_size(vit), vit.patch_embed.patch_size[0]
+    if size % patch:
+        raise InputError(f"image size {size} is no multiple of the patch of {patch} pixels")
+    torch.nn.init.trunc_normal_(vit.head.weight, std=2e-5)
+    torch.nn.init.zeros_(vit.head.bias)
+    head = {f"head.{key}": value for key, value in vit.head.state_dict().items()}
+    with bounded(path):
+        weights = visual_weights(state["state_dict"], vit)
+    checkpoint.load_weights(vit, weights | head, path, "the checkpoint and the image size")
+    return vit, tower
+
+
+def visual_weights(state_dict, vit):
+    """The image tower's entries of a model's state dict, positions interpolated to vit's grid."""
+    weights = {
+        key.removeprefix("visual."): value
+        for key, value in state_dict.items()
+        if key.startswith("visual.")
+    }
+    if "pos_embed" in weights:
+        weights["pos_embed"] = timm.layers.resample_abs_pos_embed(
+            weights["pos_embed"],
+            vit.patch_embed.grid_size,
+            num_prefix_tokens=vit.num_prefix_tokens,
+        )
+    return weights
 
 
 def model_name(state, path):
@@ -26,8 +100,8 @@ def model_name(state, path):
 def bounded(path):
     """For building the model that a checkpoint describes: memory is bounded by the file's size.
 
-    On one thread, as a limit is fatal to OpenMP where a thread cannot start. Every failure is an
-    InputError.
+    On one thread, because OpenMP ends the process if a thread cannot start within the limit. Every
+    failure is an InputError.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -41,16 +115,3 @@ def bounded(path):
         raise InputError(f"checkpoint {path}: its model cannot be built: {reason}") from error
     finally:
         torch.set_num_threads(threads)
-
-
-def load_model(path):
-    """(model in eval mode on the CPU, args of its training run) from a checkpoint file."""
-    state = load(path)
-    args, name = state["args"], model_name(state, path)
-    # Checkpoints of CLIP runs may lack the flags of the SimCLR head, which they have no use for.
-    with bounded(path):
-        model = create_model(
-            name, getattr(args, "ssl_mlp_dim", 4096), getattr(args, "ssl_emb_dim", 256)
-        )
-    load_weights(model, state["state_dict"], path, f"its args, which say {name}")
-    return model.eval(), args

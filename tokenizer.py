@@ -50,8 +50,8 @@ def read_merges(path):
 class SimpleTokenizer:
     """Lower-cases, splits and encodes text; called, returns rows of `context_length` ids."""
 
-    def __init__(self, path=VOCABULARY):
-        self.path, merges = path, read_merges(path)
+    def __init__(self, path=VOCABULARY, context_length=77):
+        self.path, self.context_length, merges = path, context_length, read_merges(path)
         self.symbols = byte_symbols()
         singles = list(self.symbols.values())
         words = singles + [s + WORD_END for s in singles] + ["".join(m) for m in merges]
@@ -64,7 +64,7 @@ class SimpleTokenizer:
         self.merge = lru_cache(maxsize=2**15)(self._merge)
 
     def __reduce__(self):  # a loader's worker makes its own, with a cache of its own
-        return type(self), (self.path,)
+        return type(self), (self.path, self.context_length)
 
     def _merge(self, word):
         """The token ids of one word (a string of byte symbols): joins the best-ranked pairs."""
@@ -102,25 +102,31 @@ class SimpleTokenizer:
         raw = b"".join(bytes([self.bytes[c]]) if c in self.bytes else c.encode() for c in text)
         return raw.decode("utf-8", errors="replace")
 
-    def __call__(self, texts, context_length=77):
-        """One string -> (context_length,) int64; a list of n strings -> (n, context_length).
+    def __call__(self, texts, context_length=None):
+        """One string -> (L,) int64; a list of n strings -> (n, L), with L the context length.
 
         Start token, ids, end token, zeros. A text too long is cut before the end token, because
         the text tower pools at the end token.
         """
+        length = context_length or self.context_length
         if isinstance(texts, str):
-            return self([texts], context_length)[0]
-        result = torch.zeros(len(texts), context_length, dtype=torch.long)
+            return self([texts], length)[0]
+        result = torch.zeros(len(texts), length, dtype=torch.long)
         for row, text in zip(result, texts, strict=True):
-            ids = [self.start, *self.encode(text)[: context_length - 2], self.end]
+            ids = [self.start, *self.encode(text)[: length - 2], self.end]
             row[: len(ids)] = torch.tensor(ids)
         return result
 
+    def lengths(self, tokens):
+        """(n, L) ids -> (n,): the tokens of each text, start and end included."""
+        return (tokens == self.end).int().argmax(-1) + 1
 
-def trim(tokens, lengths=(16, 32, 48, 64)):
-    """Rows of ids (B, L) cut to the longest text, rounded up to one of few lengths.
+    def trim(self, tokens, buckets=(16, 32, 48, 64)):
+        """Rows of ids (n, L) cut to the longest text, rounded up to one of few lengths.
 
-    The text tower is causal and pools at the end token, so embeddings stay the same.
-    """
-    longest = int(tokens.argmax(-1).max()) + 1
-    return tokens[:, : next((length for length in lengths if length >= longest), None)]
+        The text tower is causal and pools at the end token, so embeddings stay the same. Few
+        lengths, because each is compiled anew; `buckets` None cuts exactly.
+        """
+        longest = int(self.lengths(tokens).max())
+        fitting = [longest] if buckets is None else [b for b in buckets if b >= longest]
+        return tokens[:, : min(fitting, default=None)]

@@ -1,6 +1,7 @@
-"""Image and text towers, and their rows.
+"""Image and text towers, and the table of their sizes.
 
-Shapes: B batch, L tokens (77), W width of a tower.
+An image tower is a timm model without its classifier. The text tower is CLIP's causal transformer
+(Radford et al., 2021, section 2.4). Shapes: B batch, S image side, L tokens, W width of a tower.
 """
 
 from dataclasses import dataclass, field
@@ -11,15 +12,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from transforms import IMAGENET_MEAN, IMAGENET_STD
+
 VOCAB_SIZE = 49408
-
-
 CONTEXT_LENGTH = 77
 
 
 @dataclass(frozen=True)
 class Tower:
-    """One image tower by its timm name and options, and the text tower that goes with it."""
+    """One image tower by its timm name and options, how it wants its images, and the text tower
+    that goes with it."""
 
     timm_name: str
     options: dict = field(default_factory=dict)
@@ -27,13 +29,13 @@ class Tower:
     text_width: int = 512
     text_heads: int = 8
     text_layers: int = 12
+    mean: tuple = IMAGENET_MEAN
+    std: tuple = IMAGENET_STD
 
 
 TINY_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4}
-
-
 TOWERS = {
-    # MoCo v3's ViT-S has 12 heads where timm's has 6.
+    # MoCo v3's ViT-S has 12 heads, timm's has 6.
     "VITS16": Tower("vit_small_patch16_224", {"num_heads": 12}),
     "VITB16": Tower("vit_base_patch16_224"),
     "VITL16": Tower("vit_large_patch16_224"),
@@ -45,13 +47,48 @@ TOWERS = {
 }
 
 
+# ---------------------------------------------------------------------------------------------
+# Image tower
+
+
+def create_visual(tower):
+    """The timm image tower without its classifier: images (B, 3, S, S) -> (B, W)."""
+    return timm.create_model(tower.timm_name, num_classes=0, **tower.options)
+
+
+def output_width(visual):
+    """W of a timm tower: some of its models (MobileNetV3) widen the features in their head."""
+    return getattr(visual, "head_hidden_size", visual.num_features)
+
+
+def input_size(visual):
+    """The side S of the square images that a timm tower takes, in pixels."""
+    patches = getattr(visual, "patch_embed", None)
+    size = getattr(patches, "img_size", None) or visual.pretrained_cfg["input_size"][1:]
+    return size[0]
+
+
+def is_convolutional(visual):
+    """Whether a tower convolves beyond its patch embedding, or has batch norm inside."""
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in visual.modules())
+    return convolutions > 1 or has_batch_norm(visual)
+
+
+def has_batch_norm(visual):
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in visual.modules())
+
+
+# ---------------------------------------------------------------------------------------------
+# Text tower
+
+
 class QuickGELU(nn.Module):
     def forward(self, x):
         return x * torch.sigmoid(1.702 * x)
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a token sees itself and those before it.
+    """Multi-head attention in which a token sees itself and the tokens before it.
 
     Parameters are named as nn.MultiheadAttention names them.
     """
@@ -84,6 +121,8 @@ class MLP(nn.Module):
 
 
 class ResidualAttentionBlock(nn.Module):
+    """A pre-norm transformer block."""
+
     def __init__(self, width, heads):
         super().__init__()
         self.attn = CausalSelfAttention(width, heads)
@@ -102,36 +141,45 @@ class Transformer(nn.Module):
         self.resblocks = nn.Sequential(
             *[ResidualAttentionBlock(width, heads) for _ in range(layers)]
         )
-        self.checkpointing = False
+        self.grad_checkpointing = False
 
     def forward(self, x):
         for block in self.resblocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing else block(x)
         return x
 
 
-def create_visual(tower):
-    """The timm image tower without classifier: images (B, 3, S, S) -> (B, W)."""
-    return timm.create_model(tower.timm_name, num_classes=0, **tower.options)
+class TextTower:
+    """CLIP's text tower, a base class of the methods that read text.
 
+    It is no module of its own: released checkpoints hold its keys flat ("token_embedding.weight"),
+    and optimizer states load by the order of parameters.
+    """
 
-def output_width(visual):
-    """W of a timm tower: some of its models (MobileNetV3) widen the features in their head."""
-    return getattr(visual, "head_hidden_size", visual.num_features)
+    def add_text_tower(self, tower):
+        width = tower.text_width
+        self.context_length = CONTEXT_LENGTH
+        self.transformer = Transformer(width, tower.text_layers, tower.text_heads)
+        self.token_embedding = nn.Embedding(VOCAB_SIZE, width)
+        self.positional_embedding = nn.Parameter(torch.empty(CONTEXT_LENGTH, width))
+        self.ln_final = nn.LayerNorm(width)
 
+    def init_text_tower(self):
+        """CLIP's initialisation: deeper towers start with smaller residual branches."""
+        width, layers = self.token_embedding.embedding_dim, len(self.transformer.resblocks)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        for block in self.transformer.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
 
-def input_size(visual):
-    """The side S of the square images that a timm tower takes, in pixels."""
-    patches = getattr(visual, "patch_embed", None)
-    size = getattr(patches, "img_size", None) or visual.pretrained_cfg["input_size"][1:]
-    return size[0]
+    def forward_text(self, text):
+        """(B, L) token ids -> (B, W)."""
+        x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]  # (B, L, W)
+        return self.pool_text(self.ln_final(self.transformer(x)), text)
 
-
-def is_convolutional(visual):
-    """Whether a tower convolves more than to cut patches, or has batch norm inside."""
-    convolutions = sum(isinstance(module, nn.Conv2d) for module in visual.modules())
-    return convolutions > 1 or has_batch_norm(visual)
-
-
-def has_batch_norm(visual):
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in visual.modules())
+    def pool_text(self, x, text):
+        """(B, L, W) -> (B, W), at the end-of-text token, which has the highest id."""
+        return x[torch.arange(len(x), device=x.device), text.argmax(-1)]

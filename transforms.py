@@ -22,8 +22,8 @@ from PIL import Image, ImageFilter, UnidentifiedImageError
 
 from utils import InputError
 
-MEAN = (0.485, 0.456, 0.406)  # ImageNet's, per channel
-STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # per channel
+IMAGENET_STD = (0.229, 0.224, 0.225)
 DRAFT_MARGIN = 3  # a picture may be decoded smaller, if every crop keeps this many times its side
 
 
@@ -271,9 +271,9 @@ def group_steps(drawn):
 
 
 @lru_cache
-def mean_and_std(device):
-    """(3, 1, 1) each; made once a device, since making them waits for a GPU."""
-    return [torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD)]
+def per_channel(values, device):
+    """(3, 1, 1); made once a device, since making it waits for a GPU."""
+    return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 def to_unit(images, steps=()):
@@ -285,10 +285,9 @@ def to_unit(images, steps=()):
     return images
 
 
-def to_float(images, steps=()):
-    """The same, normalised by ImageNet's mean and deviation: what a model takes."""
-    mean, std = mean_and_std(images.device)
-    return (to_unit(images, steps) - mean) / std
+def normalize(images, mean, std):
+    """(B, 3, S, S) in [0, 1] -> the images as a model takes them; mean, std: a number a channel."""
+    return (images - per_channel(mean, images.device)) / per_channel(std, images.device)
 
 
 # ---------------------------------------------------------------------------------------------

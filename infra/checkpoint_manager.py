@@ -9,7 +9,6 @@ import fcntl
 import glob
 import os
 import shutil
-import signal
 import socket
 import threading
 import time
@@ -18,17 +17,15 @@ import torch
 
 import utils
 from infra import checkpoint, distributed
-from infra.logger import SilentLog
-from infra.signals import NOTHING, SAVE
 from utils import InputError
 
 LOCK_PATIENCE = 10.0  # seconds: a process that was killed just now may not have gone yet
 
 
 def copy_to_host(value, old=None):
-    """A copy of nested dicts and lists of tensors in host memory; takes the memory of an `old` one.
+    """A copy of nested dicts and lists of tensors in host memory; reuses the memory of `old`.
 
-    From CUDA the copies are asynchronous: synchronize before they are read.
+    Copies from CUDA are asynchronous: synchronize before reading them.
     """
     if isinstance(value, dict):
         old = old if isinstance(old, dict) else {}
@@ -43,11 +40,11 @@ def copy_to_host(value, old=None):
 
 
 def lock_folder(folder):
-    """The open lock file of a run's folder. Raises InputError where another process holds it."""
+    """The open lock file of a run's folder. Raises InputError if another process holds it."""
     try:
         file = open(os.path.join(folder, ".lock"), "a+")  # noqa: SIM115  # held until the run ends
     except OSError as error:
-        raise InputError(f"--output-dir {folder}: {error.strerror}; choose another") from error
+        raise InputError(f"output folder {folder}: {error.strerror}; choose another") from error
     patience = time.monotonic() + LOCK_PATIENCE
     while True:
         try:
@@ -59,7 +56,7 @@ def lock_folder(folder):
                 continue
             file.seek(0)
             raise InputError(
-                f"--output-dir {folder}: another run writes there ({file.read().strip()}); wait "
+                f"output folder {folder}: another run writes there ({file.read().strip()}); wait "
                 "for its end or choose another folder"
             ) from None
         except OSError:  # a file system without locks
@@ -71,57 +68,67 @@ def lock_folder(folder):
 
 
 class CheckpointManager:
-    """What saves a run, lets it go on, and stops it at a signal.
+    """Saves a run's state in the background and restores it."""
 
-    parts: {key of the checkpoint: what has a state_dict}; "progress" is a loops.Progress. facts:
-    plain data kept beside them (runlog.describe_run). pretrained: digest of the checkpoint that
-    the run began from; it only goes on with the same.
-    """
-
-    def __init__(self, folder, parts, interrupts, device, args, facts, pretrained=None):
-        self.folder, self.latest = str(folder), os.path.join(folder, "checkpoint.pt")
-        self.parts, self.progress = parts, parts["progress"]
-        self.interrupts, self.device, self.log = interrupts, device, SilentLog()
-        self.facts, self.pretrained = facts, pretrained
-        self.keep_last, self.seconds = args.keep_last, 60 * args.save_every_minutes
-        self.saved, self.number = time.monotonic(), None  # number: updates behind the latest
-        self.lock = self.writer = self.copies = None
-        self.absent = set()  # parts that the checkpoint that the run goes on from has not
-        interrupts.callback(self.close)
-
-    # Going on
-
-    def restore(self, other="", check="--model", fixed=()):
-        """Goes on from the folder's newest whole checkpoint, or from `other`; all ranks together.
-
-        fixed: flags and facts that must be those of the checkpoint. Returns what to say of it, []
-        where the run begins. A requeued job names its first --resume again: the run's own progress
-        comes first.
+    def __init__(
+        self, folder, parts, state, device, facts, keep_last, save_every_minutes, pretrained, info
+    ):
         """
-        path, notes = distributed.broadcast_object(
-            self.newest() if distributed.is_main_process() else None
-        )
+        Args:
+            folder: of the checkpoints.
+            parts: {key of the checkpoint: object with a state_dict}.
+            state: the run.TrainState, a part of its own.
+            device: of the tensors.
+            facts: plain data kept beside the parts (logger.describe_run).
+            keep_last: the number of checkpoints to keep.
+            save_every_minutes: between two saves by the clock; 0: none.
+            pretrained: digest of the checkpoint that the run began from, or None.
+            info: logs a text; a fault of the writing thread goes there.
+        """
+        self.folder, self.latest = str(folder), os.path.join(folder, "checkpoint.pt")
+        self.parts, self.state, self.device = parts | {"progress": state}, state, device
+        self.facts, self.pretrained, self.info = facts, pretrained, info
+        self.keep_last, self.seconds = keep_last, 60 * save_every_minutes
+        self.saved, self.number = time.monotonic(), None  # number: updates behind the latest
+        self.lock_file = self.writer = self.copies = None
+        self.absent = set()  # parts that the restored checkpoint lacks
+
+    # Restoring
+
+    def restore(self, other, check, fixed):
+        """Restores the folder's newest whole checkpoint, or `other`; all ranks together.
+
+        The run's own progress comes first: a requeued job names its first checkpoint again.
+
+        Args:
+            other: path of a checkpoint to begin from, or "".
+            check: the flags to look at when the checkpoint does not fit, for the error.
+            fixed: flags and facts that must equal those of the checkpoint.
+
+        Returns notes for the log, [] if the run begins.
+        """
+        found = self.newest() if distributed.is_main_process() else None
+        path, notes = distributed.broadcast_object(found)
         if not (path or other):
             return notes
         state = checkpoint.load(path or other)
         if path and state.get("pretrained") != self.pretrained:
             raise InputError(
-                f"{path} began from another checkpoint than --pretrained; choose another "
-                "--output-dir"
+                f"{path} began from another pretrained checkpoint; choose another output folder"
             )
         checkpoint.check_flags(state, self.facts, fixed, path)
         checkpoint.restore(state, path or other, self.parts, check)
         self.absent = {key for key in self.parts if not state.get(key)}
-        p = self.progress
-        p.epoch, p.best_acc1 = state["epoch"], float(state.get("best_acc1", 0.0))
+        s = self.state
+        s.epoch, s.best_acc1 = state["epoch"], float(state.get("best_acc1", 0.0))
         self.restore_random(state.get("random", []), path or other)
         if path == self.latest:
-            self.number = p.updates
-        at = f" and {p.step} updates" if p.step else ""
-        return [*notes, f"resumed {path or other} after {p.epoch} epochs{at}"]
+            self.number = s.updates
+        at = f" and {s.step} updates" if s.step else ""
+        return [*notes, f"resumed {path or other} after {s.epoch} epochs{at}"]
 
     def restore_random(self, states, path):
-        """On another number of ranks those that are new keep the state they were seeded with."""
+        """Ranks that the saved run did not have keep the random state they were seeded with."""
         try:
             if distributed.get_rank() >= len(states):
                 return
@@ -129,14 +136,14 @@ class CheckpointManager:
             utils.set_rng_state(state, self.device)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"checkpoint {path}: its random states are of another kind") from error
-        self.progress.random = state if self.progress.step else None
+        self.state.random = state if self.state.step else None
 
     def newest(self):
-        """(path of the newest whole checkpoint of the folder or None, what is wrong with newer)."""
+        """(path of the folder's newest whole checkpoint or None, faults of the newer ones)."""
         if os.path.isdir(self.folder):
-            self.lock = lock_folder(self.folder)
+            self.lock()
         notes = []
-        for path in [self.latest, *self.numbered()]:
+        for path in [self.latest, *self.older()]:
             if not os.path.exists(path):
                 continue
             try:
@@ -144,50 +151,26 @@ class CheckpointManager:
                 checkpoint.check_sums(path)
                 return path, notes
             except InputError as error:
-                notes.append(f"warning: {error}; going on from the one before it")
+                notes.append(f"warning: {error}; resuming from the one before it")
         if notes:
             raise InputError(f"no checkpoint in {self.folder} is whole, move them away: {notes[0]}")
         return None, notes
 
-    def numbered(self):
+    def older(self):
         """The checkpoints before the latest, newest first."""
         return sorted(glob.glob(f"{glob.escape(self.folder)}/checkpoint-[0-9]*.pt"), reverse=True)
 
-    def begin(self, log):
-        """Before the first update, when the folder is there."""
-        self.log = log
-        if distributed.is_main_process() and not self.lock:
-            self.lock = lock_folder(self.folder)
+    def lock(self):
+        """Keeps other runs out of the folder, which must exist, until `close`."""
+        if distributed.is_main_process() and not self.lock_file:
+            self.lock_file = lock_folder(self.folder)
 
     # Saving
 
-    def due(self):
-        """What is due after this update, the same on all ranks: NOTHING, SAVE or a signal."""
+    def should_save(self):
+        """Whether the clock asks for a save, and the one before it is written; on rank 0."""
         is_time = self.seconds and time.monotonic() - self.saved > self.seconds
-        is_free = not (self.writer and self.writer.is_alive())
-        wish = SAVE if is_time and is_free and distributed.is_main_process() else NOTHING
-        return self.interrupts.agreed(wish)
-
-    def obey(self, order):
-        """Saves if that is due; at a signal raises interrupts.Stopped when it is done."""
-        if order == NOTHING:
-            return
-        self.save()
-        if order == SAVE:
-            return
-        self.close()
-        p = self.progress
-        self.log.say(
-            f"stopped by {signal.Signals(order).name} after {p.epoch} epochs and {p.step} updates; "
-            "the same command goes on from there"
-        )
-        self.log.close()
-        distributed.cleanup_distributed()  # a launcher's handler may not come back
-        self.interrupts.stop(order)
-
-    def check(self):
-        """For long work between updates, which all ranks do alike."""
-        self.obey(self.due())
+        return bool(is_time) and not (self.writer and self.writer.is_alive())
 
     def save(self, is_best=False):
         """Copies the run's state, all ranks together; a thread of rank 0 writes it."""
@@ -199,7 +182,7 @@ class CheckpointManager:
         self.copies = copy_to_host(parts, self.copies)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        facts = {"epoch": self.progress.epoch, "best_acc1": self.progress.best_acc1}
+        facts = {"epoch": self.state.epoch, "best_acc1": self.state.best_acc1}
         state = self.facts | facts | {"pretrained": self.pretrained, "random": states}
         self.writer = threading.Thread(target=self.write, args=(state | self.copies, is_best))
         self.writer.start()
@@ -211,26 +194,30 @@ class CheckpointManager:
             for key, value in state["state_dict"].items():
                 if value.is_floating_point() and not value.isfinite().all():
                     raise ValueError(f"{key} is not finite")
-            checkpoint.save(self.latest, state, lambda path: self.accept(path, is_best))
+            checkpoint.save(self.latest, state, lambda path: self.verify(path, is_best))
             self.number = state["progress"]["updates"]
-            for path in self.numbered()[self.keep_last - 1 :]:
+            for path in self.older()[self.keep_last - 1 :]:
                 os.unlink(path)
-        except Exception as error:  # PyTorch's writer raises what it likes
+        except Exception as error:  # PyTorch's writer raises errors of many kinds
             while not isinstance(error, OSError) and error.__context__:
                 error = error.__context__
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-            self.log.say(
-                f"warning: the checkpoint could not be saved ({reason}); training goes on, the one "
-                "before it is whole"
+            self.info(
+                f"warning: the checkpoint could not be saved ({reason}); training continues, the "
+                "one before it is whole"
             )
 
-    def accept(self, temporary, is_best):
-        """Proves a new file and keeps the latest, the place of which it is about to take."""
+    def verify(self, temporary, is_best):
+        """Reads the new file, copies it if it is the best, and makes way for it as the latest."""
         checkpoint.verify(temporary)
-        if is_best:  # first: the latest says how good the best is
+        if is_best:  # first: the latest names the best's accuracy
             best = os.path.join(self.folder, "checkpoint_best.pt")
             with open(temporary, "rb") as source:
                 utils.write_atomically(best, lambda file: shutil.copyfileobj(source, file))
+        self.rotate()
+
+    def rotate(self):
+        """Keeps the latest checkpoint under the number of its updates."""
         if self.keep_last == 1 or self.number is None or not os.path.exists(self.latest):
             return
         kept = os.path.join(self.folder, f"checkpoint-{self.number:08d}.pt")
@@ -243,12 +230,12 @@ class CheckpointManager:
             os.replace(self.latest, kept)
 
     def wait(self):
-        """Until the writer is through."""
+        """Until the writing thread has ended."""
         if self.writer:
             self.writer.join()
 
     def close(self):
         """At the run's end, whatever ends it."""
         self.wait()
-        if self.lock:
-            self.lock.close()
+        if self.lock_file:
+            self.lock_file.close()

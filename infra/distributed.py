@@ -1,20 +1,28 @@
-"""Ranks: how they meet, gather and sum, tell each other of errors, and notice one that is gone."""
+"""Ranks: how they meet, gather and sum, take turns, and learn of each other's errors.
+
+Shapes: B rows of this rank, N rows of all ranks, D columns.
+"""
 
 import os
 import re
 import sys
-import threading
-import time
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_grad
 from torch.nn.parallel import DistributedDataParallel
 
 from infra.signals import Stopped
+from infra.watchdog import Watchdog
 from utils import InputError, one_line
+
+# Converting the metadata of 15 million pairs may take ten minutes, while the other ranks wait.
+PATIENCE = timedelta(minutes=30)
+
+
+# ---------------------------------------------------------------------------------------------
+# Scripts and their errors
 
 
 def run_script(script):
@@ -30,18 +38,18 @@ def run_script(script):
 
 @contextmanager
 def report_errors():
-    """What ends a script within is told to the other ranks, which otherwise would wait for it."""
+    """Tells the other ranks, which would wait for this one, of an error that ends it."""
     try:
         yield
     except BaseException as error:
         if watchdog := Watchdog.current():
-            tell_ranks(watchdog, f"rank {get_rank()}", error)
+            report_error(watchdog, f"rank {get_rank()}", error)
         raise
     cleanup_distributed()
 
 
-def tell_ranks(watchdog, rank, error):
-    """Reports what ended this rank, and says what ended the others where that came first."""
+def report_error(watchdog, rank, error):
+    """Reports the end of this rank; if another rank's end came first, says so on stderr."""
     if isinstance(error, Stopped):
         watchdog.report(f"{rank} was stopped by a signal", 0)
     elif isinstance(error, InputError):
@@ -53,16 +61,12 @@ def tell_ranks(watchdog, rank, error):
             print(f"error ({rank}): stopped, as {cause}", file=sys.stderr, flush=True)
 
 
-def cleanup_distributed():
-    """Parts from the other ranks at a script's end."""
-    if watchdog := Watchdog.current():
-        watchdog.close()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+# ---------------------------------------------------------------------------------------------
+# Joining and leaving
 
 
 def env_int(name, default):
-    """What a launcher left in the environment, RANK for example, as an int of 0 or more."""
+    """A number of 0 or more that a launcher left in the environment, RANK for example."""
     text = os.environ.get(name, str(default))
     if not re.fullmatch("[0-9]{1,9}", text):
         raise InputError(f"{name}={text!r} in the environment is no number; unset it or correct it")
@@ -70,55 +74,80 @@ def env_int(name, default):
 
 
 def init_distributed(device="auto", dist_url="env://", deterministic=False):
-    """Joins the ranks that a launcher (torchrun, submitit) started and returns this rank's device.
+    """Joins the ranks that a launcher (torchrun, submitit) started.
 
-    device: auto (CUDA if there is one), cuda or cpu. Reads RANK, WORLD_SIZE and LOCAL_RANK; without
-    them, or with one rank, no process group is made. NCCL serves CUDA, gloo the CPU.
-    deterministic: PyTorch takes algorithms that give the same bits every time, or says that for an
-    operation there is none.
+    RANK, WORLD_SIZE and LOCAL_RANK are read from the environment. Without them, or with one rank,
+    no process group is made. NCCL serves CUDA, gloo the CPU.
+
+    Args:
+        device: auto (CUDA if there is one), cuda or cpu.
+        dist_url: the address where the ranks meet.
+        deterministic: PyTorch takes algorithms that give the same bits every time, and raises an
+            error for an operation that has none.
+
+    Returns this rank's torch.device.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: this machine has no usable CUDA device; use --device cpu")
-    if device == "cuda":
+    device = choose_device(device, deterministic)
+    rank, world_size = env_int("RANK", 0), env_int("WORLD_SIZE", 1)
+    if rank >= world_size:
+        raise InputError(f"RANK={rank} is none of WORLD_SIZE={world_size} ranks; start by torchrun")
+    if world_size > 1:
+        join_ranks(dist_url, rank, world_size, device)
+    return device
+
+
+def choose_device(name, deterministic):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError("device cuda: this machine has no usable CUDA device; use cpu")
         local_rank, gpus = env_int("LOCAL_RANK", 0), torch.cuda.device_count()
         if local_rank >= gpus:
             raise InputError(
                 f"this node has {gpus} GPUs; start no more than {gpus} processes on it"
             )
         torch.cuda.set_device(local_rank)
-        # Images are of one size; but which kernel wins a trial differs from start to start.
+        # Images are of one size; but the kernel that wins a trial differs from start to start.
         torch.backends.cudnn.benchmark = not deterministic
-    rank, world_size = env_int("RANK", 0), env_int("WORLD_SIZE", 1)
-    if rank >= world_size:
-        raise InputError(f"RANK={rank} is none of WORLD_SIZE={world_size} ranks; start by torchrun")
-    if world_size > 1:
-        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        # Converting the metadata of 15 million pairs may take ten minutes, while the others wait.
-        timeout = timedelta(minutes=30)
-        try:
-            meeting = dist.rendezvous(dist_url, rank, world_size, timeout=timeout)
-            store, rank, world_size = next(meeting)
-        except (ValueError, RuntimeError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise InputError(
-                f"the ranks cannot meet by --dist-url {dist_url}: {reason}; correct it, or start "
-                "by torchrun"
-            ) from error
-        # torchrun's store outlives the ranks that it starts again: what those before left misleads.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        ranks = dist.PrefixStore(f"ranks{attempt}", store)
-        dist.init_process_group(
-            backend, store=ranks, timeout=timeout, world_size=world_size, rank=rank
+    return torch.device(name)
+
+
+def join_ranks(dist_url, rank, world_size, device):
+    """Makes the process group, and starts this rank's watchdog."""
+    try:
+        store, rank, world_size = next(
+            dist.rendezvous(dist_url, rank, world_size, timeout=PATIENCE)
         )
-        # A connection of its own: the other's blocks while ranks wait for each other.
-        own = dist.PrefixStore(f"watchdog{attempt}", store.clone())
-        Watchdog(own, rank, world_size).start()
-    return torch.device(device)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"the ranks cannot meet at {dist_url}: {reason}; correct the address, or start by "
+            "torchrun"
+        ) from error
+    # torchrun's store outlives the ranks that it starts again: older entries would mislead them.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"ranks{attempt}", store),
+        timeout=PATIENCE,
+        world_size=world_size,
+        rank=rank,
+    )
+    # A connection of its own: the other one blocks while ranks wait for each other.
+    own = dist.PrefixStore(f"watchdog{attempt}", store.clone())
+    Watchdog(own, rank, world_size).start()
+
+
+def cleanup_distributed():
+    """Leaves the other ranks at a script's end."""
+    if watchdog := Watchdog.current():
+        watchdog.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def get_rank():
@@ -133,6 +162,46 @@ def is_main_process():
     return get_rank() == 0
 
 
+# ---------------------------------------------------------------------------------------------
+# Tensors of all ranks
+
+
+class AllGather(torch.autograd.Function):
+    """(B, D) -> (N, D) in rank order; backward sums the gradients that all ranks have for a row."""
+
+    @staticmethod
+    def forward(ctx, rows):
+        return gather_rows(rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if grad.is_cuda:
+            own = grad.new_empty(len(grad) // get_world_size(), *grad.shape[1:])
+            dist.reduce_scatter_tensor(own, grad.contiguous())
+            return own
+        total = grad.clone(memory_format=torch.contiguous_format)  # gloo has no reduce_scatter
+        dist.all_reduce(total)
+        return total.chunk(get_world_size())[get_rank()]
+
+
+class AllReduce(torch.autograd.Function):
+    """The sum over all ranks; backward sums the gradients that all ranks have for it."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        return all_reduce(tensor.clone())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_reduce(grad.clone(memory_format=torch.contiguous_format))
+
+
+def gather_rows(rows):
+    gathered = rows.new_empty(len(rows) * get_world_size(), *rows.shape[1:])
+    dist.all_gather_into_tensor(gathered, rows.contiguous())
+    return gathered
+
+
 def all_gather(rows, with_grad):
     """The rows of all ranks in rank order: (B, D) -> (N, D).
 
@@ -141,49 +210,18 @@ def all_gather(rows, with_grad):
     """
     if get_world_size() == 1:
         return rows
-    if with_grad:
-        return torch.cat(dist_grad.all_gather(rows))
-    gathered = [torch.empty_like(rows) for _ in range(get_world_size())]
-    dist.all_gather(gathered, rows.detach().contiguous())
-    return torch.cat(gathered)
+    return AllGather.apply(rows) if with_grad else gather_rows(rows.detach())
 
 
-def broadcast_object(value):
-    """Rank 0's value on every rank, where ranks might see different things on a shared disk."""
-    values = [value]
+def all_reduce(tensor):
+    """The sum over all ranks, in place; no gradient."""
     if get_world_size() > 1:
-        dist.broadcast_object_list(values)
-    return values[0]
+        dist.all_reduce(tensor)
+    return tensor
 
 
-def rank_zero_first(function):
-    """Every rank's own function(), first on rank 0, then on each node's first rank, then elsewhere.
-
-    What the first leaves on a disk, the others find there. An error waits until all had their turn.
-    """
-    is_first = env_int("LOCAL_RANK", 0) == 0
-    mine = 0 if is_main_process() else 1 if is_first else 2
-    result = error = None
-    for turn in range(3):
-        if turn == mine:
-            try:
-                result = function()
-            except InputError as raised:
-                error = raised
-        if get_world_size() > 1:
-            dist.barrier()
-    if error:
-        raise error
-    return result
-
-
-def all_gather_object(values):
-    """The lists of all ranks, one after another."""
-    if get_world_size() == 1:
-        return values
-    gathered = [None] * get_world_size()
-    dist.all_gather_object(gathered, values)
-    return [value for part in gathered for value in part]
+def all_reduce_with_grad(tensor):
+    return AllReduce.apply(tensor)
 
 
 def broadcast_buffers(model):
@@ -193,15 +231,8 @@ def broadcast_buffers(model):
             dist.broadcast(buffer, 0)
 
 
-def all_reduce(tensor):
-    """Sum over all ranks, in place; no gradient."""
-    if get_world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
 def wrap_ddp(model, device):
-    """The model as the ranks train it together; itself where there is one rank."""
+    """The model as the ranks train it together; itself if there is one rank."""
     if get_world_size() == 1:
         return model
     ids = [torch.cuda.current_device()] if device.type == "cuda" else None
@@ -217,105 +248,55 @@ def average_gradients(model, bucket=2**25):
     for i, gradient in enumerate(gradients, start=1):
         waiting.append(gradient)
         if sum(g.numel() for g in waiting) >= bucket or i == len(gradients):
-            flat = torch.cat([g.flatten() for g in waiting])
-            dist.all_reduce(flat)
+            flat = all_reduce(torch.cat([g.flatten() for g in waiting]))
             means = (flat / get_world_size()).split([g.numel() for g in waiting])
             for g, mean in zip(waiting, means, strict=True):
                 g.copy_(mean.view_as(g))
             waiting = []
 
 
-def describe_silence(ranks, seconds):
-    names = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
-    return f"{names} gave no sign of life for {seconds:g} s: killed, or the machine is gone"
+# ---------------------------------------------------------------------------------------------
+# Objects of all ranks, and turns
 
 
-class Watchdog(threading.Thread):
-    """Ends this process when another rank is gone: a collective would wait for it for half an hour.
+def broadcast_object(value):
+    """Rank 0's value on every rank: ranks might see different things on a shared disk."""
+    values = [value]
+    if get_world_size() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
 
-    A rank beats in the ranks' common store and watches the beats of the next. The first fault that
-    any rank finds, or meets itself and reports, ends all of them, with that cause on stderr.
+
+def all_gather_object(values):
+    """The lists of all ranks, one after another."""
+    if get_world_size() == 1:
+        return values
+    gathered = [None] * get_world_size()
+    dist.all_gather_object(gathered, values)
+    return [value for part in gathered for value in part]
+
+
+def barrier():
+    if get_world_size() > 1:
+        dist.barrier()
+
+
+def rank_zero_first(function):
+    """Every rank's own function(), first on rank 0, then on each node's first rank, then elsewhere.
+
+    The later ranks find on the disk the files that the first one wrote. An error is raised when all
+    ranks had their turn.
     """
-
-    def __init__(self, store, rank, world_size, beat=1.0, limit=40.0):
-        super().__init__(daemon=True)
-        self.store, self.rank, self.world_size = store, rank, world_size
-        self.next = (rank + 1) % world_size
-        self.beat, self.limit, self.ended = beat, limit, threading.Event()
-
-    @classmethod
-    def current(cls):
-        """The watchdog of this process, or None."""
-        threads = (t for t in threading.enumerate() if isinstance(t, cls) and not t.ended.is_set())
-        return next(threads, None)
-
-    def run(self):
-        count, seen, changed = 0, None, time.monotonic()
-        while not self.ended.wait(self.beat):
-            count += 1
+    is_first = env_int("LOCAL_RANK", 0) == 0
+    mine = 0 if is_main_process() else 1 if is_first else 2
+    result = error = None
+    for turn in range(3):
+        if turn == mine:
             try:
-                self.store.set(f"beat{self.rank}", str(count))
-                beats = self.read(f"beat{self.next}")
-                fault = self.read("fault")
-                is_done = self.read(f"done{self.next}") is not None
-            except RuntimeError:  # the store's process is gone, and rank 0 or the launcher with it
-                fault = b"1 rank 0, or the launcher, which keeps the ranks' store, is gone"
-            if fault:
-                return self.obey(fault)
-            if beats != seen or is_done:
-                seen, changed = beats, time.monotonic()
-            elif time.monotonic() - changed > self.limit:
-                self.report(describe_silence([self.next], self.limit))
-
-    def read(self, key):
-        return self.store.get(key) if self.store.check([key]) else None
-
-    def report(self, cause, code=1):
-        """Tells every rank of a fault; returns the first one that any told."""
-        try:
-            return self.store.compare_set("fault", "", f"{code} {cause}").decode()
-        except RuntimeError:  # nobody is left to be told
-            return f"{code} {cause}"
-
-    def explain(self, cause):
-        """What may be behind an error of this rank, `cause`: another's, or one that is gone."""
-        silent = [] if self.read_safely("fault") else self.silent()
-        return self.report(describe_silence(silent, 3 * self.beat) if silent else cause)
-
-    def silent(self):
-        """Ranks that give no sign of life for three beats."""
-        others = [r for r in range(self.world_size) if r != self.rank]
-        before = {r: self.read_safely(f"beat{r}") for r in others}
-        time.sleep(3 * self.beat)
-        return [
-            r
-            for r in others
-            if self.read_safely(f"beat{r}") == before[r] and not self.read_safely(f"done{r}")
-        ]
-
-    def read_safely(self, key):
-        try:
-            return self.read(key)
-        except RuntimeError:
-            return None
-
-    def close(self):
-        """This rank is through, without a fault."""
-        if self.ended.is_set():
-            return
-        self.ended.set()
-        try:
-            self.store.set(f"done{self.rank}", "1")
-        except RuntimeError:
-            return  # the others were through before
-
-    def obey(self, fault):
-        """Ends the process, after a moment in which it may end in its own words."""
-        if self.ended.wait(self.beat):
-            return
-        code, _, cause = fault.decode().partition(" ")
-        for thread in threading.enumerate():  # a checkpoint that is being written is still good
-            if not thread.daemon and thread is not threading.main_thread():
-                thread.join(10)
-        print(f"error (rank {self.rank}): stopped, as {cause}", file=sys.stderr, flush=True)
-        os._exit(int(code))
+                result = function()
+            except InputError as raised:
+                error = raised
+        barrier()
+    if error:
+        raise error
+    return result

@@ -20,7 +20,7 @@ from utils import InputError, make_folder, regular_file, write_atomically, write
 
 
 def git_revision():
-    """The commit of this code, "-dirty" behind it where files differ; None outside a checkout."""
+    """The commit of this code, "-dirty" behind it if files differ; None outside a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -30,7 +30,7 @@ def git_revision():
 
 
 def describe_run(args, **derived):
-    """What a reader needs to repeat a run: flags, command, code revision, versions, ranks."""
+    """All that is needed to repeat a run: flags, command, code revision, versions, ranks."""
     import timm
     import torchvision
 
@@ -47,7 +47,7 @@ def describe_run(args, **derived):
 
 
 def read_log(path):
-    """The rows of a log.txt; a line that is none (cut short by a kill, say) is left out."""
+    """The rows of a log.txt; a line that is no row (cut short by a kill, say) is skipped."""
     rows = []
     try:
         with open(path, encoding="utf-8", errors="replace", opener=regular_file) as file:
@@ -64,17 +64,18 @@ def read_log(path):
     return rows
 
 
-class RunLog:
-    """What a run leaves behind: lines on screen, log.txt, args.json and TensorBoard's events."""
+class Logger:
+    """Rank 0's: writes lines on screen, log.txt, args.json and TensorBoard's events."""
 
     def __init__(self, output_dir, first_epoch=0, first_update=0):
+        """first_epoch, first_update: the entries from these on are written anew."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import: only when needed
 
         self.output_dir = make_folder(output_dir)
         self.file, self.said = self.output_dir / "log.txt", set()
-        if self.file.exists() and first_epoch == 0:  # another run's: kept aside
+        if self.file.exists() and first_epoch == 0:  # of another run: moved aside
             os.replace(self.file, f"{self.file}.old")
-        elif self.file.exists():  # leave out epochs that will be run again
+        elif self.file.exists():  # drops epochs that will be run again
             kept = [row for row in read_log(self.file) if row["epoch"] < first_epoch]
             text = "".join(json.dumps(row) + "\n" for row in kept)
             with self.tolerant():
@@ -87,15 +88,16 @@ class RunLog:
         try:
             yield
         except OSError as error:
-            self.say_once(f"warning: the log is incomplete: {error.strerror or error}")
+            self.info_once(f"warning: the log is incomplete: {error.strerror or error}")
 
-    def say(self, text):
+    def info(self, text):
         print(text, flush=True)
 
-    def say_once(self, text):
-        if text not in self.said:
-            self.said.add(text)
-            self.say(text)
+    def info_once(self, text, topic=None):
+        """Logs the first text of a topic, which is the text itself if none is given."""
+        if (topic or text) not in self.said:
+            self.said.add(topic or text)
+            self.info(text)
 
     def settings(self, settings):
         with self.tolerant():
@@ -113,7 +115,7 @@ class RunLog:
             self.writer.flush()
 
     def dump(self, name, value):
-        """Keeps a value as a JSON file beside the log; returns its path."""
+        """Writes a value as a JSON file beside the log; returns its path."""
         write_json(self.output_dir / name, value)
         return str(self.output_dir / name)
 
@@ -142,7 +144,7 @@ class RunLog:
                 if bar.disable:
                     left = tqdm.format_interval(speed["elapsed"] / done * (total - done))
                     text = "  ".join(f"{key} {value}" for key, value in numbers.items())
-                    self.say(f"{title} [{done}/{total}]  {text}  left {left}")
+                    self.info(f"{title} [{done}/{total}]  {text}  left {left}")
 
             yield report
 
@@ -152,16 +154,16 @@ class RunLog:
 
 
 class SilentLog:
-    """The log of the ranks that keep none."""
+    """The other ranks': ignores everything."""
 
     def progress(self, total, title, done=0):
         return nullcontext(self.ignore)
 
-    def ignore(self, *args):
+    def ignore(self, *args, **options):
         pass
 
-    say = say_once = settings = epoch = flush = dump = scalars = picture = close = ignore
+    info = info_once = settings = epoch = flush = dump = scalars = picture = close = ignore
 
 
 def open_log(*args):
-    return RunLog(*args) if is_main_process() else SilentLog()
+    return Logger(*args) if is_main_process() else SilentLog()

@@ -1,20 +1,37 @@
-"""One object for a run: its state, checkpoints, log and signals."""
+"""One object for a run: its state, checkpoints, log and signals, in the order that saving needs.
+
+The epoch loop stays in each script; a Run does everything around it:
+
+    with Run(folder, training, args, {"state_dict": model}) as run:
+        run.resume(args.resume, check="--model")
+        run.start()
+        for epoch in run.epochs(args.epochs):
+            stats = ...  # train, calling run.poll() after each update; validate
+            run.end_epoch(stats)
+"""
 
 import copy
 import dataclasses
+import signal
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
 
-from infra.distributed import all_reduce, get_world_size
+from infra import distributed, logger
+from infra.checkpoint_manager import CheckpointManager
+from infra.signals import NOTHING, SAVE, SignalHandler
+from utils import seed_everything, set_rng_state
 
 
 class Meters:
     """Means of metrics that stay on their device until read, so that no step waits.
 
-    `update` takes a dict of scalar tensors, equal keys every time. Neither how often it is read nor
-    an interruption between (`state_dict`) changes a bit of any mean.
+    `update` takes a dict of scalar tensors, equal keys every time. No mean depends, in any bit, on
+    how often it is read, nor on an interruption between (`state_dict`).
     """
+
+    STATE = ("keys", "window", "totals", "steps")
 
     def __init__(self):
         self.keys, self.pending = [], []  # (keys,) of each update on this rank
@@ -25,12 +42,15 @@ class Meters:
         self.pending.append(torch.stack([value.detach().double() for value in metrics.values()]))
 
     def read(self):
-        """Fetches what was updated since; returns the values of each update on this rank, {key:
-        list}. All ranks read at once."""
+        """Fetches the updates since the last call, on all ranks together.
+
+        Returns {key: the values of each of them on this rank}.
+        """
         if not self.pending:
             return {key: [] for key in self.keys}
         own, self.pending = torch.stack(self.pending), []  # (updates, keys)
-        for row in (all_reduce(own.clone()) / get_world_size()).tolist():
+        mean = distributed.all_reduce(own.clone()) / distributed.get_world_size()
+        for row in mean.tolist():
             self.window.append(row)
             totals = self.totals or [0.0] * len(row)
             self.totals = [total + value for total, value in zip(totals, row, strict=True)]
@@ -44,13 +64,11 @@ class Meters:
         return {key: total / len(window) for key, total in zip(self.keys, sums, strict=False)}
 
     def averages(self):
-        """Over all ranks and updates that were read."""
+        """Over all ranks and all updates read."""
         return {key: v / self.steps for key, v in zip(self.keys, self.totals, strict=False)}
 
-    STATE = ("keys", "window", "totals", "steps")
-
     def state_dict(self):
-        """What was read; to be asked for after `read`."""
+        """Of the updates read; call it after `read`."""
         return {name: copy.copy(getattr(self, name)) for name in self.STATE}
 
     def load_state_dict(self, state):
@@ -60,28 +78,28 @@ class Meters:
 
 @dataclass
 class TrainState:
-    """Where a run is: with weights, optimizer and random states all that it goes on from."""
+    """The place that a run is at; with weights, optimizer and random states all that it resumes."""
 
     epoch: int = 0  # epochs finished
-    step: int = 0  # updates done of the one after these
+    step: int = 0  # updates done of the epoch after these
     updates: int = 0  # of the run
     samples: int = 0  # seen in the run
     batch: int = 0  # samples of an update, of all ranks
     bad: int = 0  # samples of the epoch that had to be replaced
-    skipped: int = 0  # updates of the run left out by --skip-nonfinite
+    skipped: int = 0  # updates of the run skipped because they were not finite
     elapsed: float = 0.0  # seconds of the epoch,
     waited: float = 0.0  # and those of them spent waiting for data
     best_acc1: float = 0.0
     meters: Meters = field(default_factory=Meters)  # of the epoch
-    random: dict | None = None  # this rank's random state to go on with
+    random: dict | None = None  # this rank's random state to resume in mid-epoch
 
     def state_dict(self):
         fields = {f.name: copy.copy(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        del fields["random"]  # of all ranks, in a place of its own
+        del fields["random"]  # the checkpoint has a place for those of all ranks
         return fields | {"meters": self.meters.state_dict()}
 
     def load_state_dict(self, state):
-        """Raises TypeError or KeyError where it is none."""
+        """Raises TypeError or KeyError for a dict of another kind."""
         meters, numbers = state["meters"], {k: v for k, v in state.items() if k != "meters"}
         known = {f.name: f.type for f in dataclasses.fields(self)}
         for name, value in numbers.items():
@@ -90,9 +108,11 @@ class TrainState:
             setattr(self, name, value)
         self.meters.load_state_dict(meters)
 
-    def start(self, updates, batch):
-        """Before an epoch of `updates` updates of `batch` samples. Where the run went on with
-        another batch in mid-epoch, the updates done are counted in the new one."""
+    def start_epoch(self, updates, batch):
+        """Prepares for an epoch of `updates` updates of `batch` samples.
+
+        If the run resumes in mid-epoch with another batch, its updates are counted in the new one.
+        """
         if self.step and self.batch != batch:
             self.step = min(self.step * self.batch // batch, updates)
         elif not self.step:
@@ -100,7 +120,7 @@ class TrainState:
         self.batch = batch
 
     def advance(self, elapsed, waited):
-        """After an update; seconds of the epoch so far."""
+        """Counts an update; elapsed, waited: seconds of the epoch so far."""
         self.step, self.updates = self.step + 1, self.updates + 1
         self.samples += self.batch
         self.elapsed, self.waited = elapsed, waited
@@ -115,3 +135,121 @@ class TrainState:
             "samples_per_sec": self.step * self.batch / elapsed,
             "data_wait": self.waited / elapsed,
         }
+
+
+class Run(ExitStack):
+    """The state, checkpoints, log and signals of a training, for use in a with statement.
+
+    Signals stop the run at once before `epochs`, as nothing is lost by it; from then on at the next
+    `poll`, saved. Whatever ends the with block, files are closed and handlers restored.
+    """
+
+    def __init__(self, folder, training, args, parts, pretrained=None, **facts):
+        """
+        Args:
+            folder: of checkpoints and log.
+            training: an engine.Training; its optimizer and scaler are saved.
+            args: the script's flags: seed, epochs, batch_size, keep_last, save_every_minutes.
+            parts: {key of the checkpoint: object with a state_dict}; "state_dict" is the model.
+            pretrained: digest of the checkpoint that the run began from, or None. The run only
+                resumes with the same one.
+            facts: further plain data to keep in checkpoint and args.json.
+        """
+        super().__init__()
+        self.args, self.training, self.device = args, training, training.precision.device
+        self.state, self.log, self.notes = TrainState(), logger.SilentLog(), []
+        batch = args.batch_size * training.update_freq * distributed.get_world_size()
+        self.facts = logger.describe_run(
+            args, effective_batch=batch, precision=training.precision.name, **facts
+        )
+        parts = parts | {"optimizer": training.optimizer, "scaler": training.precision.scaler}
+        self.checkpoints = CheckpointManager(
+            folder,
+            parts,
+            self.state,
+            self.device,
+            self.facts,
+            args.keep_last,
+            args.save_every_minutes,
+            pretrained,
+            info=lambda text: self.log.info(text),
+        )
+        self.signals = SignalHandler()
+
+    def __enter__(self):
+        self.enter_context(self.signals)
+        self.callback(lambda: self.log.close())
+        self.callback(self.checkpoints.close)
+        return super().__enter__()
+
+    @property
+    def is_new(self):
+        return not self.state.updates
+
+    def resume(self, other="", *, check, fixed=()):
+        """Restores the newest whole checkpoint of the folder, or `other`, on all ranks together.
+
+        Args:
+            other: path of a checkpoint to begin from, if the folder holds none.
+            check: the flags to look at when the checkpoint does not fit, for the error.
+            fixed: flags and facts that must equal those of the checkpoint.
+        """
+        self.notes += self.checkpoints.restore(other, check, fixed)
+
+    def start(self):
+        """Opens the log and locks the folder; nothing is written before. Logs how it resumed."""
+        updates = len(self.training.schedule) // self.args.epochs  # of an epoch
+        first = self.state.epoch * updates + self.state.step
+        self.log = logger.open_log(self.checkpoints.folder, self.state.epoch, first)
+        self.log.settings(self.facts)
+        self.checkpoints.lock()
+        for note in self.notes:
+            self.log.info(note)
+
+    def epochs(self, number):
+        """Yields each epoch that is left of `number`; end each by `end_epoch`."""
+        self.signals.hold()
+        while self.state.epoch < number:
+            seed_everything(self.args.seed, self.state.epoch, distributed.get_rank())
+            if self.state.random:
+                set_rng_state(self.state.random, self.device)
+                self.state.random = None
+            yield self.state.epoch
+        self.checkpoints.wait()
+
+    def end_epoch(self, stats, is_best=False):
+        """Logs the epoch's numbers, {name: number}, and saves."""
+        self.log.epoch(stats | {"epoch": self.state.epoch})
+        self.state.finish_epoch()
+        self.checkpoints.save(is_best)
+
+    def due(self):
+        """The order to obey now, the same on all ranks: NOTHING, SAVE or a signal."""
+        is_due = distributed.is_main_process() and self.checkpoints.should_save()
+        return self.signals.agree(SAVE if is_due else NOTHING)
+
+    def poll(self, before_save=lambda: None):
+        """Saves if it is time, and stops at a signal; all ranks call it together, between updates.
+
+        before_save is called first if there is something to save. Raises signals.Stopped to stop.
+        Does nothing before `epochs`.
+        """
+        order = self.due() if self.signals.is_held else NOTHING
+        if order == NOTHING:
+            return
+        before_save()
+        self.log.flush()
+        self.checkpoints.save()
+        if order != SAVE:
+            self.stop(order)
+
+    def stop(self, signum):
+        """Ends the run at a signal, once it is saved."""
+        self.checkpoints.close()
+        self.log.info(
+            f"stopped by {signal.Signals(signum).name} after {self.state.epoch} epochs and "
+            f"{self.state.step} updates; the same command resumes it there"
+        )
+        self.log.close()
+        distributed.cleanup_distributed()  # a launcher's handler may not return
+        self.signals.stop(signum)

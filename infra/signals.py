@@ -13,11 +13,7 @@ import torch
 import torch.distributed as dist
 
 NOTHING, SAVE = 0, 1  # wishes; a larger one is the number of a signal: save and stop
-
-
 STOPPING = (signal.SIGTERM, signal.SIGUSR2)
-
-
 USER_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -26,10 +22,9 @@ class Stopped(SystemExit):
 
 
 class SignalHandler(ExitStack):
-    """The signals that a run is sent; to be used in a with statement of the main thread.
+    """Notes the signals that a run is sent; for a with statement of the main thread.
 
-    At its end the handlers that were there before come back, after what the run has given
-    `callback` to do at its end.
+    At its end the handlers that were there before come back.
     """
 
     def __init__(self):
@@ -37,7 +32,7 @@ class SignalHandler(ExitStack):
         self.signum, self.is_held, self.previous = NOTHING, False, {}
 
     def __enter__(self):
-        # A launcher's handler tells which signal it uses, whatever its version.
+        # A launcher's handler shows which signal it uses, whatever its version.
         taken = [s for s in USER_SIGNALS if callable(signal.getsignal(s))]
         for signum in {*STOPPING, *taken}:
             self.previous[signum] = signal.signal(signum, self.note)
@@ -53,7 +48,7 @@ class SignalHandler(ExitStack):
         """From now on signals wait until the run asks for them."""
         self.is_held = True
 
-    def agreed(self, wish=NOTHING):
+    def agree(self, wish=NOTHING):
         """The largest wish of all ranks, the same on all of them: call it on every rank alike."""
         wishes = torch.tensor(max(wish, self.signum))
         if dist.is_initialized():
@@ -69,10 +64,10 @@ class SignalHandler(ExitStack):
 
 
 def shield_worker(_=None):
-    """For a loader's worker: a signal to the whole job is its parent's affair, not its own.
+    """For a loader's worker: ignores signals to the whole job, which its parent obeys.
 
-    A worker that SIGTERM ends would take the run with it, in mid-update. From its parent, which so
-    ends the workers that it no longer needs, it obeys the signal.
+    A worker that SIGTERM ends would take the run with it, in mid-update. SIGTERM from its parent
+    ends it: so a loader closes the workers that it no longer needs.
     """
     for signum in USER_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)

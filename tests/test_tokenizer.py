@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 
-from tokenizer import VOCABULARY, SimpleTokenizer, trim
+from tokenizer import VOCABULARY, SimpleTokenizer
 
 START, END = 49406, 49407
 
@@ -53,7 +53,7 @@ def test_special_tokens_in_a_text_are_themselves(tokenizer):
 
 def test_trim_rounds_up_to_a_few_lengths(tokenizer):
     for words, length in ((1, 16), (14, 16), (15, 32), (46, 48), (62, 64), (63, 77), (99, 77)):
-        assert trim(tokenizer(["dog " * words, "a"])).shape == (2, length)
+        assert tokenizer.trim(tokenizer(["dog " * words, "a"])).shape == (2, length)
 
 
 def test_context_length(tokenizer):
