@@ -8,12 +8,14 @@ examples.json, linear.json, logistic.json, knn-*.json, finetune*.json and retrie
 """
 
 import base64
+import functools
 import glob
 import io
 import json
 import os
 import re
 from itertools import chain, groupby
+from pathlib import Path
 
 import matplotlib
 
@@ -31,40 +33,8 @@ LOGGED = re.compile("epoch|samples_per_sec|train_(clip_)?loss|test_acc1")  # wha
 BASE64 = re.compile("[A-Za-z0-9+/]+=*")
 RECALLS = [f"{way}_recall{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
 
-# Zero-shot accuracy of SLIP ViT-B, YFCC15M, 25 epochs, as published (microsoft/A-CLIP's table).
-PUBLISHED = {
-    "food101": 59.5, "cifar10": 78.6, "cifar100": 45.2, "cub200": 38.7, "sun397": 53.4,
-    "cars": 5.4, "aircraft": 5.7, "dtd": 26.1, "pets": 31.1, "caltech101": 71.0, "flowers": 56.6,
-    "mnist": 9.8, "fer2013": 19.6, "stl10": 94.4, "eurosat": 20.3, "resisc45": 28.9, "gtsrb": 14.5,
-    "kitti_distance": 34.0, "country211": 11.6, "patch_camelyon": 55.4, "ucf101_frames": 37.7,
-    "kinetics700_frames": 26.9, "clevr_counts": 17.5, "hateful_memes": 52.8, "rendered_sst2": 51.1,
-    "imagenet": 42.8,
-}  # fmt: skip
-# ImageNet top-1 of the paper: zero-shot, linear, fine-tuned; by set, epochs and model. Of the
-# ResNet-50 the number of epochs is not known.
-PAPER = {
-    ("yfcc15m", 25, "CLIP_VITS16"): (32.7, 59.3, 78.2),
-    ("yfcc15m", 25, "SIMCLR_VITS16"): (None, 58.1, 79.9),
-    ("yfcc15m", 25, "SLIP_VITS16"): (38.3, 66.4, 80.3),
-    ("yfcc15m", 50, "SLIP_VITS16"): (39.3, 67.6, 80.7),
-    ("yfcc15m", 100, "SLIP_VITS16"): (39.5, 68.3, 80.7),
-    ("yfcc15m", 25, "CLIP_VITB16"): (37.6, 66.5, 80.5),
-    ("yfcc15m", 25, "SIMCLR_VITB16"): (None, 64.0, 82.5),
-    ("yfcc15m", 25, "SLIP_VITB16"): (42.8, 72.1, 82.6),
-    ("yfcc15m", 50, "SLIP_VITB16"): (44.1, 73.0, 82.9),
-    ("yfcc15m", 100, "SLIP_VITB16"): (45.0, 73.6, 83.4),
-    ("yfcc15m", 25, "CLIP_VITL16"): (40.4, 70.5, 81.0),
-    ("yfcc15m", 25, "SIMCLR_VITL16"): (None, 66.7, 84.0),
-    ("yfcc15m", 25, "SLIP_VITL16"): (46.2, 76.0, 84.2),
-    ("yfcc15m", 50, "SLIP_VITL16"): (47.4, 75.8, 84.7),
-    ("yfcc15m", 100, "SLIP_VITL16"): (47.9, 75.1, 84.8),
-    ("cc3m", 40, "CLIP_VITB16"): (17.1, 53.3, 79.5),
-    ("cc3m", 40, "SLIP_VITB16"): (23.0, 65.4, 81.4),
-    ("cc12m", 35, "CLIP_VITB16"): (36.5, 69.0, 82.1),
-    ("cc12m", 35, "SLIP_VITB16"): (40.7, 73.7, 83.1),
-    ("yfcc15m", None, "CLIP_RN50"): (34.6, None, None),
-}
-KINDS = ("zero-shot", "linear", "finetune")  # the columns of PAPER
+PUBLISHED = Path(__file__).with_name("published.json")
+KINDS = ("zero-shot", "linear", "finetune")  # evaluations that have published ImageNet figures
 
 
 # ---------------------------------------------------------------------------------------------
@@ -172,19 +142,24 @@ def facts_of(run):
     return [flags_of(run), *chain.from_iterable(table.values() for table in tables)]
 
 
-def published_row(run):
-    """The key of PAPER for a run, or that of YFCC15M, 25 epochs, where none fits; or None."""
+@functools.cache
+def read_published():
+    return utils.read_json(PUBLISHED, "published figures")
+
+
+def find_published(run):
+    """The ImageNet row of a run's model, dataset and epochs, else YFCC15M, 25 epochs; or None."""
     flags, model = flags_of(run), model_of(run)
-    wanted = (str(flags.get("dataset")), str(flags.get("epochs")))
-    rows = [row for row in PAPER if row[2] == model]
-    fitting = [row for row in rows if (row[0], str(row[1])) == wanted]
-    usual = [row for row in rows if row[:2] in (("yfcc15m", 25), ("yfcc15m", None))]
-    return next(iter(fitting + usual), None)
+    own = str(flags.get("dataset")), str(flags.get("epochs"))
+    rows = [row for row in read_published()["imagenet_top1"] if row["model"] == model]
+    same = [row for row in rows if (row["dataset"], str(row["epochs"])) == own]
+    usual = [row for row in rows if row["dataset"] == "yfcc15m" and row["epochs"] in (25, None)]
+    return next(iter(same + usual), None)
 
 
-def describe_row(row):
-    name, epochs, model = row
-    return f"published: {model}, {name.upper()}" + (f", {epochs} epochs" if epochs else "")
+def describe_published(row):
+    epochs = f", {row['epochs']} epochs" if row["epochs"] else ""
+    return f"published: {row['model']}, {row['dataset'].upper()}{epochs}"
 
 
 def loss_key(run):
@@ -236,7 +211,8 @@ def score_table(runs, strong):
                 interval = f.get("interval") if f else None
                 text = strong(text) if is_best else text
                 row.append(text + (" [{:.1f}, {:.1f}]".format(*interval) if interval else ""))
-            published = PUBLISHED.get(name) if kind == "zero-shot" else None
+            by_set = read_published()["zero_shot_by_set"]["accuracy"]
+            published = by_set.get(name) if kind == "zero-shot" else None
             rows.append([*row, f"{published:.1f}" if published is not None else ""])
     if not any(row[-1] for row in rows[1:]):
         rows = [row[:-1] for row in rows]
@@ -306,20 +282,20 @@ def draw_curves(runs):
 
 def bars_of(runs):
     """Zero-shot accuracy and that of classifiers trained on labels: {group of bars: {name: %}}."""
-    zero_shot, trained, usual = {}, {}, ("yfcc15m", 25, "SLIP_VITB16")
+    zero_shot, trained, by_set = {}, {}, read_published()["zero_shot_by_set"]
     for name in in_order(run["results"] for run in runs):
         zero_shot[name] = scores_on(name, [(r["name"], r["results"]) for r in runs])
-        if name in PUBLISHED:
-            zero_shot[name][describe_row(usual)] = PUBLISHED[name]
+        if name in by_set["accuracy"]:
+            zero_shot[name][describe_published(by_set)] = by_set["accuracy"][name]
     for kind in in_order(run["others"] for run in runs):
         tables = [(run["name"], run["others"].get(kind, {})) for run in runs]
         for name in in_order(table for _, table in tables):
             trained[f"{name}, {kind}"] = scores_on(name, tables)
-    for row in filter(None, map(published_row, runs)):
-        for kind, value in zip(KINDS, PAPER[row], strict=True):
+    for row in filter(None, map(find_published, runs)):
+        for kind in KINDS:
             bars = (zero_shot | trained).get("imagenet" + f", {kind}" * (kind != "zero-shot"))
-            if bars and value is not None:
-                bars[describe_row(row)] = value
+            if bars and row[kind] is not None:
+                bars[describe_published(row)] = row[kind]
     return zero_shot, trained
 
 

@@ -65,12 +65,41 @@ def test_tables_and_picture(runs, capsys):
 USUAL = "published: SLIP_VITB16, YFCC15M, 25 epochs"
 
 
+def test_published_figures():
+    table = report.read_published()
+    rows = {(r["dataset"], r["epochs"], r["model"]): r for r in table["imagenet_top1"]}
+    keys = ["dataset", "epochs", "model", *report.KINDS]
+    assert len(table["imagenet_top1"]) == len(rows) == 20
+    assert all(list(row) == keys for row in rows.values())
+    pinned = {
+        ("yfcc15m", 25, "CLIP_VITS16"): [32.7, 59.3, 78.2],
+        ("yfcc15m", 25, "SLIP_VITB16"): [42.8, 72.1, 82.6],
+        ("yfcc15m", 25, "SIMCLR_VITL16"): [None, 66.7, 84.0],
+        ("yfcc15m", 100, "SLIP_VITL16"): [47.9, 75.1, 84.8],
+        ("cc12m", 35, "SLIP_VITB16"): [40.7, 73.7, 83.1],
+        ("yfcc15m", None, "CLIP_RN50"): [34.6, None, None],
+    }
+    assert {key: [rows[key][kind] for kind in report.KINDS] for key in pinned} == pinned
+    # Sums catch a slip of a digit in any other row.
+    sums = [sum(row[kind] or 0 for row in rows.values()) for kind in report.KINDS]
+    assert sums == pytest.approx([653.1, 1294.4, 1556.5])
+
+    by_set = table["zero_shot_by_set"]
+    assert report.describe_published(by_set) == USUAL
+    scores = by_set["accuracy"]
+    assert len(scores) == 26 and sum(scores.values()) == pytest.approx(988.6)
+    assert (scores["food101"], scores["mnist"], scores["kitti_distance"]) == (59.5, 9.8, 34.0)
+    assert scores["imagenet"] == rows["yfcc15m", 25, "SLIP_VITB16"]["zero-shot"]
+    assert set(table["sources"]) == set(table) - {"about", "sources"}
+    assert "arXiv:2112.12750" in table["sources"]["imagenet_top1"]
+    assert "microsoft/A-CLIP" in table["sources"]["zero_shot_by_set"]
+
+
 def test_bars_stand_beside_what_was_published(runs):
     zero_shot, trained = report.bars_of([report.read_run(runs / n) for n in ("slip", "simclr")])
     assert zero_shot == {"digits": {"slip": 91.234}, "imagenet": {"slip": 41.0, USUAL: 42.8}}
     other = "published: SIMCLR_VITB16, YFCC15M, 25 epochs"
     assert trained == {"imagenet, linear": {"slip": 40.0, "simclr": 60.0, USUAL: 72.1, other: 64.0}}
-    assert len(report.PUBLISHED) == 26 and len(report.PAPER) == 20
 
 
 def test_two_runs_of_one_model_have_a_bar_each(runs):
@@ -98,9 +127,9 @@ def test_the_published_row_of_a_run(runs, model, dataset, epochs, figures, label
     settings = {"args": {"model": model, "dataset": dataset, "epochs": epochs}}
     (runs / "slip/args.json").write_text(json.dumps(settings))
     run = report.read_run(runs / "slip")
-    row = report.published_row(run)
-    assert report.PAPER.get(row) == figures
-    assert label is None or report.describe_row(row) == f"published: {label}"
+    row = report.find_published(run)
+    assert (row and tuple(row[kind] for kind in report.KINDS)) == figures
+    assert label is None or report.describe_published(row) == f"published: {label}"
     if figures and figures[0]:
         assert report.bars_of([run])[0]["imagenet"][f"published: {label}"] == figures[0]
 
