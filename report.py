@@ -1,102 +1,84 @@
-"""A report of one or several runs: an HTML page that stands alone, or a table in Markdown.
+"""Report of one or several runs: an HTML page that stands alone, and tables in Markdown.
 
     python report.py runs/slip runs/clip --output report.html
     python report.py runs/slip runs/clip --markdown --picture curves.png
 
-Reads what main.py and the evaluations left in each folder: log.txt, args.json, results.json,
-examples.json, linear.json, logistic.json, knn-*.json, finetune*.json and retrieval.json.
+Reads log.txt, args.json, results.json, examples.json, linear.json, logistic.json, knn-*.json,
+finetune*.json and retrieval.json, which main.py and the evaluations write to each folder.
 """
 
 import base64
+import functools
 import glob
 import io
 import json
 import os
 import re
-from itertools import chain, groupby
+from collections import namedtuple
+from itertools import chain
+from pathlib import Path
 
+import jinja2
 import matplotlib
+from matplotlib.figure import Figure
 
 import utils
+from infra import distributed, logger
 from utils import InputError
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+matplotlib.rcParams["text.parse_math"] = False  # a set may be called $x$
 
-from infra import distributed, logger
-
-plt.rcParams["text.parse_math"] = False  # a set may be called $x$
-
-OTHERS = ("linear", "logistic", "knn-*", "finetune*")  # classifiers trained on labels
-LOGGED = re.compile("epoch|samples_per_sec|train_(clip_)?loss|test_acc1")  # what is shown
+PUBLISHED = Path(__file__).with_name("published.json")
+TEMPLATE = Path(__file__).with_name("report_template.html")
+CLASSIFIERS = ("linear", "logistic", "knn-*", "finetune*")  # result files, trained on labels
+LOGGED = re.compile("epoch|samples_per_sec|train_(clip_)?loss|test_acc1")  # the keys shown
 BASE64 = re.compile("[A-Za-z0-9+/]+=*")
 RECALLS = [f"{way}_recall{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
+KINDS = ("zero-shot", "linear", "finetune")  # evaluations that have published ImageNet figures
 
-# Zero-shot accuracy of SLIP ViT-B, YFCC15M, 25 epochs, as published (microsoft/A-CLIP's table).
-PUBLISHED = {
-    "food101": 59.5, "cifar10": 78.6, "cifar100": 45.2, "cub200": 38.7, "sun397": 53.4,
-    "cars": 5.4, "aircraft": 5.7, "dtd": 26.1, "pets": 31.1, "caltech101": 71.0, "flowers": 56.6,
-    "mnist": 9.8, "fer2013": 19.6, "stl10": 94.4, "eurosat": 20.3, "resisc45": 28.9, "gtsrb": 14.5,
-    "kitti_distance": 34.0, "country211": 11.6, "patch_camelyon": 55.4, "ucf101_frames": 37.7,
-    "kinetics700_frames": 26.9, "clevr_counts": 17.5, "hateful_memes": 52.8, "rendered_sst2": 51.1,
-    "imagenet": 42.8,
-}  # fmt: skip
-# ImageNet top-1 of the paper: zero-shot, linear, fine-tuned; by set, epochs and model. Of the
-# ResNet-50 the number of epochs is not known.
-PAPER = {
-    ("yfcc15m", 25, "CLIP_VITS16"): (32.7, 59.3, 78.2),
-    ("yfcc15m", 25, "SIMCLR_VITS16"): (None, 58.1, 79.9),
-    ("yfcc15m", 25, "SLIP_VITS16"): (38.3, 66.4, 80.3),
-    ("yfcc15m", 50, "SLIP_VITS16"): (39.3, 67.6, 80.7),
-    ("yfcc15m", 100, "SLIP_VITS16"): (39.5, 68.3, 80.7),
-    ("yfcc15m", 25, "CLIP_VITB16"): (37.6, 66.5, 80.5),
-    ("yfcc15m", 25, "SIMCLR_VITB16"): (None, 64.0, 82.5),
-    ("yfcc15m", 25, "SLIP_VITB16"): (42.8, 72.1, 82.6),
-    ("yfcc15m", 50, "SLIP_VITB16"): (44.1, 73.0, 82.9),
-    ("yfcc15m", 100, "SLIP_VITB16"): (45.0, 73.6, 83.4),
-    ("yfcc15m", 25, "CLIP_VITL16"): (40.4, 70.5, 81.0),
-    ("yfcc15m", 25, "SIMCLR_VITL16"): (None, 66.7, 84.0),
-    ("yfcc15m", 25, "SLIP_VITL16"): (46.2, 76.0, 84.2),
-    ("yfcc15m", 50, "SLIP_VITL16"): (47.4, 75.8, 84.7),
-    ("yfcc15m", 100, "SLIP_VITL16"): (47.9, 75.1, 84.8),
-    ("cc3m", 40, "CLIP_VITB16"): (17.1, 53.3, 79.5),
-    ("cc3m", 40, "SLIP_VITB16"): (23.0, 65.4, 81.4),
-    ("cc12m", 35, "CLIP_VITB16"): (36.5, 69.0, 82.1),
-    ("cc12m", 35, "SLIP_VITB16"): (40.7, 73.7, 83.1),
-    ("yfcc15m", None, "CLIP_RN50"): (34.6, None, None),
-}
-KINDS = ("zero-shot", "linear", "finetune")  # the columns of PAPER
-
-
-# ---------------------------------------------------------------------------------------------
-# Reading
+# Names of columns by the heading above them ("" for none), and rows of str and Score cells.
+Table = namedtuple("Table", "columns rows")
+Score = namedtuple("Score", "number interval is_best")  # interval: " [low, high]" or ""
 
 
 def are_numbers(values):
-    """Whether all can be shown: JSON knows integers that no float can hold."""
+    """True if all can be drawn: JSON has integers that exceed every float."""
     return all(isinstance(x, float) or (isinstance(x, int) and abs(x) < 1e30) for x in values)
 
 
 def is_score(row, keys):
+    """True if a result has a number under each key, and an interval of two numbers or none."""
     interval = row.get("interval", [0.0, 0.0])
     numbers = [*map(row.get, keys), *(interval if isinstance(interval, list) else [None])]
     return are_numbers(numbers) and len(numbers) == len(keys) + 2
 
 
-def read_scores(path, needs=("accuracy",)):
-    """{set: {..., "accuracy": number}} of a result file; {} where there is none."""
-    if not os.path.exists(path):
-        return {}
-    table = utils.read_json(path, "results")
+def read_optional(path, kind):
+    """The parsed JSON file, {} if it is absent."""
+    return utils.read_json(path, kind) if os.path.exists(path) else {}
+
+
+def read_scores(path, keys=("accuracy",)):
+    """Read a result file, {set: {key: number}}; {} if it is absent."""
+    table = read_optional(path, "results")
     rows = table.values() if isinstance(table, dict) else [None]
-    if not all(isinstance(r, dict) and is_score(r, needs) for r in rows):
+    if not all(isinstance(row, dict) and is_score(row, keys) for row in rows):
         raise InputError(f"{path} holds no results of this code; remove it")
     return table
 
 
+def read_evaluations(folder):
+    """Read the scores of a run: {"zero-shot" or stem of the result file: {set: result}}."""
+    found = [glob.glob(f"{name}.json", root_dir=folder) for name in CLASSIFIERS]
+    stems = chain.from_iterable(sorted(Path(name).stem for name in names) for names in found)
+    scores = {stem: read_scores(folder / f"{stem}.json") for stem in stems}
+    results = read_scores(folder / "results.json")
+    return {"zero-shot": results, **scores} if results else scores
+
+
 def read_examples(path):
-    """{set: [[true class, predicted class, number, base64 of a JPEG]]}; {} where there is none."""
-    table = utils.read_json(path, "examples") if os.path.exists(path) else {}
+    """Read {set: [[true class, predicted class, count, JPEG in base64]]}; {} if it is absent."""
+    table = read_optional(path, "examples")
     try:
         for row in chain.from_iterable(table.values()):
             *_, picture = row
@@ -108,7 +90,7 @@ def read_examples(path):
 
 
 def read_epochs(path):
-    """The rows of a log; {} where there is none. What a row says of an epoch must be numbers."""
+    """Read the rows of a log, and check the numbers that the report shows; [] if it is absent."""
     rows = logger.read_log(path) if os.path.exists(path) else []
     for row in rows:
         if not are_numbers(value for key, value in row.items() if LOGGED.fullmatch(key)):
@@ -116,79 +98,41 @@ def read_epochs(path):
     return rows
 
 
-def stem(path):
-    return os.path.splitext(os.path.basename(path))[0]
-
-
 def read_run(folder):
-    """All that is known of a run. Raises InputError if the folder holds neither log nor results."""
-    folder = os.path.normpath(folder)
-
-    def path(name):
-        return os.path.join(folder, name)
-
-    others = {
-        kind: read_scores(path(f"{kind}.json"))
-        for pattern in OTHERS
-        for kind in sorted(map(stem, glob.glob(glob.escape(folder) + f"/{pattern}.json")))
-    }
-    settings = path("args.json")
+    """Read all files of a run; an InputError if there are neither finished epochs nor results."""
+    folder = Path(os.path.normpath(folder))
+    settings = read_optional(folder / "args.json", "settings")
+    flags = settings.get("args") if isinstance(settings, dict) else None
     run = {
         "name": os.path.basename(os.path.abspath(folder)),
-        "log": read_epochs(path("log.txt")),
-        "settings": utils.read_json(settings, "settings") if os.path.exists(settings) else {},
-        "results": read_scores(path("results.json")),
-        "examples": read_examples(path("examples.json")),
-        "others": others,
-        "retrieval": read_scores(path("retrieval.json"), RECALLS),
+        "log": read_epochs(folder / "log.txt"),
+        "settings": settings,
+        "flags": flags if isinstance(flags, dict) else {},
+        "scores": read_evaluations(folder),
+        "examples": read_examples(folder / "examples.json"),
+        "retrieval": read_scores(folder / "retrieval.json", RECALLS),
     }
-    if not (run["log"] or run["results"] or others or run["retrieval"]):
-        raise InputError(f"{folder} is no run: it holds neither a finished epoch nor results")
+    if not (run["log"] or run["scores"] or run["retrieval"]):
+        raise InputError(
+            f"{folder} is no run: it holds neither a finished epoch nor results; check the path"
+        )
     try:
         json.dumps(run, indent=1, ensure_ascii=False).encode()
     except (RecursionError, UnicodeEncodeError) as error:
-        raise InputError(f"{folder}: its files hold what cannot be written: {error}") from error
+        raise InputError(
+            f"{folder}: its files hold values that cannot be written: {error}; correct them"
+        ) from error
     return run
 
 
-def flags_of(run):
-    flags = run["settings"].get("args", {}) if isinstance(run["settings"], dict) else {}
-    return flags if isinstance(flags, dict) else {}
+def find_fact(run, key):
+    """The first value of a key in a run's flags and results, as text; "" if none has it."""
+    tables = *run["scores"].values(), run["retrieval"]
+    facts = [run["flags"], *chain.from_iterable(table.values() for table in tables)]
+    return next((str(row[key]) for row in facts if row.get(key)), "")
 
 
-def model_of(run):
-    """The model, by the run's flags or its results; "" where neither names it."""
-    return next((str(row["model"]) for row in facts_of(run) if row.get("model")), "")
-
-
-def title_of(run):
-    """The model, or the checkpoint's file where it is not known."""
-    files = [str(row["checkpoint"]) for row in facts_of(run) if row.get("checkpoint")]
-    return model_of(run) or next(map(os.path.basename, files), "")
-
-
-def facts_of(run):
-    """The run's flags, and its results."""
-    tables = run["results"], *run["others"].values(), run["retrieval"]
-    return [flags_of(run), *chain.from_iterable(table.values() for table in tables)]
-
-
-def published_row(run):
-    """The key of PAPER for a run, or that of YFCC15M, 25 epochs, where none fits; or None."""
-    flags, model = flags_of(run), model_of(run)
-    wanted = (str(flags.get("dataset")), str(flags.get("epochs")))
-    rows = [row for row in PAPER if row[2] == model]
-    fitting = [row for row in rows if (row[0], str(row[1])) == wanted]
-    usual = [row for row in rows if row[:2] in (("yfcc15m", 25), ("yfcc15m", None))]
-    return next(iter(fitting + usual), None)
-
-
-def describe_row(row):
-    name, epochs, model = row
-    return f"published: {model}, {name.upper()}" + (f", {epochs} epochs" if epochs else "")
-
-
-def loss_key(run):
+def get_loss_key(run):
     """The loss to compare: a SLIP and a CLIP run share the CLIP loss."""
     return "train_clip_loss" if "train_clip_loss" in run["log"][0] else "train_loss"
 
@@ -202,273 +146,206 @@ def in_order(tables):
     return list(dict.fromkeys(key for table in tables for key in table))
 
 
+@functools.cache
+def read_published():
+    return utils.read_json(PUBLISHED, "published figures")
+
+
+def find_published(run):
+    """The ImageNet row of a run's model, dataset and epochs, else YFCC15M, 25 epochs; or None."""
+    flags, model = run["flags"], find_fact(run, "model")
+    own = str(flags.get("dataset")), str(flags.get("epochs"))
+    rows = [row for row in read_published()["imagenet_top1"] if row["model"] == model]
+    same = [row for row in rows if (row["dataset"], str(row["epochs"])) == own]
+    usual = [row for row in rows if row["dataset"] == "yfcc15m" and row["epochs"] in (25, None)]
+    return next(iter(same + usual), None)
+
+
+def describe_published(row):
+    epochs = f", {row['epochs']} epochs" if row["epochs"] else ""
+    return f"published: {row['model']}, {row['dataset'].upper()}{epochs}"
+
+
 # ---------------------------------------------------------------------------------------------
-# Tables: lists of rows of texts, the first is the head
+# Tables
 
 
 def summary_table(runs):
-    """A row a run: model, epochs, median speed and last loss."""
-    rows = [["run", "model", "epochs", "samples/s", "loss"]]
+    """One row per run: model, epochs, median speed and last loss."""
+    rows = []
     for run in runs:
-        row = [run["name"], title_of(run), "", "", ""]
+        title = find_fact(run, "model") or os.path.basename(find_fact(run, "checkpoint"))
+        row = [run["name"], title, "", "", ""]
         if run["log"]:
-            last = run["log"][-1]
+            last, key = run["log"][-1], get_loss_key(run)
             speeds = sorted(r.get("samples_per_sec", 0.0) for r in run["log"])
-            loss = f"{loss_key(run)[6:]} {last.get(loss_key(run), float('nan')):.3f}"
+            loss = f"{key.removeprefix('train_')} {last.get(key, float('nan')):.3f}"
             row[2:] = str(last["epoch"] + 1), f"{speeds[len(speeds) // 2]:.0f}", loss
         rows.append(row)
-    return rows
+    return Table({"": ["run", "model", "epochs", "samples/s", "loss"]}, rows)
 
 
-def score_table(runs, strong):
-    """A row a set and kind of evaluation, a column a run; the best of several runs by strong()."""
-    kinds = {"zero-shot": [run["results"] for run in runs]}
-    for kind in in_order(run["others"] for run in runs):
-        kinds[kind] = [run["others"].get(kind, {}) for run in runs]
-    rows = [["set", "evaluation", "metric", *(run["name"] for run in runs), "published"]]
-    for kind, tables in kinds.items():
-        for name in in_order(tables):
-            found = [table.get(name) for table in tables]
-            scores = [f["accuracy"] for f in found if f]
-            row = [name, kind, next(str(f.get("metric", "")) for f in found if f)]
-            for f in found:
-                text = f"{f['accuracy']:.2f}" if f else ""
-                is_best = f and len(scores) > 1 and f["accuracy"] == max(scores)
-                interval = f.get("interval") if f else None
-                text = strong(text) if is_best else text
-                row.append(text + (" [{:.1f}, {:.1f}]".format(*interval) if interval else ""))
-            published = PUBLISHED.get(name) if kind == "zero-shot" else None
-            rows.append([*row, f"{published:.1f}" if published is not None else ""])
-    if not any(row[-1] for row in rows[1:]):
-        rows = [row[:-1] for row in rows]
-    return rows if len(rows) > 1 else []
+def group_scores(runs):
+    """The results of all runs, zero-shot first: {(set, kind): {name of the run: result}}."""
+    groups = {}
+    for kind in in_order([["zero-shot"], *(run["scores"] for run in runs)]):
+        for run in runs:
+            for name, result in run["scores"].get(kind, {}).items():
+                groups.setdefault((name, kind), {})[run["name"]] = result
+    return groups
 
 
-def retrieval_table(runs, strong):
-    """A row a set and run."""
-    rows = [["set", "run", *(key.replace("_recall", " R@").replace("_", " ") for key in RECALLS)]]
+def score_cell(value, values, interval=None):
+    """The cell of a value, marked if it is the best of several."""
+    limits = " [{:.1f}, {:.1f}]".format(*interval) if interval else ""
+    return Score(f"{value:.2f}", limits, len(values) > 1 and value == max(values))
+
+
+def score_row(name, kind, results):
+    """The row of one set and one kind of evaluation; results: one for each run, or None."""
+    found = [result for result in results if result]
+    values = [result["accuracy"] for result in found]
+    cells = [score_cell(r["accuracy"], values, r.get("interval")) if r else "" for r in results]
+    figures = read_published()["zero_shot_by_set"]["accuracy"] if kind == "zero-shot" else {}
+    published = f"{figures[name]:.1f}" if name in figures else ""
+    return [name, kind, str(found[0].get("metric", "")), *cells, published]
+
+
+def score_table(runs):
+    """One row per set and kind of evaluation, one column per run; None if there are no scores."""
+    columns = ["set", "evaluation", "metric", *(run["name"] for run in runs), "published"]
+    rows = [
+        score_row(name, kind, [results.get(run["name"]) for run in runs])
+        for (name, kind), results in group_scores(runs).items()
+    ]
+    if not any(row[-1] for row in rows):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    return Table({"": columns}, rows) if rows else None
+
+
+def retrieval_table(runs):
+    """One row per set and run; None if there are no scores."""
+    rows, ranks = [], ["R@1", "R@5", "R@10"]
     for name in in_order(run["retrieval"] for run in runs):
         found = [(run["name"], run["retrieval"][name]) for run in runs if name in run["retrieval"]]
+        values = {key: [scores[key] for _, scores in found] for key in RECALLS}
         for run_name, scores in found:
-            row = [name, run_name]
-            for key in RECALLS:
-                is_best = len(found) > 1 and scores[key] == max(s[key] for _, s in found)
-                row.append(strong(f"{scores[key]:.2f}") if is_best else f"{scores[key]:.2f}")
-            rows.append(row)
-    return rows if len(rows) > 1 else []
+            cells = [score_cell(scores[key], values[key]) for key in RECALLS]
+            rows.append([name, run_name, *cells])
+    columns = {"": ["set", "run"], "image to text": ranks, "text to image": ranks}
+    return Table(columns, rows) if rows else None
 
 
-def to_markdown(rows):
-    rows = [[printable(cell).replace("|", "\\|") for cell in row] for row in rows]
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]] if rows else []
-    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+def markdown_cell(cell):
+    if isinstance(cell, Score):
+        return (f"**{cell.number}**" if cell.is_best else cell.number) + cell.interval
+    return printable(cell).replace("|", "\\|")
 
 
-def to_html(rows):
-    """Cells are HTML already. Heads "text R@1", "text R@5" have "text" in a row above, once."""
-    head, *body = rows
-    above = [(cell.partition(" R@")[0] if " R@" in cell else "") for cell in head]
-    groups = [(text, len(list(cells))) for text, cells in groupby(above)]
-    first = "".join(f'<th colspan="{span}">{text}</th>' for text, span in groups)
-    heads = [cell[len(text) :] for cell, text in zip(head, above, strict=True)]
-    lines = [first] * any(above) + ["".join(f"<th>{cell}</th>" for cell in heads)]
-    top = "".join(f"<tr>{line}</tr>" for line in lines)
-    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in body)
-    table = f"<table><thead>{top}</thead><tbody>{lines}</tbody></table>"
-    return f'<div class="wide">{table}</div>'
+def to_markdown(table):
+    head = [f"{title} {name}".strip() for title, names in table.columns.items() for name in names]
+    lines = [head, ["---"] * len(head), *table.rows]
+    return "\n".join(f"| {' | '.join(map(markdown_cell, line))} |" for line in lines)
 
 
 # ---------------------------------------------------------------------------------------------
-# Pictures
+# Charts
 
 
 def draw_curves(runs):
-    """Loss and zero-shot accuracy per epoch, a line a run; None where nothing was logged."""
+    """Loss and zero-shot accuracy per epoch, one line per run; None if nothing was logged."""
     runs = [run for run in runs if run["log"]]
     if not runs:
         return None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    legends = {left: {}, right: {}}
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for run in runs:
-        epochs, key = [row["epoch"] + 1 for row in run["log"]], loss_key(run)
+        epochs, key = [row["epoch"] + 1 for row in run["log"]], get_loss_key(run)
+        label = f"{run['name']}: {key.removeprefix('train_')}"
         losses = [row.get(key, float("nan")) for row in run["log"]]
-        legends[left][f"{run['name']}: {key[6:]}"] = left.plot(epochs, losses)[0]
+        left.plot(epochs, losses, label=printable(label))
         scored = [(row["epoch"] + 1, row["test_acc1"]) for row in run["log"] if "test_acc1" in row]
         if scored:
-            legends[right][run["name"]] = right.plot(*zip(*scored, strict=True))[0]
+            right.plot(*zip(*scored, strict=True), label=printable(run["name"]))
     left.set(xlabel="epoch", ylabel="training loss", title="Loss")
     right.set(xlabel="epoch", ylabel="top-1 (%)", ylim=(0, 100), title="Zero-shot accuracy")
-    for axes, lines in legends.items():
+    for axes in (left, right):
         axes.grid(alpha=0.3)
-        if lines:
-            axes.legend(lines.values(), map(printable, lines))
+        if axes.lines:  # given one by one, as a legend omits labels that begin with "_"
+            axes.legend(axes.lines, [line.get_label() for line in axes.lines])
     return figure
 
 
-def bars_of(runs):
-    """Zero-shot accuracy and that of classifiers trained on labels: {group of bars: {name: %}}."""
-    zero_shot, trained, usual = {}, {}, ("yfcc15m", 25, "SLIP_VITB16")
-    for name in in_order(run["results"] for run in runs):
-        zero_shot[name] = scores_on(name, [(r["name"], r["results"]) for r in runs])
-        if name in PUBLISHED:
-            zero_shot[name][describe_row(usual)] = PUBLISHED[name]
-    for kind in in_order(run["others"] for run in runs):
-        tables = [(run["name"], run["others"].get(kind, {})) for run in runs]
-        for name in in_order(table for _, table in tables):
-            trained[f"{name}, {kind}"] = scores_on(name, tables)
-    for row in filter(None, map(published_row, runs)):
-        for kind, value in zip(KINDS, PAPER[row], strict=True):
-            bars = (zero_shot | trained).get("imagenet" + f", {kind}" * (kind != "zero-shot"))
-            if bars and value is not None:
-                bars[describe_row(row)] = value
+def group_bars(runs):
+    """The bars of two charts, zero-shot and trained on labels: {label: {run or published: %}}."""
+    scores = group_scores(runs)
+    bars = {key: {run: r["accuracy"] for run, r in scores[key].items()} for key in scores}
+    by_set = read_published()["zero_shot_by_set"]
+    figures = [((s, "zero-shot"), by_set, value) for s, value in by_set["accuracy"].items()]
+    for row in filter(None, map(find_published, runs)):
+        figures += [(("imagenet", kind), row, row[kind]) for kind in KINDS]
+    for key, row, value in figures:
+        if key in bars and value is not None:
+            bars[key][describe_published(row)] = value
+    zero_shot = {name: values for (name, kind), values in bars.items() if kind == "zero-shot"}
+    trained = {f"{n}, {kind}": values for (n, kind), values in bars.items() if kind != "zero-shot"}
     return zero_shot, trained
 
 
-def scores_on(name, tables):
-    return {run: table[name]["accuracy"] for run, table in tables if name in table}
-
-
-def colours_of(runs, charts):
-    """A colour for each run, greys for what was published."""
+def choose_colours(runs, charts):
+    """A colour for each run, greys for published figures: {name: colour}."""
     colours = {run["name"]: f"C{i}" for i, run in enumerate(runs)}
     names = in_order(bars for chart in charts for bars in chart.values())
     published = [name for name in names if name not in colours]
     return colours | {name: str(0.5 + 0.12 * (i % 4)) for i, name in enumerate(published)}
 
 
-def draw_bars(bars, colours):
-    """Groups of bars; None without any."""
-    if not bars:
+def draw_bars(groups, colours):
+    """Groups of horizontal bars, the legend in the order of the colours; None without groups."""
+    if not groups:
         return None
-    height = 1.2 + 0.22 * sum(map(len, bars.values())) + 0.1 * len(bars)
-    figure, axes = plt.subplots(figsize=(10, height), layout="constrained")
-    place, ticks, handles = 0.0, [], {}
-    for label, values in bars.items():
-        ticks.append((place + (len(values) - 1) / 2, printable(label)))
+    height = 1.2 + 0.22 * sum(map(len, groups.values())) + 0.1 * len(groups)
+    figure = Figure(figsize=(10, height), layout="constrained")
+    axes = figure.subplots()
+    y, ticks, handles = 0.0, [], {}
+    for values in groups.values():
+        ticks.append(y + (len(values) - 1) / 2)
         for name, value in values.items():
-            handles[name] = axes.barh(place, value, 0.9, color=colours[name])
-            axes.text(value + 0.5, place, f"{value:.1f}", va="center", fontsize=8)
-            place += 1
-        place += 0.5
-    axes.set(xlabel="accuracy (%)", xlim=(0, 105), yticks=[t for t, _ in ticks])
-    axes.set_yticklabels([label for _, label in ticks])
+            handles[name] = axes.barh(y, value, 0.9, color=colours[name])
+            axes.text(value + 0.5, y, f"{value:.1f}", va="center", fontsize=8)
+            y += 1
+        y += 0.5
+    axes.set(xlabel="accuracy (%)", xlim=(0, 105), yticks=ticks)
+    axes.set_yticklabels(map(printable, groups))
     axes.invert_yaxis()
     axes.margins(y=0.02)
     names = [name for name in colours if name in handles]
-    axes.legend(
-        [handles[name] for name in names],
-        list(map(printable, names)),
-        loc="lower center",
-        bbox_to_anchor=(0.5, 1.0),
-        ncols=2,
-        frameon=False,
-    )
+    above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 2, "frameon": False}
+    axes.legend([handles[name] for name in names], list(map(printable, names)), **above)
     return figure
 
 
-def embed(figure, what):
-    """A figure as an <img> that holds its picture."""
-    if figure is None:
-        return ""
+def to_image(figure, **options):
     file = io.BytesIO()
-    figure.savefig(file, format="svg")
-    plt.close(figure)
-    data = base64.b64encode(file.getvalue()).decode()
-    return f'<img class="chart" alt="{what}" src="data:image/svg+xml;base64,{data}">'
+    figure.savefig(file, **options)
+    return file.getvalue()
 
 
-# ---------------------------------------------------------------------------------------------
-# The page
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1060px; margin: 2em auto; padding: 0 1em;
-  color: #1c2430; background: #fff }
-h1 { font-size: 1.7em } h2 { margin-top: 2em; border-bottom: 1px solid #d5dbe3 }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .25em .7em; border-bottom: 1px solid #e6eaf0; text-align: left;
-  white-space: nowrap }
-thead th { background: #f3f6fa } .chart { width: 100%; height: auto }
-.examples { display: flex; flex-wrap: wrap; gap: 1em } figure { margin: 0; width: 130px }
-figure img { width: 96px; height: 96px; object-fit: contain; background: #f3f6fa }
-figcaption { font-size: 12px; line-height: 1.35; overflow-wrap: anywhere }
-pre { background: #f3f6fa; padding: 1em; overflow-x: auto; font-size: 12px }
-.note { color: #5a6675 }
-@media (max-width: 1000px) { table { font-size: 13px } th, td { padding: .25em .35em } }
-"""
-
-
-def strong(text):
-    return f"<b>{text}</b>"
-
-
-def escaped_names(runs):
-    """The runs with what users can name made harmless: file names, sets and models."""
-    text = json.dumps(runs)
-    return json.loads(text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
-
-
-def example_figures(run):
-    """The most confused pairs of a run's sets, each with one of its images."""
-    parts = []
-    for name, pairs in run["examples"].items():
-        figures = "".join(
-            f'<figure><img alt="" src="data:image/jpeg;base64,{picture}"><figcaption>'
-            f"<b>{true}</b> taken for <b>{predicted}</b>, {number}&nbsp;x</figcaption></figure>"
-            for true, predicted, number, picture in pairs
-        )
-        if figures:
-            parts.append(f'<h3>{run["name"]}: {name}</h3><div class="examples">{figures}</div>')
-    return "".join(parts)
-
-
-def page(runs):
-    """The report as one HTML text; nothing in it is fetched."""
-    bars = bars_of(runs)
-    colours = colours_of(runs, bars)
-    curves = embed(draw_curves(runs), "loss and accuracy per epoch")
-    charts = [embed(draw_bars(chart, colours), "accuracy by set") for chart in bars]
-    runs = escaped_names(runs)
-    scores, recalls = score_table(runs, strong), retrieval_table(runs, strong)
-    confused = "".join(example_figures(run) for run in runs)
-    settings = "".join(
-        f"<details><summary>{run['name']}</summary><pre>{json.dumps(run['settings'], indent=1)}"
-        "</pre></details>"
-        for run in runs
-        if run["settings"]
-    )
-    intervals = (
-        "Accuracy in percent; 95% bootstrap intervals of the images in brackets; the best run in "
-        "bold. Published: SLIP ViT-B after 25 epochs of YFCC15M."
-    )
-    sections = [
-        ("Runs", to_html(summary_table(runs))),
-        ("Training", curves),
-        ("Accuracy", scores and f'<p class="note">{intervals}</p>{to_html(scores)}'),
-        ("Zero-shot by set", charts[0]),
-        ("Trained on labels, by set", charts[1]),
-        ("Retrieval", recalls and to_html(recalls)),
-        ("Most confused classes", confused),
-        ("Settings", settings),
-    ]
-    body = "".join(f"<section><h2>{title}</h2>{text}</section>" for title, text in sections if text)
-    title = "Report: " + ", ".join(run["name"] for run in runs)
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        '<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
-        f"<style>{STYLE}</style></head><body><h1>{title}</h1>{body}</body></html>\n"
-    )
-
-
-def get_args_parser():
-    parser = utils.ArgumentParser("report.py", "A report of runs")
-    parser.add_argument("runs", nargs="+", help="folders of runs")
-    parser.add_argument("--output", help="HTML file to write; by default report.html")
-    parser.add_argument("--markdown", action="store_true", help="print the tables, write no page")
-    parser.add_argument("--picture", help="file of the training curves to write, .png or .svg, say")
-    return parser
+def render_page(runs, tables):
+    """The report as one HTML text that fetches nothing, with every name escaped."""
+    charts = group_bars(runs)
+    colours = choose_colours(runs, charts)
+    figures = [draw_curves(runs), *(draw_bars(chart, colours) for chart in charts)]
+    pictures = [f and base64.b64encode(to_image(f, format="svg")).decode() for f in figures]
+    shown = [(run["name"], run["settings"]) for run in runs if run["settings"]]
+    settings = [(name, json.dumps(value, indent=1)) for name, value in shown]
+    options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True}
+    template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), **options)
+    return template.render(runs=runs, tables=tables, pictures=pictures, settings=settings)
 
 
 def write(flag, path, data):
+    """Write bytes to the path that the user gave with a flag."""
     try:
         utils.write_atomically(path, lambda file: file.write(data))
     except OSError as error:
@@ -476,34 +353,41 @@ def write(flag, path, data):
 
 
 def write_picture(runs, path):
-    figure, file = draw_curves(runs), io.BytesIO()
+    """Write the training curves in the format that the ending of the path names."""
+    figure = draw_curves(runs)
     if figure is None:
-        raise InputError("--picture: none of the runs has a finished epoch to draw")
-    known = figure.canvas.get_supported_filetypes()
-    kind = os.path.splitext(path)[1].lower()[1:]
-    if kind not in known:
-        raise InputError(f"--picture {path}: its ending is none of .{', .'.join(known)}")
-    figure.savefig(file, format=kind, dpi=120)
-    plt.close(figure)
-    write("--picture", path, file.getvalue())
+        raise InputError(f"--picture {path}: no run has a finished epoch to draw; omit the flag")
+    formats, ending = figure.canvas.get_supported_filetypes(), os.path.splitext(path)[1]
+    if ending.lower()[1:] not in formats:
+        known = ", ".join(f".{name}" for name in formats)
+        raise InputError(f"--picture {path}: unknown ending {ending!r}; choose from {known}")
+    write("--picture", path, to_image(figure, format=ending.lower()[1:], dpi=120))
+
+
+def get_args_parser():
+    parser = utils.ArgumentParser("report.py", "Report of runs")
+    parser.add_argument("runs", nargs="+", help="folders of runs")
+    parser.add_argument("--output", help="HTML file to write; report.html unless --markdown is set")
+    parser.add_argument("--markdown", action="store_true", help="only print the tables in Markdown")
+    parser.add_argument("--picture", help="image file for the training curves, such as curves.png")
+    return parser
 
 
 def main(args):
     runs = [read_run(folder) for folder in args.runs]
     if len({run["name"] for run in runs}) < len(runs):
         runs = [{**run, "name": folder} for run, folder in zip(runs, args.runs, strict=True)]
-    tables = (
-        summary_table(runs),
-        score_table(runs, "**{}**".format),
-        retrieval_table(runs, "**{}**".format),
-    )
-    print("\n\n".join(to_markdown(rows) for rows in tables if rows))
+
+    tables = summary_table(runs), score_table(runs), retrieval_table(runs)
+    print("\n\n".join(to_markdown(table) for table in tables if table))
+
     if args.picture:
         write_picture(runs, args.picture)
         print(f"\nloss and accuracy per epoch: {args.picture}")
+
     if args.output or not args.markdown:
         output = args.output or "report.html"
-        write("--output", output, page(runs).encode())
+        write("--output", output, render_page(runs, tables).encode())
         print(f"\nreport: {output}")
 
 

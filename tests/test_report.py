@@ -1,4 +1,4 @@
-"""The report: tables, pictures, the page in a real browser, and folders that hold no run."""
+"""report.py: tables, pictures, published figures, the page in a browser, and malformed folders."""
 
 import base64
 import json
@@ -6,10 +6,12 @@ import os
 import re
 import shutil
 import subprocess
+from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from markupsafe import escape
 from PIL import Image
 
 import report
@@ -65,17 +67,46 @@ def test_tables_and_picture(runs, capsys):
 USUAL = "published: SLIP_VITB16, YFCC15M, 25 epochs"
 
 
-def test_bars_stand_beside_what_was_published(runs):
-    zero_shot, trained = report.bars_of([report.read_run(runs / n) for n in ("slip", "simclr")])
+def test_published_figures():
+    table = report.read_published()
+    rows = {(r["dataset"], r["epochs"], r["model"]): r for r in table["imagenet_top1"]}
+    keys = ["dataset", "epochs", "model", *report.KINDS]
+    assert len(table["imagenet_top1"]) == len(rows) == 20
+    assert all(list(row) == keys for row in rows.values())
+    pinned = {
+        ("yfcc15m", 25, "CLIP_VITS16"): [32.7, 59.3, 78.2],
+        ("yfcc15m", 25, "SLIP_VITB16"): [42.8, 72.1, 82.6],
+        ("yfcc15m", 25, "SIMCLR_VITL16"): [None, 66.7, 84.0],
+        ("yfcc15m", 100, "SLIP_VITL16"): [47.9, 75.1, 84.8],
+        ("cc12m", 35, "SLIP_VITB16"): [40.7, 73.7, 83.1],
+        ("yfcc15m", None, "CLIP_RN50"): [34.6, None, None],
+    }
+    assert {key: [rows[key][kind] for kind in report.KINDS] for key in pinned} == pinned
+    # Sums catch a slip of a digit in any other row.
+    sums = [sum(row[kind] or 0 for row in rows.values()) for kind in report.KINDS]
+    assert sums == pytest.approx([653.1, 1294.4, 1556.5])
+
+    by_set = table["zero_shot_by_set"]
+    assert report.describe_published(by_set) == USUAL
+    scores = by_set["accuracy"]
+    assert len(scores) == 26 and sum(scores.values()) == pytest.approx(988.6)
+    assert (scores["food101"], scores["mnist"], scores["kitti_distance"]) == (59.5, 9.8, 34.0)
+    assert scores["imagenet"] == rows["yfcc15m", 25, "SLIP_VITB16"]["zero-shot"]
+    assert set(table["sources"]) == set(table) - {"about", "sources"}
+    assert "arXiv:2112.12750" in table["sources"]["imagenet_top1"]
+    assert "microsoft/A-CLIP" in table["sources"]["zero_shot_by_set"]
+
+
+def test_bars_stand_beside_published_ones(runs):
+    zero_shot, trained = report.group_bars([report.read_run(runs / n) for n in ("slip", "simclr")])
     assert zero_shot == {"digits": {"slip": 91.234}, "imagenet": {"slip": 41.0, USUAL: 42.8}}
     other = "published: SIMCLR_VITB16, YFCC15M, 25 epochs"
     assert trained == {"imagenet, linear": {"slip": 40.0, "simclr": 60.0, USUAL: 72.1, other: 64.0}}
-    assert len(report.PUBLISHED) == 26 and len(report.PAPER) == 20
 
 
 def test_two_runs_of_one_model_have_a_bar_each(runs):
     (runs / "simclr/args.json").write_text((runs / "slip/args.json").read_text())
-    _, trained = report.bars_of([report.read_run(runs / n) for n in ("slip", "simclr")])
+    _, trained = report.group_bars([report.read_run(runs / n) for n in ("slip", "simclr")])
     assert trained == {"imagenet, linear": {"slip": 40.0, "simclr": 60.0, USUAL: 72.1}}
 
 
@@ -87,7 +118,7 @@ def test_two_runs_of_one_model_have_a_bar_each(runs):
         ("CLIP_VITB16", "cc3m", 40, (17.1, 53.3, 79.5), "CLIP_VITB16, CC3M, 40 epochs"),
         ("SLIP_VITB16", "cc12m", 35, (40.7, 73.7, 83.1), "SLIP_VITB16, CC12M, 35 epochs"),
         ("CLIP_RN50", "yfcc15m", 32, (34.6, None, None), "CLIP_RN50, YFCC15M"),
-        # Where set or epochs fit no row: that of 25 epochs of YFCC15M, and the label says so.
+        # Without a row of these epochs or dataset: YFCC15M, 25 epochs, and the label says so.
         ("SLIP_VITS16", "cc12m", 35, (38.3, 66.4, 80.3), "SLIP_VITS16, YFCC15M, 25 epochs"),
         ("CLIP_VITL16", "yfcc15m", 7, (40.4, 70.5, 81.0), "CLIP_VITL16, YFCC15M, 25 epochs"),
         ("SIMCLR_VITB16", [], {}, (None, 64.0, 82.5), "SIMCLR_VITB16, YFCC15M, 25 epochs"),
@@ -98,11 +129,11 @@ def test_the_published_row_of_a_run(runs, model, dataset, epochs, figures, label
     settings = {"args": {"model": model, "dataset": dataset, "epochs": epochs}}
     (runs / "slip/args.json").write_text(json.dumps(settings))
     run = report.read_run(runs / "slip")
-    row = report.published_row(run)
-    assert report.PAPER.get(row) == figures
-    assert label is None or report.describe_row(row) == f"published: {label}"
+    row = report.find_published(run)
+    assert (row and tuple(row[kind] for kind in report.KINDS)) == figures
+    assert label is None or report.describe_published(row) == f"published: {label}"
     if figures and figures[0]:
-        assert report.bars_of([run])[0]["imagenet"][f"published: {label}"] == figures[0]
+        assert report.group_bars([run])[0]["imagenet"][f"published: {label}"] == figures[0]
 
 
 def test_a_folder_without_settings_is_named_by_its_results(runs, capsys):
@@ -116,7 +147,7 @@ def test_a_folder_without_settings_is_named_by_its_results(runs, capsys):
     (runs / "slip/results.json").write_text(json.dumps(results))
     call(runs / "slip", "--output", runs / "r.html")
     assert "<td>SLIP_VITB16</td>" in (runs / "r.html").read_text()
-    assert USUAL in report.bars_of([report.read_run(runs / "slip")])[1]["imagenet, linear"]
+    assert USUAL in report.group_bars([report.read_run(runs / "slip")])[1]["imagenet, linear"]
 
 
 def test_the_page_stands_alone_and_is_escaped(runs):
@@ -127,8 +158,52 @@ def test_the_page_stands_alone_and_is_escaped(runs):
     titles = "Runs|Training|Accuracy|Zero-shot by set|Trained on labels, by set|Retrieval"
     for title in f"{titles}|Most confused classes|Settings".split("|"):
         assert f"<h2>{title}</h2>" in page
-    call(runs / "simclr", "--output", runs / "r.html")  # what is absent is left out
+    call(runs / "simclr", "--output", runs / "r.html")  # absent parts are left out
     assert "Retrieval" not in (runs / "r.html").read_text()
+
+
+class Elements(HTMLParser):
+    """The names of a page's elements and attributes, and the addresses of its images."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.names, self.images = set(), []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.names |= {tag, *dict(attrs)}
+        self.images += [dict(attrs)["src"]] if tag == "img" else []
+
+
+HOSTILE = [
+    "</td></pre></style><script>alert(1)<",
+    "\"><img src=x onerror='alert(1)'>",
+    "{{ 7 * 7 }}{% raw %}{# x #}",
+    "&lt;b&gt;&amp;",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_names_stay_text(runs, name):
+    """In each place that takes a name: run, set, class, metric, model, settings and result file."""
+    call(runs / "slip", runs / "simclr", "--output", runs / "r.html")
+    known = Elements((runs / "r.html").read_text()).names
+    slip, file_name = runs / "slip", name.replace("/", "|")
+    slip.rename(slip := runs / file_name)
+    result = {"accuracy": 5.0, "metric": name, "interval": [4.0, 6.0]}
+    (slip / "results.json").write_text(json.dumps({name: result}))
+    (slip / f"knn-{file_name}.json").write_text(json.dumps({name: result}))
+    (slip / "retrieval.json").write_text(json.dumps({name: dict.fromkeys(report.RECALLS, 5.0)}))
+    (slip / "examples.json").write_text(json.dumps({name: [[name, name, 2, picture()]]}))
+    (slip / "args.json").write_text(json.dumps({"args": {"model": name, name: name}}))
+    call(slip, runs / "simclr", "--output", runs / "r.html")
+    page = (runs / "r.html").read_text()
+    elements = Elements(page)
+    assert elements.names <= known
+    assert len(elements.images) == 4
+    for image in elements.images:
+        assert re.fullmatch("data:image/(jpeg|svg.xml);base64,[A-Za-z0-9+/]+=*", image)
+    assert page.count(escape(name)) >= 8
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -177,7 +252,7 @@ def test_the_page_in_a_browser(runs):
         ("examples.json", '{"digits": [["a", "b", 1, "\\"><script>"]]}', "holds no examples"),
         ("results.json", '{"digits": {"accuracy": 1e5, "interval": null}}', "holds no results"),
         ("results.json", f'{{"digits": {{"accuracy": 1{"0" * 400}}}}}', "holds no results"),
-        ("results.json", '{"\\ud800": {"accuracy": 5}}', "hold what cannot be written"),
+        ("results.json", '{"\\ud800": {"accuracy": 5}}', "hold values that cannot be written"),
         ("retrieval.json", '{"coco": {"image_to_text_recall1": 5}}', "holds no results"),
         ("args.json", "{", "args.json"),
         ("args.json", "[" * 10**5, "args.json"),
@@ -187,7 +262,7 @@ def test_the_page_in_a_browser(runs):
         ("log.txt", f'{{"epoch": 1{"0" * 400}}}', "is no log of this code"),
     ],
 )
-def test_foreign_files_are_told(runs, name, text, match):
+def test_foreign_files_are_rejected(runs, name, text, match):
     (runs / "slip" / name).write_text(text)
     with pytest.raises(InputError, match=match):
         report.read_run(runs / "slip")
@@ -195,7 +270,7 @@ def test_foreign_files_are_told(runs, name, text, match):
 
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
 @pytest.mark.parametrize("name", ["log.txt", "args.json", "results.json", "linear.json"])
-def test_what_is_no_file_is_told(runs, name, make):
+def test_files_that_are_not_regular_are_rejected(runs, name, make):
     (runs / "slip" / name).unlink()
     make(runs / "slip" / name)
     with pytest.raises(InputError, match=f"{name}: it is no regular file"):
@@ -225,9 +300,9 @@ def test_names_of_any_kind_are_drawn(runs, name, capsys):
     run = report.read_run(runs / name)
     (axes, _), legends = report.draw_curves([run]).axes, []
     legends.append(axes.get_legend().texts[0].get_text())
-    bars = report.bars_of([run])
+    bars = report.group_bars([run])
     for chart in bars:
-        figure = report.draw_bars(chart, report.colours_of([run], bars))
+        figure = report.draw_bars(chart, report.choose_colours([run], bars))
         legends.append(figure.axes[0].get_legend().texts[0].get_text())
     shown = report.printable(name)
     assert legends == [f"{shown}: clip_loss", shown, shown]
@@ -239,11 +314,11 @@ def test_names_of_any_kind_are_drawn(runs, name, capsys):
         (["--output", "absent/r.html"], "--output absent/r.html: No such file or directory; ch"),
         (["--output", "slip"], "--output slip: Is a directory; choose another"),
         (["--picture", "absent/r.png"], "--picture absent/r.png: No such file or directory; ch"),
-        (["--picture", "r.foo"], "--picture r.foo: its ending is none of .+png"),
-        (["--picture", "picture"], "--picture picture: its ending is none of"),
+        (["--picture", "r.foo"], "--picture r.foo: unknown ending '.foo'; choose from .+png"),
+        (["--picture", "picture"], "--picture picture: unknown ending ''; choose from"),
     ],
 )
-def test_what_cannot_be_written_is_told(runs, monkeypatch, flags, match):
+def test_unwritable_outputs_are_rejected(runs, monkeypatch, flags, match):
     monkeypatch.chdir(runs)
     with pytest.raises(InputError, match=match):
         call("slip", *flags)
