@@ -143,23 +143,37 @@ def open_loader(dataset, batch_size, workers, device, update_freq=1, collate_fn=
             f"--update-freq {update_freq} is more than the {batches} batches of an epoch; lower it"
         )
     batches -= batches % update_freq
-    return DataLoader(
-        dataset,
-        batch_size,
-        sampler=EpochSampler(
-            len(dataset), batch_size, batches, get_rank(), world_size, dataset.seed
-        ),
-        collate_fn=collate_fn,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=shield_worker,
-        generator=torch.Generator(),  # of its workers' seeds: takes none of the run's numbers
-    )
+    sampler = EpochSampler(len(dataset), batch_size, batches, get_rank(), world_size, dataset.seed)
+    return EpochLoader(dataset, sampler, batch_size, workers, device, collate_fn)
 
 
-# ---------------------------------------------------------------------------------------------
-# Labelled sets for evaluation
+class EpochLoader:
+    def __init__(self, dataset, sampler, batch_size, workers, device, collate_fn):
+        self.images, self.batch_size, self.workers = len(dataset), batch_size, workers
+        self.augments_on_device = getattr(dataset, "on_device", False)
+        self.loader = DataLoader(
+            dataset,
+            batch_size,
+            sampler=sampler,
+            collate_fn=collate_fn,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=shield_worker,
+            generator=torch.Generator(),  # of its workers' seeds: takes none of the run's numbers
+        )
+
+    def __len__(self):
+        return len(self.loader)
+
+    def start(self, epoch, batch=0):
+        self.loader.sampler.go_to(epoch, batch)
+        return iter(self.loader)
+
+    def preview(self, number):
+        self.loader.sampler.go_to(0)
+        keys = [key for key, _ in zip(self.loader.sampler, range(number), strict=False)]
+        return self.loader.collate_fn([self.loader.dataset[key] for key in keys])
 
 
 def empty_batch(size, device):

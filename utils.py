@@ -96,7 +96,7 @@ def make_folder(path):
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--output-dir {path}: {error.strerror}; choose another") from error
+        raise InputError(f"folder {path}: {error.strerror}; choose another") from error
     return Path(path)
 
 
@@ -189,7 +189,9 @@ def cosine_scheduler(
     final_value one update after the last. Raises InputError if warm-up outlasts training.
     """
     if warmup_epochs > epochs:
-        raise InputError(f"--warmup-epochs {warmup_epochs} exceeds --epochs {epochs}; lower it")
+        raise InputError(
+            f"warm-up of {warmup_epochs} epochs exceeds training of {epochs}; lower it"
+        )
     warmup = np.linspace(start_warmup_value, base_value, warmup_epochs * niter_per_ep)
     steps = (epochs - warmup_epochs) * niter_per_ep
     phase = np.pi * np.arange(steps) / max(steps, 1)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import weakref
 
 import numpy as np
@@ -9,13 +10,14 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import Sampler
+from torch.utils.data import default_collate
 
 import main
 import models
 import tests.warm  # noqa: F401
 from infra import devices, distributed
 from infra.logger import SilentLog
+from infra.run import TrainState
 
 
 def seeded_weights(state_dict):
@@ -89,24 +91,33 @@ class Said(SilentLog):
     def __init__(self):
         self.lines = []
 
-    def say(self, text):
+    def info(self, text):
         self.lines.append(text)
 
 
-class InOrder(Sampler):
-    """All rows of a set in their order, from a batch on."""
+class BareRun:
+    """A run without a folder: its state and log; it saves nothing."""
 
-    def __init__(self, rows, batch_size):
-        self.rows, self.batch_size, self.batch = rows, batch_size, 0
+    def __init__(self, log=None, **state):
+        self.state, self.log = TrainState(**state), log or SilentLog()
 
-    def go_to(self, epoch, batch):
-        self.batch = batch
+    def poll(self, before_save):
+        pass
+
+
+class InOrder:
+    """A loader of the rows of a set in their order."""
+
+    def __init__(self, rows, batch_size, collate=default_collate):
+        self.rows, self.batch_size, self.collate = rows, batch_size, collate
 
     def __len__(self):
-        return len(self.rows)
+        return math.ceil(len(self.rows) / self.batch_size)
 
-    def __iter__(self):
-        return iter(range(self.batch * self.batch_size, len(self.rows)))
+    def start(self, epoch, batch=0):
+        for first in range(batch * self.batch_size, len(self.rows), self.batch_size):
+            last = min(first + self.batch_size, len(self.rows))
+            yield self.collate([self.rows[i] for i in range(first, last)])
 
 
 def exact_training(name, k, exact=True):
@@ -119,7 +130,7 @@ def exact_training(name, k, exact=True):
     )
     model = models.create_model(name, args.ssl_mlp_dim, args.ssl_emb_dim).double()
     t = main.create_training(model, devices.Precision("fp32", torch.device("cpu")), 1, args)
-    t.feed.prepare = lambda batch: batch
+    t.prefetcher.prepare = lambda batch: batch
     return t
 
 

@@ -18,20 +18,20 @@ import torch
 import main
 import tests.warm  # noqa: F401
 from infra import distributed
-from infra.checkpoint_manager import CheckpointManager
+from infra.run import Run
 from infra.signals import NOTHING, Stopped
 
 
 class Stops:
-    """Replaces Keeper.due: a stop the first time that a run can be stopped at a place."""
+    """Replaces Run.due: a stop the first time that a run can be stopped at a place."""
 
     def __init__(self):
         self.seen, self.calls, self.at = set(), 0, None
 
-    def due(self, keeper):
-        p = keeper.progress
-        self.calls = self.calls + 1 if self.at == p.updates else 0
-        self.at = p.updates
+    def due(self, run):
+        updates = run.state.updates
+        self.calls = self.calls + 1 if self.at == updates else 0
+        self.at = updates
         if (self.at, self.calls) in self.seen:
             return NOTHING
         self.seen.add((self.at, self.calls))
@@ -41,7 +41,7 @@ class Stops:
 def stop_everywhere(folder, name, *flags):
     """Prints the number of lives; the ranks of each meet at a place of its own."""
     script, stops, lives = importlib.import_module(name), Stops(), 0
-    CheckpointManager.due = lambda keeper: stops.due(keeper)
+    Run.due = lambda run: stops.due(run)
     is_over = False
     while not is_over:
         lives, stops.at = lives + 1, None
@@ -62,9 +62,9 @@ def die(how):
 
 
 def end_rank_1(how, flags, marker=None):
-    due, calls = CheckpointManager.due, []
+    due, calls = Run.due, []
 
-    def fatal(keeper):
+    def fatal(run):
         calls.append(1)
         if len(calls) == 3 and distributed.get_rank() == 1 and not (marker and marker.exists()):
             if marker:
@@ -72,9 +72,9 @@ def end_rank_1(how, flags, marker=None):
             if how == "raise":
                 raise RuntimeError("rank 1 has had enough")
             die(how)
-        return due(keeper)
+        return due(run)
 
-    CheckpointManager.due = fatal
+    Run.due = fatal
     distributed.run_script(lambda: main.main(main.get_args_parser().parse_args(flags)))
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
-from helpers import InOrder, exact_training, seeded_embeddings, views_of
+from helpers import BareRun, InOrder, exact_training, seeded_embeddings, views_of
 
 import engine
 import features
@@ -22,7 +22,8 @@ import losses
 import models
 import utils
 from evaluation import Evaluation, predict
-from infra import devices, distributed, logger, run
+from infra import devices, distributed, logger
+from infra.run import Meters
 
 
 class Numbered(Dataset):
@@ -120,10 +121,10 @@ def nonfinite(folder):
         schedule=np.full(6, 0.1),
         precision=devices.Precision("fp32", torch.device("cpu")),
     )
-    loader = DataLoader(Sourced(), 2, collate_fn=collate, sampler=InOrder(Sourced(), 2))
+    loader = InOrder(Sourced(), 2, collate)
     log = logger.open_log(folder / "nonfinite")
     try:
-        engine.train_one_epoch(training, loader, run.TrainState(epoch=1), log)
+        engine.train_one_epoch(training, loader, BareRun(log, epoch=1))
     except utils.InputError as error:
         return str(error), str(error).rpartition(" ")[2]
 
@@ -159,7 +160,7 @@ def frozen_features(folder):
 
 
 def meters():
-    meter = run.Meters()
+    meter = Meters()
     for value in (1.0, 2.0):
         meter.update({"loss": torch.tensor(value + distributed.get_rank())})
     meter.read()

@@ -5,17 +5,20 @@ import json
 import os
 import threading
 
+import numpy as np
 import pytest
 import torch
 from helpers import Said, train_flags
 from launch import run_script, start
 from test_main import train, weights
 
+import engine
 import main
 import utils
 from infra import checkpoint, checkpoint_manager
-from infra.run import TrainState
-from infra.signals import NOTHING, SignalHandler
+from infra.devices import Precision
+from infra.run import Run
+from infra.signals import NOTHING
 from utils import InputError
 
 SMALL = {"val": "none", "model": "SIMCLR_NANO8"}
@@ -23,18 +26,20 @@ SMALL = {"val": "none", "model": "SIMCLR_NANO8"}
 
 @pytest.fixture
 def kept(tmp_path):
-    """A keeper of a small model, and the model."""
+    """The run of a small model, its checkpoints, the model, and the lines of its log."""
     model = torch.nn.Linear(3, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    progress = TrainState()
-    args = argparse.Namespace(keep_last=2, save_every_minutes=0.0)
-    parts = {"state_dict": model, "optimizer": optimizer, "progress": progress}
-    with SignalHandler() as interrupts:
-        k = checkpoint_manager.CheckpointManager(
-            tmp_path, parts, interrupts, utils.CPU, args, {"args": {"model": "x"}}
-        )
-        k.begin(said := Said())
-        yield k, model, said
+    training = engine.Training(
+        model=model,
+        criterion=None,
+        optimizer=torch.optim.AdamW(model.parameters()),
+        schedule=np.zeros(4),
+        precision=Precision("fp32", utils.CPU),
+    )
+    flags = {"epochs": 2, "batch_size": 1, "seed": 0, "keep_last": 2, "save_every_minutes": 0.0}
+    with Run(tmp_path, training, argparse.Namespace(**flags), {"state_dict": model}) as run:
+        run.start()
+        run.log = Said()
+        yield run, run.checkpoints, model
 
 
 def test_a_checkpoint_holds_all_and_is_plain_data(tiny, tmp_path):
@@ -61,11 +66,11 @@ def test_copies_take_the_memory_of_those_before():
 
 def test_never_two_writers(kept, monkeypatch):
     """A save that is due while another is written waits; the clock's does not even ask."""
-    k, model, _ = kept
+    run, k, model = kept
     k.seconds, going, write = 1e-9, threading.Event(), k.write
     monkeypatch.setattr(k, "write", lambda *args: (going.wait(10), write(*args)))
     k.save()
-    assert k.due() == NOTHING
+    assert run.due() == NOTHING
     threads = threading.active_count()
     threading.Timer(0.2, going.set).start()
     model.weight.data.fill_(2)
@@ -76,28 +81,28 @@ def test_never_two_writers(kept, monkeypatch):
 
 
 def test_a_state_that_is_not_finite_replaces_no_checkpoint(kept):
-    k, model, said = kept
+    run, k, model = kept
     k.save()
     k.wait()
     model.weight.data[0, 0] = torch.nan
     k.save()
     k.wait()
-    assert said.lines == [
-        "warning: the checkpoint could not be saved (weight is not finite); training goes on, the "
-        "one before it is whole"
+    assert run.log.lines == [
+        "warning: the checkpoint could not be saved (weight is not finite); training continues, "
+        "the one before it is whole"
     ]
     assert checkpoint.load(k.latest)["state_dict"]["weight"].isfinite().all()
 
 
 def test_the_best_is_written_before_the_latest_speaks_of_it(kept, monkeypatch):
-    k, _, _ = kept
+    _, k, _ = kept
     k.save()
     k.wait()
     order, replace = [], os.replace
     monkeypatch.setattr(
         os, "replace", lambda a, b: (order.append(os.path.basename(b)), replace(a, b))
     )
-    k.progress.updates, k.progress.best_acc1 = 5, 50.0
+    k.state.updates, k.state.best_acc1 = 5, 50.0
     k.save(is_best=True)
     k.wait()
     assert order == ["checkpoint_best.pt", "checkpoint-00000000.pt", "checkpoint.pt"]
@@ -106,17 +111,17 @@ def test_the_best_is_written_before_the_latest_speaks_of_it(kept, monkeypatch):
 
 
 def test_where_there_are_no_hard_links_files_are_moved(kept, monkeypatch):
-    k, _, _ = kept
+    _, k, _ = kept
 
     def refuse(*args):
         raise OSError("no hard links here")
 
     monkeypatch.setattr(os, "link", refuse)
     for updates in (1, 2):
-        k.progress.updates = updates
+        k.state.updates = updates
         k.save()
         k.wait()
-    assert [os.path.basename(path) for path in k.numbered()] == ["checkpoint-00000001.pt"]
+    assert [os.path.basename(path) for path in k.older()] == ["checkpoint-00000001.pt"]
     assert checkpoint.load(k.latest)["progress"]["updates"] == 2
 
 

@@ -6,15 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import InOrder, Said
+from helpers import BareRun, InOrder, Said
 from torch import nn
-from torch.utils.data import DataLoader
 
 import engine
 import main
 import models
-from infra import devices, run
-from infra.logger import SilentLog
+from infra import devices
 from utils import InputError
 
 CPU = torch.device("cpu")
@@ -43,7 +41,7 @@ def training(precision="fp32", update_freq=1, lr=0.1, dtype=torch.float32, devic
 
 def loader(data, batch_size):
     rows = [{"x": row} for row in data]
-    return DataLoader(rows, batch_size, sampler=InOrder(rows, batch_size))
+    return InOrder(rows, batch_size)
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
@@ -84,9 +82,7 @@ def test_the_cpu_defaults_to_fp32():
 
 def test_an_epoch_leaves_out_batches_that_fill_no_update():
     t = training(update_freq=2)
-    means, speed = engine.train_one_epoch(
-        t, loader(torch.randn(20, 3), 4), run.TrainState(), SilentLog()
-    )
+    means, speed = engine.train_one_epoch(t, loader(torch.randn(20, 3), 4), BareRun())
     assert speed["pairs"] == 16  # five batches of 4, two updates of 2
     assert set(means) == {"loss"}
     assert 0 <= speed["data_wait"] <= 1 and speed["samples_per_sec"] > 0
@@ -97,16 +93,14 @@ def test_a_loss_that_is_not_finite_stops_with_its_step():
     data = torch.randn(8, 3)
     data[5] = torch.nan
     with pytest.raises(InputError, match=r"loss is nan at update 10 \(epoch 2\) on rank 0"):
-        engine.train_one_epoch(
-            t, loader(data, 2), run.TrainState(epoch=2), SilentLog(), print_freq=2
-        )
+        engine.train_one_epoch(t, loader(data, 2), BareRun(epoch=2), print_freq=2)
 
 
 def test_the_samples_of_a_loss_that_is_not_finite_are_listed(two_ranks):
     """Rank 1's second batch is bad; ranks read their losses at the third and stop together."""
     for rank in ("rank0", "rank1"):
         error, path = two_ranks[rank]["nonfinite"]
-        assert "loss is nan at update 4 (epoch 1) on rank 1; lower --lr" in error
+        assert "loss is nan at update 4 (epoch 1) on rank 1; lower the learning rate" in error
         assert f"its samples are listed in {path}" in error
         assert path.endswith("nonfinite-4.json")
     facts = json.loads(Path(path).read_text())
@@ -180,9 +174,9 @@ def test_no_step_waits_for_the_device(k, exact, precision):
 @pytest.mark.cuda
 def test_batches_prepared_beside_the_step_arrive_whole():
     t = training(device=torch.device("cuda"))
-    t.feed.prepare = lambda batch: {"x": (batch["x"] * 2).sqrt().square()}
+    t.prefetcher.prepare = lambda batch: {"x": (batch["x"] * 2).sqrt().square()}
     batches = [torch.full((1000, 1000), float(i)).pin_memory() for i in range(20)]
-    totals = [t.feed({"x": x})["x"].mean() for x in batches]
+    totals = [t.prefetcher({"x": x})["x"].mean() for x in batches]
     assert [round(x.item()) for x in totals] == [2 * i for i in range(20)]
 
 
@@ -216,31 +210,32 @@ def test_updates_that_are_not_finite_are_left_out(precision):
     data = torch.randn(24, 3)
     bad = data.clone()
     bad[5], bad[13] = torch.nan, torch.inf  # in updates 1 and 3 of 6
-    t, log, progress = batched_training(precision, skip_nonfinite=2), Said(), run.TrainState()
-    means, _ = engine.train_one_epoch(t, loader(bad, 4), progress, log, print_freq=2)
+    t, run = batched_training(precision, skip_nonfinite=2), BareRun(Said())
+    means, _ = engine.train_one_epoch(t, loader(bad, 4), run, print_freq=2)
     sound = torch.cat([data[:4], data[8:12], data[16:]])
     other = batched_training(precision)
-    expected, _ = engine.train_one_epoch(other, loader(sound, 4), run.TrainState(), SilentLog())
+    expected, _ = engine.train_one_epoch(other, loader(sound, 4), BareRun())
     assert means == pytest.approx(expected)
     for key, value in other.model.state_dict().items():
         assert torch.equal(t.model.state_dict()[key], value), key
     for i, moments in other.optimizer.state_dict()["state"].items():
         for key, value in moments.items():
             assert torch.equal(t.optimizer.state_dict()["state"][i][key], value)
-    assert progress.skipped == 2 and progress.updates == progress.step == 6
-    assert [line.partition(":")[0] for line in log.lines] == [
-        "left out, 1 of 2",
-        "left out, 2 of 2",
+    assert run.state.skipped == 2 and run.state.updates == run.state.step == 6
+    lines = run.log.lines
+    assert [line.partition(":")[0] for line in lines] == [
+        "skipped, 1 of 2",
+        "skipped, 2 of 2",
     ]
-    assert "loss is nan at update 1 (epoch 0) on rank 0" in log.lines[0]
+    assert "loss is nan at update 1 (epoch 0) on rank 0" in lines[0]
 
 
 def test_one_update_too_many_that_is_not_finite_stops():
     data = torch.randn(24, 3)
     data[5] = data[13] = torch.nan
     t = batched_training(skip_nonfinite=1)
-    with pytest.raises(InputError, match=r"over --skip-nonfinite 1 .*loss is nan at update 3"):
-        engine.train_one_epoch(t, loader(data, 4), run.TrainState(), SilentLog())
+    with pytest.raises(InputError, match=r"more than 1 updates .*loss is nan at update 3"):
+        engine.train_one_epoch(t, loader(data, 4), BareRun())
 
 
 def test_a_gradient_that_is_not_finite_is_left_out_as_well():
@@ -248,7 +243,7 @@ def test_a_gradient_that_is_not_finite_is_left_out_as_well():
     t.criterion = lambda outputs: {"loss": (0 * outputs.sum()).sqrt()}  # 0, of infinite slope
     before = {key: value.clone() for key, value in t.model.state_dict().items()}
     log = Said()
-    engine.train_one_epoch(t, loader(torch.randn(4, 3), 4), run.TrainState(), log)
+    engine.train_one_epoch(t, loader(torch.randn(4, 3), 4), BareRun(log))
     assert all(torch.equal(value, before[key]) for key, value in t.model.state_dict().items())
     assert "gradient is not finite at update 0" in log.lines[0]
 
@@ -256,9 +251,9 @@ def test_a_gradient_that_is_not_finite_is_left_out_as_well():
 def test_an_epoch_goes_on_behind_the_samples_it_has_seen():
     """Also where its batch is another one now: three updates of 4 were six of 2."""
     data = torch.randn(24, 3)
-    t, progress = training(), run.TrainState(epoch=1, step=6, batch=2)
-    engine.train_one_epoch(t, loader(data, 4), progress, SilentLog())
+    t, run = training(), BareRun(epoch=1, step=6, batch=2)
+    engine.train_one_epoch(t, loader(data, 4), run)
     other = training()
-    engine.train_one_epoch(other, loader(data[12:], 4), run.TrainState(), SilentLog())
+    engine.train_one_epoch(other, loader(data[12:], 4), BareRun())
     assert torch.equal(t.model.weight, other.model.weight)
-    assert (progress.step, progress.batch, progress.samples) == (6, 4, 12)
+    assert (run.state.step, run.state.batch, run.state.samples) == (6, 4, 12)

@@ -57,13 +57,13 @@ def test_towers_see_the_same_random_state_twice():
         "vit_tiny_patch16_224", num_classes=0, drop_path_rate=0.5, **TINY_VIT
     ).double()
     t.model.train()
-    towers, seen = t.model.towers, []
+    towers, seen = t.model.forward_features, []
 
     def spy(**views):
         seen.append(towers(**views))
         return seen[-1]
 
-    t.model.towers = spy
+    t.model.forward_features = spy
     batches = views_of(t.model, 12, 3)
     engine.update(t, batches, 0)
     assert len(seen) == 6 and not seen[0]["image"].requires_grad and seen[3]["image"].requires_grad

@@ -5,11 +5,11 @@ import json
 import torch
 
 from infra import logger
-from infra.logger import RunLog
+from infra.logger import Logger
 
 
 def test_the_log_leaves_out_epochs_that_run_again(tmp_path):
-    log = RunLog(tmp_path)
+    log = Logger(tmp_path)
     for epoch in range(3):
         log.epoch({"epoch": epoch, "train_loss": 1.0})
     log.close()
@@ -17,13 +17,13 @@ def test_the_log_leaves_out_epochs_that_run_again(tmp_path):
     lines[1:1] = ["5\n", "{}\n", "half a li\n"]  # one damaged line costs no other
     lines += ['{"epoch": 3, "tr']  # a kill in the midst of a line
     (tmp_path / "log.txt").write_text("".join(lines))
-    RunLog(tmp_path, first_epoch=2).close()
+    Logger(tmp_path, first_epoch=2).close()
     assert [row["epoch"] for row in logger.read_log(tmp_path / "log.txt")] == [0, 1]
 
 
 def test_a_log_of_another_run_is_kept_aside(tmp_path):
     (tmp_path / "log.txt").write_text("my notes\n")
-    RunLog(tmp_path).close()
+    Logger(tmp_path).close()
     assert (tmp_path / "log.txt.old").read_text() == "my notes\n"
     assert not (tmp_path / "log.txt").exists()
 
@@ -35,7 +35,7 @@ def test_a_machine_without_git(monkeypatch):
 
 def test_silent_log_does_nothing():
     log = logger.SilentLog()
-    log.say("x")
+    log.info("x")
     log.scalars({}, 3)
     with log.progress(3, "epoch") as report:
         report(1, {}, {})

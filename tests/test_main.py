@@ -16,6 +16,7 @@ from test_checkpoint import save_released
 import main
 from infra import logger
 from infra.checkpoint_manager import CheckpointManager
+from infra.logger import Logger
 from utils import InputError
 
 
@@ -227,11 +228,14 @@ def test_a_progress_bar_on_a_terminal(tiny, tmp_path, monkeypatch, capsys):
         (["--lr", "nan"], "--lr: nan must be"),
         (["--betas", "0.9", "1"], "--betas: 1 must be 0 or more and below 1"),
         (["--seed", "x"], "--seed: invalid int value: 'x'"),
-        (["--output-dir", "/dev/null"], "--output-dir /dev/null: File exists"),
-        (["--warmup-epochs", "2"], "--warmup-epochs 2 exceeds --epochs 1"),
+        (["--output-dir", "/dev/null"], "folder /dev/null: File exists"),
+        (["--warmup-epochs", "2"], "warm-up of 2 epochs exceeds training of 1"),
         (["--batch-size", "1"], "--batch-size 1 is too few for the SimCLR head"),
         (["--disable-amp", "--precision", "bf16"], "--disable-amp contradicts --precision bf16"),
-        (["--grad-checkpointing", "--model", "CLIP_dla34"], "image tower has none"),
+        (
+            ["--grad-checkpointing", "--model", "CLIP_dla34"],
+            "image tower has no gradient checkpointing",
+        ),
         (["--evaluate", "--val-dataset", "none"], "--evaluate has nothing to score"),
         (["--evaluate"], "checkpoint .*checkpoint.pt' is absent"),
     ],
@@ -258,7 +262,7 @@ def test_the_command_prints_one_line_and_exits_with_2(tiny, tmp_path):
     assert "Traceback" not in run.stderr
     error = run.stderr.strip().splitlines()[-1]
     assert error.startswith(
-        "error: 1 of the epoch's 12 samples cannot be read, more than --max-bad"
+        "error: 1 of the epoch's 12 samples cannot be read, more than the allowed"
     )
     assert f"train2017/{last:012d}.jpg is empty, or no image" in error
 
@@ -287,15 +291,11 @@ def test_two_ranks_stop_together_at_too_many_unreadable_images(tmp_path):
     flags = with_unreadable_images(tmp_path, tmp_path / "a", "--batch-size", 2, "--workers", 1)
     run = run_script("main.py", flags, ranks=2)
     assert run.returncode != 0  # torchrun's own code
-    assert "samples cannot be read, more than --max-bad-fraction 0.01" in run.stderr
+    assert "samples cannot be read, more than the allowed fraction of 0.01" in run.stderr
     assert run.stderr.count("error: ") == 1 and run.stderr.count("error (rank 1): ") == 1
 
 
-class Said(list):
-    say_once = list.append
-
-
-def test_waiting_for_data_gives_one_line_of_advice(tiny):
+def test_waiting_for_data_gives_one_line_of_advice_a_run(tiny, tmp_path, capsys):
     for augment, expected in (
         ("cpu", "--augment device, "),
         ("device", "--workers above 0, smaller"),
@@ -303,11 +303,13 @@ def test_waiting_for_data_gives_one_line_of_advice(tiny):
         args = main.get_args_parser().parse_args(train_flags(tiny, "out", "--augment", augment))
         model = main.models.create_model("CLIP_NANO8")
         loader = main.open_loader(model, None, torch.device("cpu"), args)
-        said = Said()
-        main.advise(said, 0.09, loader)
-        assert not said
-        main.advise(said, 0.37, loader)
-        assert len(said) == 1 and expected in said[0] and "37%" in said[0]
+        log = Logger(tmp_path)
+        main.advise(log, 0.09, loader)
+        assert not capsys.readouterr().out
+        main.advise(log, 0.37, loader)
+        main.advise(log, 0.38, loader)
+        said = capsys.readouterr().out
+        assert said.count("\n") == 1 and expected in said and "37%" in said
 
 
 def test_a_checkpoint_of_another_model(tiny, tmp_path):

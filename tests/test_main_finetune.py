@@ -13,7 +13,7 @@ import main_finetune
 import main_linear
 import models
 import towers
-from transforms import MEAN, STD
+from transforms import IMAGENET_MEAN, IMAGENET_STD
 from utils import InputError
 
 
@@ -102,8 +102,12 @@ def test_a_view_depends_on_its_generator_alone(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)  # the program's own numbers go on
     assert first.shape == (3, 32, 32) and first.dtype == torch.float32
     plain = parse(["--pretrained", "x", "--aa", "none", "--reprob", "0", "--color-jitter", "0"])
-    shown = main_finetune.TimmView(32, plain)(image, np.random.default_rng(0))
-    pixels = shown * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    shown = main_finetune.TimmView(32, towers.TOWERS["VITS16"], plain)(
+        image, np.random.default_rng(0)
+    )
+    pixels = shown * torch.tensor(IMAGENET_STD).view(3, 1, 1) + torch.tensor(IMAGENET_MEAN).view(
+        3, 1, 1
+    )
     assert pixels.min() > -1e-6 and pixels.max() < 1 + 1e-6
 
 

@@ -154,12 +154,12 @@ def test_all_views_in_one_pass_are_each_view_in_its_own(name):
         views["text"] = torch.randint(1, 400, (3, 16))
     passes, visual = [], model.visual
     model.visual.register_forward_hook(lambda *_: passes.append(1))
-    features = model.towers(**views)
+    features = model.forward_features(**views)
     assert len(passes) == 1 and features.keys() == views.keys()
     for view in views.keys() - {"text"}:
         assert torch.allclose(features[view], visual(views[view]), rtol=1e-12, atol=1e-12)
     # The head sees one view at a time: its statistics differ from those of both views.
-    outputs = model.heads(features)
+    outputs = model.forward_head(features)
     assert torch.equal(outputs["aug1_embed"], model.image_mlp(features["aug1"]))
 
 
@@ -167,7 +167,7 @@ def test_towers_with_batch_norm_see_one_view_at_a_time():
     model = create_model("SIMCLR_test_resnet", 32, 16)
     assert model.visual.conv1[0].weight.is_contiguous(memory_format=torch.channels_last)
     views = {"aug1": torch.randn(4, 3, 64, 64), "aug2": 2 * torch.randn(4, 3, 64, 64)}
-    features = model.towers(**views)
+    features = model.forward_features(**views)
     for view in views:
         assert torch.equal(features[view], model.visual(views[view]))
 

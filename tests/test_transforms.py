@@ -219,7 +219,8 @@ def test_no_steps_leave_a_view_as_it_is():
 
 
 def test_evaluation_view_and_normalisation_equal_torchvisions():
-    ours = transforms.to_float(transforms.CenterCrop(32, 36)(PICTURE)[None])[0]
+    pixels = transforms.to_unit(transforms.CenterCrop(32, 36)(PICTURE)[None])
+    ours = transforms.normalize(pixels, transforms.IMAGENET_MEAN, transforms.IMAGENET_STD)[0]
     theirs = tv.Compose(
         [
             tv.Resize(36),

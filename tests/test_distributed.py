@@ -1,0 +1,60 @@
+"""Launchers' environments, errors of scripts, and the gathers that all ranks share."""
+
+import pytest
+import torch
+
+from infra import distributed
+from utils import InputError
+
+
+def test_an_input_error_is_one_line_and_exit_code_2(capsys):
+    def fail():
+        raise InputError("Caught InputError in worker.\nTraceback\nutils.InputError: image x.jpg")
+
+    with pytest.raises(SystemExit) as stop:
+        distributed.run_script(fail)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: image x.jpg\n"
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        distributed.run_script(lambda: 1 / 0)
+
+
+def test_cuda_asked_for_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="use cpu"):
+        distributed.init_distributed("cuda")
+
+
+@pytest.mark.parametrize(
+    "environment, match",
+    [
+        ({"RANK": "x"}, "RANK='x' in the environment is no number; unset it"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE='-1' in the environment"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE='' in the environment"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 is none of WORLD_SIZE=2 ranks"),
+        ({"WORLD_SIZE": "0"}, "RANK=0 is none of WORLD_SIZE=0 ranks"),
+        ({"WORLD_SIZE": "9" * 400}, "is no number"),
+        (
+            {"WORLD_SIZE": "2", "MASTER_PORT": "x", "MASTER_ADDR": "::1"},
+            "cannot meet at env://: .*'x'; ",
+        ),
+        (
+            {"WORLD_SIZE": "2", "MASTER_PORT": "1"},
+            "MASTER_ADDR expected, but not set; correct ",
+        ),
+    ],
+)
+def test_garbage_from_a_launcher_is_told(monkeypatch, environment, match):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=match):
+        distributed.init_distributed("cpu")
+
+
+def test_a_local_rank_that_is_none(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "first")
+    with pytest.raises(InputError, match="LOCAL_RANK='first' in the environment is no number"):
+        distributed.rank_zero_first(lambda: 1)
