@@ -16,8 +16,8 @@ from pathlib import Path
 import pyarrow.parquet
 
 import utils
-from infra.arrow import Captions, Source, each, plain_text, write_captions
-from infra.untrusted import Files, read_metadata, read_npy, read_pickle
+from infra.arrow import Captions, Source, write_captions
+from infra.untrusted import Files, parse_rows, plain_text, read_metadata, read_npy, read_pickle
 from utils import InputError
 
 # ---------------------------------------------------------------------------------------------
@@ -56,9 +56,9 @@ def open_coco(path, columns=None, folder="train2017"):
         database = sqlite3.connect("")  # a temporary file: memory does not grow with the set
         database.execute("create table images (image integer primary key, name text)")
         database.execute("create table captions (image integer, caption text)")
-        names = each(files, files.json_rows("images.item"), name)
+        names = parse_rows(files, files.json_rows("images.item"), name)
         database.executemany("insert or replace into images values (?, ?)", names)
-        captions = each(files, files.json_rows("annotations.item"), annotation)
+        captions = parse_rows(files, files.json_rows("annotations.item"), annotation)
         database.executemany("insert into captions values (?, ?)", captions)
         grouped = """
             select coalesce(name, printf('%012d.jpg', image)), caption
@@ -100,9 +100,9 @@ def open_csv(path, columns):
     if str(path).endswith(".parquet"):
         return Source(files, parquet_rows(files, columns), pick)
     lines = files.lines()
-    header = next(each(files, lines, str), "")
+    header = next(parse_rows(files, lines, str), "")
     for separator in "\t,;|":
-        names = next(each(files, csv.reader([header], delimiter=separator), list), [])
+        names = next(parse_rows(files, csv.reader([header], delimiter=separator), list), [])
         if set(columns) <= set(names):
             table = csv.DictReader(chain([header], lines), delimiter=separator, strict=True)
             return Source(files, table, pick)

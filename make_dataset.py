@@ -44,8 +44,8 @@ from catalog import (
 )
 from infra import distributed
 from infra.archives import has_file, read_file
-from infra.arrow import Dropped, Source, describe, each, write_captions
-from infra.untrusted import Files, check_inside, read_metadata
+from infra.arrow import Dropped, Source, describe, write_captions
+from infra.untrusted import Files, check_inside, parse_rows, read_metadata
 from transforms import decode_image
 from utils import InputError
 
@@ -67,7 +67,7 @@ def match_ids(subset, index):
     Takes 16 bytes a pair of memory; the index is mapped.
     """
     files = Files([subset])
-    photos = each(files, files.lines(), lambda line: int(line.split("\t", 1)[0]))
+    photos = parse_rows(files, files.lines(), lambda line: int(line.split("\t", 1)[0]))
     ids = np.unique(np.fromiter(photos, np.int64))
     places = np.full(len(ids), -1)
     known = read_metadata(index, lambda file: np.load(file.name, mmap_mode="r"))

@@ -296,7 +296,7 @@ def test_a_catalog_stays_in_its_folder(tmp_path):
     outside = f"{tmp_path}/outside"
     for path in ("../outside", "a/../../outside"):
         with pytest.raises(
-            InputError, match=r"catalog .*'mine' '.*outside' leaves its folder .*give"
+            InputError, match=r"catalog .*'mine' '.*outside' leaves its folder .*allow"
         ):
             catalog_of(tmp_path, type="imagefolder", path=path)
     for path in (outside, "~/outside", "a/../inside"):  # the user names a folder
@@ -339,8 +339,8 @@ def test_metadata_that_leave_the_root_stop_the_run(tmp_path, capfd, workers):
     assert stop.value.code == 2
     error = capfd.readouterr().err.strip().splitlines()[-1]
     assert error == (
-        f"error: metadata: image '../out.jpg' leaves its folder '{root}'; correct it, or give "
-        "--allow-outside-root if you trust it"
+        f"error: metadata: image '../out.jpg' leaves its folder '{root}'; correct it, or allow "
+        "paths outside of the root if you trust it"
     )
     allowed = CaptionDataset(captions, root, VIEWS, 32, allow_outside=True)
     assert [batch["bad"] for batch in loader_of(allowed, workers)] == [[], []]
