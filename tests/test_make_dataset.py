@@ -125,7 +125,7 @@ def test_the_published_tables_of_conceptual_captions(tmp_path, capsys, command, 
     save_image(tmp_path / "images/2.jpg", 0)
     make(*flags, "--output", tmp_path / "c.arrow", "--image-name", "{name}")
     assert rows(tmp_path / "c.arrow") == [("2.jpg", ['a "dog 2'])]
-    with pytest.raises(InputError, match="--image-name '{nme}'.*its fields are row, crc32"):
+    with pytest.raises(InputError, match="image name '{nme}': .*its fields are row, crc32"):
         make(*flags, "--image-name", "{nme}")
     with pytest.raises(InputError, match="give --tsv and --root, or --img2dataset alone"):
         make(command, "--tsv", tmp_path / "t.tsv")
