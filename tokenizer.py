@@ -116,6 +116,9 @@ class SimpleTokenizer:
             row[: len(ids)] = torch.tensor(ids)
         return result
 
+    def trim(self, tokens):
+        return trim(tokens)
+
 
 def trim(tokens, lengths=(16, 32, 48, 64)):
     """Rows of ids (B, L) cut to the longest text, rounded up to one of few lengths.
