@@ -103,7 +103,7 @@ def test_sets_travel_to_spawned_workers(tmp_path):
 
 def test_bad_catalogs(tmp_path):
     catalog = catalog_of(tmp_path, type="imagefolder")
-    with pytest.raises(InputError, match="'other' is not in the catalog; choose from mine"):
+    with pytest.raises(InputError, match="unknown dataset 'other'; choose from mine"):
         open_mine(catalog, ["a"], "other")
     with pytest.raises(InputError, match="mine is absent; put the set there"):
         open_mine(catalog, ["a"])
