@@ -261,7 +261,10 @@ def add_command(commands, name, text, run, **defaults):
     return command.add_argument
 
 
-def add_converter(commands, name, text, open_source, root="drop rows whose image is not below it"):
+ROOT = "folder of the images; rows without one are dropped"
+
+
+def add_converter(commands, name, text, open_source, root=ROOT):
     """Adds a subcommand that writes an Arrow file, and returns its add_argument.
 
     Args:
