@@ -1,31 +1,48 @@
 """Caption sets for pre-training: every source becomes one Arrow file, mapped by all processes.
 
-A source is read as rows; `pick` makes (image path, captions) of a row. The archived formats are
-converted once, into a cache beside them; make_dataset.py converts what sets are published as.
+A source is read as rows; `pick` turns a row into (image path, captions). SOURCES lists the
+archived formats, which are converted once, into a cache beside them. The published tables take
+one call of make_dataset.py.
 """
 
 import csv
 import hashlib
 import json
 import os
+import re
 import sqlite3
+import tarfile
+import zlib
+from functools import lru_cache
+from hashlib import md5
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
+from urllib.parse import unquote_plus
 
+import numpy as np
 import pyarrow.parquet
 
 import utils
-from infra.arrow import Captions, Source, each, plain_text, write_captions
-from infra.untrusted import Files, read_metadata, read_npy, read_pickle
+from infra.archives import has_file
+from infra.arrow import Captions, Dropped, Source, write_captions
+from infra.untrusted import (
+    Files,
+    check_inside,
+    parse_rows,
+    plain_text,
+    read_metadata,
+    read_npy,
+    read_pickle,
+)
 from utils import InputError
 
 # ---------------------------------------------------------------------------------------------
-# The sets in their archived formats: (metadata path, columns) -> Source
+# The archived formats: (metadata path, image and caption column) -> Source
 
 
 def open_yfcc15m(path, columns):
-    """Pickled list of (index, title, description); either text may be empty, and both count."""
+    """Pickled list of (index, title, description); title and description are two captions."""
 
     def pick(row):
         index, title, description = row
@@ -42,9 +59,14 @@ def yfcc_image(index):
 def open_coco(path, columns=None, folder="train2017"):
     """COCO's captions file: the captions of an image together, images in order of appearance.
 
-    Images are named as the file's list of images says, or by their 12-digit number.
+    An image's file name is that of the list of images, or else its 12-digit number.
     """
     files = Files([path])
+    return Source(files, coco_rows(files, folder), itemgetter(0, 1))
+
+
+def coco_rows(files, folder):
+    """Yields (image path, captions), grouped by SQLite on disk so that memory stays constant."""
 
     def annotation(row):
         return int(row["image_id"]), plain_text(row["caption"])
@@ -52,24 +74,21 @@ def open_coco(path, columns=None, folder="train2017"):
     def name(row):
         return int(row["id"]), plain_text(row["file_name"])
 
-    def rows():
-        database = sqlite3.connect("")  # a temporary file: memory does not grow with the set
-        database.execute("create table images (image integer primary key, name text)")
-        database.execute("create table captions (image integer, caption text)")
-        names = each(files, files.json_rows("images.item"), name)
-        database.executemany("insert or replace into images values (?, ?)", names)
-        captions = each(files, files.json_rows("annotations.item"), annotation)
-        database.executemany("insert into captions values (?, ?)", captions)
-        grouped = """
-            select coalesce(name, printf('%012d.jpg', image)), caption
-            from captions
-            join (select image, min(rowid) as first from captions group by image) using (image)
-            left join images using (image)
-            order by first, captions.rowid"""
-        for image, group in groupby(database.execute(grouped), itemgetter(0)):
-            yield f"{folder}/{image}", [caption for _, caption in group]
-
-    return Source(files, rows(), itemgetter(0, 1))
+    database = sqlite3.connect("")  # a temporary file
+    database.execute("create table images (image integer primary key, name text)")
+    database.execute("create table captions (image integer, caption text)")
+    names = parse_rows(files, files.json_rows("images.item"), name)
+    database.executemany("insert or replace into images values (?, ?)", names)
+    captions = parse_rows(files, files.json_rows("annotations.item"), annotation)
+    database.executemany("insert into captions values (?, ?)", captions)
+    grouped = """
+        select coalesce(name, printf('%012d.jpg', image)), caption
+        from captions
+        join (select image, min(rowid) as first from captions group by image) using (image)
+        left join images using (image)
+        order by first, captions.rowid"""
+    for image, group in groupby(database.execute(grouped), itemgetter(0)):
+        yield f"{folder}/{image}", [caption for _, caption in group]
 
 
 def open_cc3m(path, columns):
@@ -100,15 +119,15 @@ def open_csv(path, columns):
     if str(path).endswith(".parquet"):
         return Source(files, parquet_rows(files, columns), pick)
     lines = files.lines()
-    header = next(each(files, lines, str), "")
+    header = next(parse_rows(files, lines, str), "")
     for separator in "\t,;|":
-        names = next(each(files, csv.reader([header], delimiter=separator), list), [])
+        names = next(parse_rows(files, csv.reader([header], delimiter=separator), list), [])
         if set(columns) <= set(names):
             table = csv.DictReader(chain([header], lines), delimiter=separator, strict=True)
             return Source(files, table, pick)
     raise InputError(
         f"metadata {path}: no columns {' and '.join(map(repr, columns))} in its header "
-        f"{header.strip()[:200]!r}; name them by --csv-img-key and --csv-caption-key"
+        f"{header.strip()[:200]!r}; name its columns of image paths and captions"
     )
 
 
@@ -130,15 +149,175 @@ SOURCES = {
 
 
 # ---------------------------------------------------------------------------------------------
-# From rows to the Arrow file
+# YFCC15M as published: YFCC100M's list of photos, the ids of the subset, and an index of archives
+
+TAG = re.compile(r"</?[abi](\s[^>]*)?>", re.IGNORECASE)
+LINK = re.compile(r"(https?://|www\.)\S+")
+
+
+def open_yfcc100m(path, ids, places):
+    """YFCC100M's list of photos, filtered to the YFCC15M subset.
+
+    Args:
+        path: yfcc100m_dataset.txt, with the photo id in column 0, title in 8, description in 9.
+        ids: (P,) sorted photo ids of the subset.
+        places: (P,) place of each photo in the archives, -1 if it is in none.
+    """
+    files = Files([path])
+
+    def pick(line):
+        fields = line.rstrip("\n").split("\t")
+        photo = int(fields[0])
+        at = np.searchsorted(ids, photo)
+        if at == len(ids) or ids[at] != photo:
+            raise Dropped("not in the subset")
+        if places[at] < 0:
+            raise Dropped("not in the index of photo ids")
+        return yfcc_image(places[at]), [clean(fields[8]), clean(fields[9])]
+
+    return Source(files, files.lines(), pick)
+
+
+def match_ids(subset, index):
+    """(ids, places), as open_yfcc100m takes them: 16 bytes of memory a photo, the index is mapped.
+
+    subset: path of a text file with the photo ids in its first column; index: path of a .npy of
+    photo ids in the order of the archives.
+    """
+    files = Files([subset])
+    photos = parse_rows(files, files.lines(), lambda line: int(line.split("\t", 1)[0]))
+    ids = np.unique(np.fromiter(photos, np.int64))
+    places = np.full(len(ids), -1)
+    known = read_metadata(index, lambda file: np.load(file.name, mmap_mode="r"))
+    if known.ndim != 1 or known.dtype.kind not in "iu" or not len(ids):
+        raise InputError(f"index {index} is no row of photo ids, or subset {subset} is empty")
+    for start in range(0, len(known), 2**20):
+        chunk = known[start : start + 2**20]
+        nearest = np.searchsorted(ids, chunk).clip(max=len(ids) - 1)
+        found = np.flatnonzero(ids[nearest] == chunk)
+        places[nearest[found]] = start + found
+    return ids, places
+
+
+def clean(field):
+    """A quoted field of YFCC100M as plain text, without HTML tags (a, b, i) and URLs."""
+    return LINK.sub("", TAG.sub("", unquote_plus(field)))
 
 
 # ---------------------------------------------------------------------------------------------
-# The Arrow file, mapped into memory
+# RedCaps, CC3M and CC12M as published
+
+
+def files_in(folder, suffix):
+    found = sorted(Path(folder).glob(f"*{suffix}"))
+    if not found:
+        raise InputError(f"there is no {suffix} file in {folder}; check the folder")
+    return Files(found)
+
+
+def open_subreddits(folder):
+    """RedCaps' folder of per-subreddit files, each {"annotations": [...]}."""
+    files = files_in(folder, ".json")
+    return Source(files, files.json_rows("annotations.item"), pick_redcaps)
+
+
+def open_conceptual(path, image_name):
+    """CC3M's or CC12M's table of captions and URLs, in either order, with or without a header.
+
+    image_name: template of the downloaded images' paths, as name_image fills it.
+    """
+    files = Files([path])
+    try:
+        name_image(image_name, 0, "http://a/b")
+    except (LookupError, ValueError) as error:
+        raise InputError(
+            f"image name {image_name!r}: {error}; its fields are row, crc32, md5 and name"
+        ) from error
+
+    def pick(numbered):
+        number, line = numbered
+        fields = line.rstrip("\r\n").split("\t")
+        links = [i for i, field in enumerate(fields) if re.match("https?://", field)]
+        if len(fields) != 2 or not links:
+            raise ValueError(f"{len(fields)} columns, not a caption and a URL")
+        return name_image(image_name, number, fields[links[0]]), fields[1 - links[0]]
+
+    return Source(files, number_rows(files.lines()), pick)
+
+
+def number_rows(lines):
+    """(row from 0, line) of the table; a first line without a URL is its header."""
+    first = next(lines, "")
+    if "://" in first:
+        yield 0, first
+    yield from enumerate(lines, start=int("://" in first))
+
+
+def name_image(template, row, url):
+    """The name a downloader gave an image: by its row, a hash of its URL or the URL's end."""
+    data = url.encode()
+    return template.format(
+        row=row, crc32=zlib.crc32(data), md5=md5(data).hexdigest(), name=url.rsplit("/", 1)[-1]
+    )
+
+
+def open_img2dataset(folder):
+    """The output of img2dataset, as files or webdataset: a parquet file for each shard."""
+    folder = Path(folder)
+    files = files_in(folder, ".parquet")
+
+    def pick(row):
+        if row.get("status", "success") != "success":
+            raise Dropped(f"not downloaded ({row['status']})")
+        if row["caption"] is None:
+            raise Dropped("without a caption")
+        image = shard_images(folder, Path(files.path).stem).get(row["key"])
+        if image is None:
+            raise Dropped("without an image")
+        return image, row["caption"]
+
+    return Source(files, parquet_rows(files, ["key", "caption", "status"]), pick)
+
+
+@lru_cache(maxsize=1)
+def shard_images(folder, shard):
+    """{key: path below folder} of a shard that img2dataset wrote, a tar or a folder."""
+    is_image = re.compile(r"(.+)\.(jpe?g|png|webp)")
+    tar, plain = folder / f"{shard}.tar", folder / shard
+    if tar.exists():
+        with (
+            open(tar, "rb", opener=utils.regular_file) as file,
+            tarfile.open(fileobj=file, mode="r:") as members,
+        ):
+            names = {m.name: f"{shard}.tar/{m.name}@{m.offset_data}+{m.size}" for m in members}
+    else:
+        names = {n: f"{shard}/{n}" for n in (os.listdir(plain) if plain.exists() else ())}
+    return {m[1]: names[name] for name in names if (m := is_image.fullmatch(name))}
+
+
+# ---------------------------------------------------------------------------------------------
+# From a source to its Captions
+
+
+def only_present(source, root, allow_outside=False):
+    """The source without the rows whose image is absent below root.
+
+    Raises InputError, as rows are read, for an image path that leads out of root, unless
+    allow_outside.
+    """
+
+    def pick(row):
+        image, captions = source.pick(row)
+        check_inside(root, image, f"metadata {source.files.path}: image", allow_outside)
+        if not has_file(root, image):
+            raise Dropped("without an image")
+        return image, captions
+
+    return Source(source.files, source.rows, pick)
 
 
 def cache_path(dataset, metadata, columns):
-    """Where the conversion lies: beside the metadata, or in ~/.cache/slip where that is read-only.
+    """The path of the converted file: beside the metadata, or in ~/.cache/slip if read-only.
 
     Its name holds a digest of all that it depends on, so that no stale one is ever opened.
     """
@@ -149,10 +328,14 @@ def cache_path(dataset, metadata, columns):
 
 
 def load_captions(dataset, metadata, columns=("filepath", "title")):
-    """The Captions of a pre-training set, from an .arrow file or an archived format.
+    """The Captions of a pre-training set.
 
-    columns: image and caption column, for csv. Raises InputError for an unknown set, and for
-    metadata that is absent, does not parse, lacks a field or is empty.
+    Args:
+        dataset: a name of SOURCES.
+        metadata: path of an .arrow file, or of the set's archived format.
+        columns: image and caption column, for "csv".
+
+    Raises InputError for an unknown set, and for metadata that are absent, damaged or empty.
     """
     if dataset not in SOURCES:
         raise InputError(f"unknown dataset {dataset!r}; choose from {', '.join(SOURCES)}")
@@ -165,5 +348,5 @@ def load_captions(dataset, metadata, columns=("filepath", "title")):
             write_captions(path, source, folder=f"{path}.{os.getpid()}.part")
     captions = Captions(path)
     if not len(captions):
-        raise InputError(f"metadata {metadata} holds no image; check --metadata")
+        raise InputError(f"metadata {metadata} holds no image; check the file")
     return captions

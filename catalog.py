@@ -1,4 +1,7 @@
-"""The catalog of labelled sets for evaluation, probe and fine-tuning."""
+"""The catalog of labelled sets, for zero-shot evaluation, classifiers and fine-tuning.
+
+open_splits opens both splits of a set, get_downstream_dataset one; CATALOG_TYPES lists the layouts.
+"""
 
 import hashlib
 import os
@@ -6,6 +9,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import torch
 import torchvision
 from torch.utils.data import Dataset
 
@@ -16,18 +20,20 @@ from transforms import decode_image
 from utils import InputError, read_json, read_json_object
 
 HERE = Path(__file__).parent
-
-
 CATALOG, LABELS, TEMPLATES = (
     str(HERE / name) for name in ("dataset_catalog.json", "labels.json", "templates.json")
 )
 
 
+# ---------------------------------------------------------------------------------------------
+# The catalog file
+
+
 def load_catalog(path=CATALOG, allow_outside=False):
     """The catalog, {name: {"type", "path", "train", "test"}}; paths are relative to its file.
 
-    A set may lie anywhere by an absolute path or one with ~, but "../" climbs out of no folder,
-    unless allow_outside, which each entry keeps for the paths that its set lists.
+    A set may lie anywhere by an absolute path or one with ~. A relative path may leave its folder
+    by "../" only if allow_outside; each entry carries that flag for the paths that its set lists.
     """
     folder = os.path.dirname(os.path.abspath(path))
     catalog = read_json(path, "catalog")
@@ -47,6 +53,40 @@ def load_catalog(path=CATALOG, allow_outside=False):
     return catalog
 
 
+def is_present(entry):
+    return os.path.isdir(entry["path"])
+
+
+def split_name(catalog, name, is_train):
+    """The name of the training or test split: a folder, a file prefix or torchvision's own.
+
+    None if torchvision's set has no training split of its own.
+    """
+    entry, part = catalog[name], "train" if is_train else "test"
+    is_torchvision = CATALOG_TYPES.get(entry["type"]) is open_torchvision and name in SETS
+    own = getattr(SETS[name], part) if is_torchvision else part
+    return own and entry.get(part, own)
+
+
+def add_set_flags(parser):
+    """Adds the flags of training on a labelled set; returns add_argument of their group."""
+    add = parser.add_argument_group("Data").add_argument
+    add("--dataset", default="imagenet", help="set of the catalog, with a train and a test split")
+    add("--catalog", default=CATALOG, help="JSON file with the paths of the sets")
+    add("--labels", default=LABELS, help="JSON file with the class names")
+    add_outside_flag(add)
+    return add
+
+
+def add_outside_flag(add):
+    text = "follow paths of metadata and catalog that leave their folder by ../ or from /"
+    add("--allow-outside-root", action="store_true", help=text)
+
+
+# ---------------------------------------------------------------------------------------------
+# Labelled images
+
+
 class Views(Dataset):
     """A labelled set of PIL images as (view(image), label)."""
 
@@ -62,9 +102,10 @@ class Views(Dataset):
 
 
 class LabelledViews(Views):
-    """The same for training, by EpochSampler's keys: {"image": view(image, generator), "label"}.
+    """A labelled set for training, by EpochSampler's keys: {"image", "label"}.
 
-    The generator's numbers depend on (seed, epoch, index) alone.
+    The image is view(PIL image, generator); the generator's numbers depend on (seed, epoch, index)
+    alone.
     """
 
     def __init__(self, images, view, seed=0):
@@ -78,6 +119,12 @@ class LabelledViews(Views):
         return {"image": self.view(image, rng), "label": label}
 
 
+def dummy_batch(size, device):
+    """A prepared batch of LabelledViews, one image of zeros, to warm up with."""
+    label = torch.zeros(1, dtype=torch.long, device=device)
+    return {"image": torch.zeros(1, 3, size, size, device=device), "label": label}
+
+
 def unchanged(image):
     return image
 
@@ -86,8 +133,12 @@ def load_image(path):
     return decode_image(read_file("", str(path)), path)
 
 
+# ---------------------------------------------------------------------------------------------
+# Classes: those of labels.json against those of the files
+
+
 def check_names(name, labels):
-    """Raises InputError unless the classes of a set are texts or lists of synonyms, as it needs."""
+    """Raises InputError unless each class of the set `name` is a text or a list of synonyms."""
     if not isinstance(labels, list):
         raise InputError(f"labels of {name!r} are {repr(labels)[:80]}, not a list; correct them")
     for label in labels:
@@ -103,27 +154,22 @@ def is_text(value):
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)  # half of a pair
 
 
-def check_labels(found, labels, where):
+def check_labels(found, labels, source):
     if found != len(labels):
         raise InputError(
-            f"{where} has {found} classes, but labels.json has {len(labels)} for this set; "
+            f"{source} has {found} classes, but labels.json has {len(labels)} for this set; "
             "check the folder or the labels"
         )
 
 
-def open_imagefolder(name, entry, split, transform, labels):
-    """torchvision's ImageFolder: the sorted class folders are the labels in order."""
-    folder = os.path.join(entry["path"], split)
-    try:
-        dataset = torchvision.datasets.ImageFolder(folder, transform, loader=load_image)
-    except FileNotFoundError as error:
-        raise InputError(f"{name}: {error}; check the folder") from error
-    check_labels(len(dataset.classes), labels, folder)
-    return dataset
+def class_numbers(found, labels, source):
+    """Class numbers 0 to C-1 from numbers, or from names such as clevr_counts' "count_10".
 
-
-def class_numbers(found, labels, where):
-    """Class numbers 0 to C-1 from numbers, or from names such as clevr_counts' "count_10"."""
+    Args:
+        found: array of numbers or names, one for each image.
+        labels: list of the C classes of labels.json.
+        source: names the file in errors.
+    """
     names = {label: i for i, label in enumerate(labels) if isinstance(label, str)}
     try:
         numbers = [
@@ -131,13 +177,28 @@ def class_numbers(found, labels, where):
             for label in np.asarray(found).tolist()
         ]
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{where}: {error} is not in labels.json for this set") from error
+        raise InputError(f"{source}: {error} is not in labels.json for this set") from error
     if not numbers or not 0 <= min(numbers) <= max(numbers) < len(labels):
         raise InputError(
-            f"{where} holds classes {min(numbers, default='none')} to "
+            f"{source} holds classes {min(numbers, default='none')} to "
             f"{max(numbers, default='none')}, but labels.json has {len(labels)} for this set"
         )
     return numbers
+
+
+# ---------------------------------------------------------------------------------------------
+# Layouts: one of CATALOG_TYPES each, (name, entry, split, transform, labels) -> dataset
+
+
+def open_imagefolder(name, entry, split, transform, labels):
+    """torchvision's ImageFolder: the sorted class folders have the labels' order."""
+    folder = os.path.join(entry["path"], split)
+    try:
+        dataset = torchvision.datasets.ImageFolder(folder, transform, loader=load_image)
+    except FileNotFoundError as error:
+        raise InputError(f"{name}: {error}; check the folder") from error
+    check_labels(len(dataset.classes), labels, folder)
+    return dataset
 
 
 class FileList(Dataset):
@@ -180,91 +241,24 @@ CATALOG_TYPES = {
 }
 
 
-def split_name(catalog, name, is_train):
-    """The folder, file prefix or torchvision's name of the training or the evaluated split.
-
-    None where torchvision's set has no training split of its own.
-    """
-    entry, part = catalog[name], "train" if is_train else "test"
-    is_torchvision = CATALOG_TYPES.get(entry["type"]) is open_torchvision and name in SETS
-    own = getattr(SETS[name], part) if is_torchvision else part
-    return own and entry.get(part, own)
-
-
-def is_present(entry):
-    return os.path.isdir(entry["path"])
-
-
-def add_set_flags(parser):
-    """The flags of scripts that train on a labelled set; returns add_argument of their group."""
-    add = parser.add_argument_group("Data").add_argument
-    add("--dataset", default="imagenet", help="set of the catalog, with a train and a test split")
-    add("--catalog", default=CATALOG, help="where the sets lie (JSON)")
-    add("--labels", default=LABELS, help="class names (JSON)")
-    add_outside_flag(add)
-    return add
-
-
-def add_outside_flag(add):
-    what = "follow paths of metadata and catalog that leave their folder by ../ or from /"
-    add("--allow-outside-root", action="store_true", help=what)
-
-
-def download_split(catalog, name, is_train, labels):
-    """A set of type torchvision, fetched where it is absent; None where it has no such split."""
-    if name not in catalog or name not in labels:
-        raise InputError(f"{name!r} is not in the catalog and the labels; choose from them")
-    if CATALOG_TYPES.get(catalog[name]["type"]) is not open_torchvision:
-        raise InputError(f"{name}: the catalog says type {catalog[name]['type']}, not torchvision")
-    check_names(name, labels[name])
-    split = split_name(catalog, name, is_train)
-    if is_train and split is None:
-        return None
-    return open_torchvision(name, catalog[name], split, unchanged, labels[name], download=True)
-
-
-def open_splits(name, catalog, labels, allow_outside=False):
-    """(training and test set of PIL images, their classes as labels.json names them).
-
-    catalog, labels: paths of the JSON files. Raises InputError as get_downstream_dataset.
-    """
-    table, catalog = read_json_object(labels, "labels"), load_catalog(catalog, allow_outside)
-    if name not in table:
-        raise InputError(f"{name!r} is not in {labels}; choose from {', '.join(table)}")
-    train, test = (
-        get_downstream_dataset(catalog, name, is_train, unchanged, table[name])
-        for is_train in (True, False)
-    )
-    if (split := split_name(catalog, name, True)) == split_name(catalog, name, False):
-        raise InputError(f"{name}: train and test are both {split!r}; correct the catalog")
-    return train, test, table[name]
-
-
-def fingerprint(name, catalog, is_train, images):
-    """A text that changes with a set's place and split, its files' paths, sizes, times and labels.
-
-    images: the set as open_splits opens it.
-    """
-    entry, split = catalog[name], split_name(catalog, name, is_train)
-    digest = hashlib.sha256(repr((entry["type"], entry["path"], split)).encode())
-    for path, label in images.samples:
-        file = re.split(r"(?<=\.zip|\.tar)/", path)[0]  # an image may lie in an archive
-        try:
-            stat = os.stat(file)
-            state = stat.st_size, stat.st_mtime_ns
-        except OSError:  # reading it will tell
-            state = None
-        digest.update(repr((path, label, state)).encode())
-    return digest.hexdigest()
+# ---------------------------------------------------------------------------------------------
+# Opening a set
 
 
 def get_downstream_dataset(catalog, name, is_train, transform, labels):
-    """A labelled set of the catalog: items are (transform(PIL image), class number).
+    """Opens one split of a labelled set: a dataset of (transform(PIL image), class number).
+
+    Args:
+        catalog: as load_catalog returns it.
+        name: name of the set.
+        is_train: bool, the training or the test split.
+        transform: function of a PIL image.
+        labels: list of the set's classes, each a text or a list of synonyms.
 
     Raises InputError if the set is unknown or absent, or its classes are not those of `labels`.
     """
     if name not in catalog:
-        raise InputError(f"{name!r} is not in the catalog; choose from {', '.join(catalog)}")
+        raise InputError(f"unknown dataset {name!r}; choose from {', '.join(catalog)}")
     entry = catalog[name]
     if entry["type"] not in CATALOG_TYPES:
         raise InputError(
@@ -279,3 +273,71 @@ def get_downstream_dataset(catalog, name, is_train, transform, labels):
     check_names(name, labels)
     split = split_name(catalog, name, is_train)
     return CATALOG_TYPES[entry["type"]](name, entry, split, transform, labels)
+
+
+def open_splits(name, catalog, labels, allow_outside=False):
+    """Opens both splits of a set of the catalog.
+
+    Args:
+        name: name of the set.
+        catalog, labels: paths of the JSON files.
+        allow_outside: bool, whether listed paths may leave their folder.
+
+    Returns (training set, test set, classes): datasets of (PIL image, class number), and the list
+    of labels.json. Raises InputError as get_downstream_dataset, and if both splits are the same.
+    """
+    table, catalog = read_json_object(labels, "labels"), load_catalog(catalog, allow_outside)
+    if name not in table:
+        raise InputError(f"{labels}: unknown dataset {name!r}; choose from {', '.join(table)}")
+    train, test = (
+        get_downstream_dataset(catalog, name, is_train, unchanged, table[name])
+        for is_train in (True, False)
+    )
+    if (split := split_name(catalog, name, True)) == split_name(catalog, name, False):
+        raise InputError(f"{name}: train and test are both {split!r}; correct the catalog")
+    return train, test, table[name]
+
+
+def download_split(catalog, name, is_train, labels):
+    """Opens a split of a set of type torchvision, downloaded if absent.
+
+    Args:
+        catalog: as load_catalog returns it.
+        name: name of the set.
+        is_train: bool, the training or the test split.
+        labels: {name: classes}.
+
+    Returns the dataset, or None if the set has no such split.
+    """
+    if name not in catalog or name not in labels:
+        known = ", ".join(other for other in catalog if other in labels)
+        raise InputError(f"unknown dataset {name!r}; choose from {known}")
+    if CATALOG_TYPES.get(catalog[name]["type"]) is not open_torchvision:
+        raise InputError(f"{name}: the catalog says type {catalog[name]['type']}, not torchvision")
+    check_names(name, labels[name])
+    split = split_name(catalog, name, is_train)
+    if is_train and split is None:
+        return None
+    return open_torchvision(name, catalog[name], split, unchanged, labels[name], download=True)
+
+
+def fingerprint(name, catalog, is_train, images):
+    """A text that changes with a set's path and split, its files' paths, sizes, times and labels.
+
+    Args:
+        name: name of the set.
+        catalog: as load_catalog returns it.
+        is_train: bool, the training or the test split.
+        images: the split as open_splits opens it.
+    """
+    entry, split = catalog[name], split_name(catalog, name, is_train)
+    digest = hashlib.sha256(repr((entry["type"], entry["path"], split)).encode())
+    for path, label in images.samples:
+        file = re.split(r"(?<=\.zip|\.tar)/", path)[0]  # an image may lie in an archive
+        try:
+            stat = os.stat(file)
+            state = stat.st_size, stat.st_mtime_ns
+        except OSError:  # an error for the reader of the image to report
+            state = None
+        digest.update(repr((path, label, state)).encode())
+    return digest.hexdigest()

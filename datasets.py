@@ -1,7 +1,7 @@
 """The samples of pre-training and their loader."""
 
 import os
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 import torch
@@ -14,28 +14,39 @@ from infra.untrusted import check_inside
 from transforms import IMAGE_VIEWS, EncodedImage, augment, group_steps
 from utils import InputError
 
-TRIES = 20  # samples tried in a row before the images count as absent altogether
+TRIES = 20  # samples tried in a row before all images count as absent
 
 
 class CaptionDataset(Dataset):
-    """Samples of pre-training: a dict of the views a method takes.
+    """Samples of pre-training: a dict of the views that a method takes.
 
-    The key of a sample is (epoch, indices): the first index whose image can be read is taken. What
-    a sample becomes depends on (seed, epoch, that index) alone. Image views are (3, S, S) uint8,
-    "text" is a caption, "source" says which sample it is, "bad" why the indices before it cannot be
-    read. With augment "device" the views are only cropped, and "steps" holds what is left for each.
-    Raises InputError for a path that leads out of root, unless allow_outside.
+    The key of a sample is (epoch, indices): the first index with a readable image is taken. The
+    sample depends on (seed, epoch, that index) alone. Its image views are (3, S, S) uint8, "text"
+    is a caption, "source" names the sample, and "bad" lists the reasons why the indices before it
+    are unreadable.
+
+    Args:
+        captions: sequence of (image path, captions).
+        root: folder that the image paths are relative to.
+        views: names of the views, "text" or keys of IMAGE_VIEWS.
+        image_size: S, in pixels.
+        seed: int, of crops, augmentations and captions, and of the order of each epoch.
+        augment: "cpu", or "device": views are only cropped, and "steps" has each one's other
+            augmentations.
+        allow_outside: bool, whether image paths may lead out of root.
+
+    Raises InputError for a path that leads out of root, and after TRIES unreadable images.
     """
 
     def __init__(
         self, captions, root, views, image_size, seed=0, augment="cpu", allow_outside=False
     ):
         if not os.path.isdir(root):
-            raise InputError(f"--root {root!r} is not a folder; give the folder of the images")
+            raise InputError(f"root {root!r} is not a folder; give the folder of the images")
         self.captions, self.root, self.seed = captions, root, seed
         self.image_views = [view for view in views if view in IMAGE_VIEWS]
         self.image_size, self.with_text = image_size, "text" in views
-        self.on_device, self.allow_outside = augment == "device", allow_outside
+        self.augments_on_device, self.allow_outside = augment == "device", allow_outside
 
     def __len__(self):
         return len(self.captions)
@@ -56,26 +67,26 @@ class CaptionDataset(Dataset):
             if self.with_text:
                 sample["text"] = source["caption"] = captions[rng.integers(len(captions))]
             return sample | {"bad": bad, "source": source}
-        raise InputError(f"{len(bad)} samples in a row cannot be read; check --root; {bad[0]}")
+        raise InputError(f"{len(bad)} samples in a row cannot be read; check the root; {bad[0]}")
 
     def read_views(self, path, rng):
-        """The image views: their parameters are drawn first, then the image is decoded once."""
+        """The image views: draws their parameters first, then decodes the image once."""
         image = EncodedImage(read_file(self.root, path), f"{self.root}/{path}")
         drawn = {view: IMAGE_VIEWS[view](rng, *image.size) for view in self.image_views}
         crops = image.crops([box for box, _ in drawn.values()], self.image_size)
         steps = {view: steps for view, (_, steps) in drawn.items()}
         views = dict(zip(drawn, crops, strict=True))
-        if self.on_device:
+        if self.augments_on_device:
             return views | {"steps": steps}
         return {view: augment(pixels, steps[view]) for view, pixels in views.items()}
 
 
 class Collate:
-    """A batch of samples: captions as (B, L) int64, "steps" grouped by view, "bad" and "sources"
-    as lists.
+    """Collates samples of a CaptionDataset into a batch, a dict.
 
-    Captions are tokenized here, not one by one between images, which would cost twice the time,
-    and cut to the longest.
+    Image views become (B, 3, S, S) uint8 and captions (B, L) int64, cut to the longest; "steps" is
+    grouped by view, "bad" and "sources" are lists. Captions are tokenized here because one by one,
+    between images, would take twice the time.
     """
 
     def __init__(self, tokenizer):
@@ -88,21 +99,28 @@ class Collate:
             "sources": columns.pop("source"),
         }
         steps = columns.pop("steps", [{}])
-        text = {"text": self.tokens(columns.pop("text"))} if "text" in columns else {}
+        text = {"text": self.tokenize(columns.pop("text"))} if "text" in columns else {}
         views = {view: default_collate(images) for view, images in columns.items()}
         grouped = {view: group_steps([s[view] for s in steps]) for view in steps[0]}
         return views | text | {"steps": grouped} | notes
 
-    def tokens(self, texts):
-        return self.tokenizer.trim(self.tokenizer(texts))
+    def tokenize(self, captions):
+        return self.tokenizer.trim(self.tokenizer(captions))
 
 
 class EpochSampler(Sampler):
-    """One rank's keys (epoch, indices) of a shuffled epoch of whole batches; `go_to` it first.
+    """One rank's keys (epoch, indices) of a shuffled epoch of whole batches.
 
-    Every run of world_size * batch_size indices is one global batch, cut into one block a rank:
-    the same images whatever the number of ranks that share it. A key's further indices are those
-    that follow in the epoch, to stand in for an image that cannot be read.
+    Every run of world_size * batch_size indices is one global batch, cut into one block per rank:
+    its images are the same for any number of ranks. The indices after the first of a key are the
+    next ones of the epoch, which replace an unreadable image.
+
+    Args:
+        size: number of samples of the dataset.
+        batch_size: samples per batch on this rank.
+        batches: batches of an epoch on this rank.
+        rank, world_size: this rank and the number of ranks.
+        seed: int; with the epoch's number it determines the order.
     """
 
     def __init__(self, size, batch_size, batches, rank, world_size, seed=0):
@@ -111,46 +129,39 @@ class EpochSampler(Sampler):
         self.go_to(0)
 
     def go_to(self, epoch, batch=0):
-        """The next iteration is of that epoch, from that batch of the rank on."""
+        """Sets the epoch, and the batch of this rank, that the next iteration starts at."""
         self.epoch, self.batch = epoch, batch
 
     def __len__(self):
-        """Of a whole epoch."""
+        """The number of keys of a whole epoch."""
         return self.shape[0] * self.shape[2]
 
     def __iter__(self):
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.size)
-        places = np.arange(np.prod(self.shape)).reshape(self.shape)[self.batch :, self.rank].ravel()
+        return self.keys(self.epoch, self.batch)
+
+    def keys(self, epoch, batch=0):
+        """Yields the keys of an epoch, from one of its batches on."""
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.size)
+        places = np.arange(np.prod(self.shape)).reshape(self.shape)[batch:, self.rank].ravel()
         tries = min(TRIES, self.size)
         for place in places:
-            yield self.epoch, tuple(order[(place + np.arange(tries)) % self.size].tolist())
-
-
-def open_loader(dataset, batch_size, workers, device, update_freq=1, collate_fn=None):
-    """The loader of one rank: whole updates of whole batches, shuffled anew every epoch.
-
-    dataset: its `seed` shuffles. Raises InputError where it is too small for one update.
-    """
-    world_size = get_world_size()
-    batches = len(dataset) // (batch_size * world_size)
-    if not batches:
-        raise InputError(
-            f"--batch-size {batch_size} on {world_size} ranks is more than the {len(dataset)} "
-            "training images; lower it"
-        )
-    if batches < update_freq:
-        raise InputError(
-            f"--update-freq {update_freq} is more than the {batches} batches of an epoch; lower it"
-        )
-    batches -= batches % update_freq
-    sampler = EpochSampler(len(dataset), batch_size, batches, get_rank(), world_size, dataset.seed)
-    return EpochLoader(dataset, sampler, batch_size, workers, device, collate_fn)
+            yield epoch, tuple(order[(place + np.arange(tries)) % self.size].tolist())
 
 
 class EpochLoader:
-    def __init__(self, dataset, sampler, batch_size, workers, device, collate_fn):
+    """The batches of one rank, epoch by epoch; len() is their number in an epoch.
+
+    Attributes:
+        images: number of images of the dataset.
+        batch_size: samples per batch on this rank.
+        workers: number of worker processes; they persist from epoch to epoch.
+        augments_on_device: bool, whether the batches still need their "steps".
+    """
+
+    def __init__(self, dataset, sampler, batch_size, workers, device, collate_fn=None):
         self.images, self.batch_size, self.workers = len(dataset), batch_size, workers
-        self.augments_on_device = getattr(dataset, "on_device", False)
+        self.augments_on_device = getattr(dataset, "augments_on_device", False)
+        self.sampler = sampler
         self.loader = DataLoader(
             dataset,
             batch_size,
@@ -160,23 +171,48 @@ class EpochLoader:
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
             worker_init_fn=shield_worker,
-            generator=torch.Generator(),  # of its workers' seeds: takes none of the run's numbers
+            generator=torch.Generator(),  # the workers' seeds use up no random number of the run
         )
 
     def __len__(self):
         return len(self.loader)
 
     def start(self, epoch, batch=0):
-        self.loader.sampler.go_to(epoch, batch)
+        """An iterator over the batches of an epoch, from number `batch` on."""
+        self.sampler.go_to(epoch, batch)
         return iter(self.loader)
 
     def preview(self, number):
-        self.loader.sampler.go_to(0)
-        keys = [key for key, _ in zip(self.loader.sampler, range(number), strict=False)]
+        """One batch of the first `number` samples of epoch 0, made in this process."""
+        keys = islice(self.sampler.keys(0), number)
         return self.loader.collate_fn([self.loader.dataset[key] for key in keys])
 
 
-def empty_batch(size, device):
-    """As of LabelledViews, prepared: one image of zeros, to rehearse with."""
-    label = torch.zeros(1, dtype=torch.long, device=device)
-    return {"image": torch.zeros(1, 3, size, size, device=device), "label": label}
+def open_loader(dataset, batch_size, workers, device, update_freq=1, collate_fn=None):
+    """The EpochLoader of this rank: whole updates of whole batches, shuffled anew every epoch.
+
+    Args:
+        dataset: is indexed by the keys of EpochSampler, and has a `seed` for it.
+        batch_size: samples per rank and micro-batch.
+        workers: worker processes per rank; with 0 this process makes the batches.
+        device: torch.device of the training; batches are in pinned memory if that is CUDA.
+        update_freq: micro-batches per update.
+        collate_fn: function of a list of samples, by default PyTorch's.
+
+    Raises InputError if the dataset is too small for one update.
+    """
+    world_size = get_world_size()
+    batches = len(dataset) // (batch_size * world_size)
+    if not batches:
+        raise InputError(
+            f"batch size {batch_size} on {world_size} ranks is more than the {len(dataset)} "
+            "training images; lower it"
+        )
+    if batches < update_freq:
+        raise InputError(
+            f"{update_freq} micro-batches per update are more than the {batches} batches of an "
+            "epoch; lower their number"
+        )
+    batches -= batches % update_freq
+    sampler = EpochSampler(len(dataset), batch_size, batches, get_rank(), world_size, dataset.seed)
+    return EpochLoader(dataset, sampler, batch_size, workers, device, collate_fn)

@@ -21,7 +21,7 @@ from torch import nn
 import datasets
 import engine
 import utils
-from catalog import LabelledViews, Views, add_set_flags, open_splits
+from catalog import LabelledViews, Views, add_set_flags, dummy_batch, open_splits
 from evaluation import Evaluation, display_names, rank_set, report_score, top1
 from infra import checkpoint, devices, distributed
 from infra.run import Run
@@ -264,7 +264,7 @@ def train(run, training, loader, score, args):
     updates, batch = len(loader) // args.update_freq, run.facts["effective_batch"]
     run.log.info(f"{args.dataset}: {loader.images} images, {updates} updates an epoch of {batch}")
     model = getattr(training.model, "module", training.model)
-    engine.warmup_ddp(training, datasets.empty_batch(model.image_size, training.precision.device))
+    engine.warmup_ddp(training, dummy_batch(model.image_size, training.precision.device))
     for epoch in run.epochs(args.epochs):
         means, speed = engine.train_one_epoch(training, loader, run, args.print_freq)
         stats = {f"train_{key}": value for key, value in means.items()} | speed

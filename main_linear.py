@@ -24,6 +24,7 @@ from catalog import (
     LabelledViews,
     Views,
     add_set_flags,
+    dummy_batch,
     fingerprint,
     load_catalog,
     open_splits,
@@ -209,7 +210,7 @@ def train_probe(model, splits, precision, args):
             f"{args.dataset}: {len(train)} images of {len(names)} classes, {len(loader)} updates "
             f"an epoch; learning rate {lr:g} by the {args.lr_scaling} rule"
         )
-        engine.warmup_ddp(training, datasets.empty_batch(size, precision.device))
+        engine.warmup_ddp(training, dummy_batch(size, precision.device))
         is_done = run.state.epoch >= args.epochs
         ranking = probe.score(test, evaluation) if is_done else None
         for _ in run.epochs(args.epochs):

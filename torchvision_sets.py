@@ -1,8 +1,8 @@
 """The labelled sets that torchvision reads, their classes matched to labels.json by name.
 
-torchvision orders and names classes in its own way: a row of SETS says what its names are, and
-ALIASES what labels.json calls those that differ by more than case and punctuation. A class without
-a partner is an error, on either side.
+torchvision orders and names classes in its own way. A row of SETS gives its names, and ALIASES
+translates those that differ from labels.json by more than case and punctuation. A class without a
+partner is an error, on either side.
 """
 
 import os
@@ -40,7 +40,7 @@ ALIASES = {
     },
 }  # fmt: skip
 
-# ISO 3166 codes, the folders of Country211, and what labels.json calls these countries.
+# ISO 3166 codes, the folders of Country211, and the names of these countries in labels.json.
 COUNTRIES = """
 AD Andorra; AE United Arab Emirates; AF Afghanistan; AG Antigua and Barbuda; AI Anguilla;
 AL Albania; AM Armenia; AO Angola; AQ Antarctica; AR Argentina; AT Austria; AU Australia; AW Aruba;
@@ -92,21 +92,15 @@ def distance_class(objects):
 
 @dataclass(frozen=True)
 class TorchvisionSet:
-    """How torchvision reads a set.
+    """A set as torchvision reads it."""
 
-    build: (root, split, **download) -> a torchvision dataset; train, test: the splits taken where
-    the catalog names none, the former None where it has no split of its own; names: dataset ->
-    class names, by number, or their range where they have none; number: its target -> the number;
-    unseen: classes of labels.json that it has no images of; splits: those with labels.
-    """
-
-    build: callable
-    train: str | None = "train"
-    test: str = "test"
-    names: callable = lambda dataset: dataset.classes
-    number: callable = int
-    unseen: tuple = ()
-    splits: tuple = ("train", "test")
+    build: callable  # (root, split, **download) -> a torchvision dataset
+    train: str | None = "train"  # the default split; None: it has no training split of its own
+    test: str = "test"  # the default split
+    names: callable = lambda dataset: dataset.classes  # by number; a range if it has no names
+    number: callable = int  # of a class, from the dataset's target
+    unseen: tuple = ()  # classes of labels.json without an image
+    splits: tuple = ("train", "test")  # those with labels
 
 
 THREE, ALL = ("train", "val", "test"), ("all",)
@@ -155,7 +149,7 @@ SETS = {
     # end of "no passing" for trucks. A test pins the list, so only its length is checked.
     "gtsrb": TorchvisionSet(with_split(tv.GTSRB), names=lambda d: range(43)),
     "kitti_distance": TorchvisionSet(
-        whole(tv.Kitti, train=True),  # the images whose objects are known
+        whole(tv.Kitti, train=True),  # the images with known objects
         None,
         "all",
         lambda d: ["near", "middle", "far", "none"],
@@ -184,11 +178,17 @@ def plain(name):
 
 
 def match_classes(name, found, labels, unseen=()):
-    """The number in `labels` of each class that torchvision found, in its order.
+    """The number in `labels` of each class that torchvision found, in torchvision's order.
 
-    labels: names or lists of synonyms. Raises InputError naming classes without a partner.
+    Args:
+        name: name of the set.
+        found: list of class names, or a range if the classes are numbered as in `labels`.
+        labels: list of names or lists of synonyms.
+        unseen: classes of `labels` that need no partner.
+
+    Raises InputError with the classes that have no partner.
     """
-    if isinstance(found, range):  # numbered as in labels.json
+    if isinstance(found, range):
         if len(found) != len(labels):
             raise InputError(
                 f"{name}: torchvision has {len(found)} classes, but labels.json {len(labels)}; "
@@ -223,8 +223,10 @@ class Labelled(Dataset):
 
     @property
     def samples(self):
-        """All files below the root, since torchvision has no common way to list a set's own; in
-        place of their labels the root has the matched classes."""
+        """All files below the root, as torchvision has no common way to list a set's own.
+
+        Their labels are None; the first row is the root with the matched class numbers.
+        """
         folders = sorted(os.walk(self.dataset.root, followlinks=True))
         files = (
             os.path.join(folder, file) for folder, _, names in folders for file in sorted(names)
@@ -242,18 +244,32 @@ class Labelled(Dataset):
 
 
 def open_torchvision(name, entry, split, transform, labels, download=False):
-    """The catalog's type `torchvision`. Raises InputError as datasets.get_downstream_dataset."""
+    """Opens a set of the catalog's type `torchvision` as a Labelled dataset.
+
+    Args:
+        name: a name of SETS.
+        entry: the set's entry of the catalog.
+        split: name of the split, or None if torchvision's set lacks it.
+        transform: function of a PIL image.
+        labels: list of the set's classes, each a text or a list of synonyms.
+        download: bool, whether torchvision may download the set.
+
+    Raises InputError if the set is unknown, absent or damaged, or its classes are others.
+    """
     if name not in SETS:
-        raise InputError(f"{name}: torchvision reads {', '.join(SETS)}; use another type")
+        raise InputError(
+            f"unknown torchvision set {name!r}; choose from {', '.join(SETS)}, or use another type"
+        )
     row = SETS[name]
     if split is None:
         raise InputError(
-            f"{name}: torchvision's has no training split of its own; use imagefolder or filelist"
+            f"{name}: torchvision's set has no training split of its own; use imagefolder or "
+            "filelist"
         )
     if split not in row.splits:
         raise InputError(
-            f"{name}: torchvision's has no split {split!r}; correct the catalog, choose from "
-            f"{', '.join(row.splits)}"
+            f"{name}: unknown torchvision split {split!r}; choose from {', '.join(row.splits)} "
+            "and correct the catalog"
         )
     try:
         dataset = row.build(entry["path"], split, **({"download": True} if download else {}))

@@ -1,4 +1,4 @@
-"""Images in folders, zips and tars: the bytes of one file, read safely and fast.
+"""Images in folders, zips and tars: read_file returns the bytes of one, safely and fast.
 
 A path may lead into an archive ("images/12/345.zip/678.jpg"). Archives stay open between reads.
 """
@@ -12,25 +12,29 @@ from functools import lru_cache
 
 from utils import InputError, regular_file
 
-MAX_IMAGE = 2**28  # bytes of an image, packed or not
+MAX_IMAGE = 2**28  # bytes of an image, compressed or not
 
 
 def open_bytes(path):
     return open(path, "rb", buffering=0, opener=regular_file)
 
 
+# ---------------------------------------------------------------------------------------------
+# One kind of archive each
+
+
 class UnusualZip(Exception):
-    """A zip with features that are left to zipfile."""
+    """Raised for a zip with features that only zipfile knows."""
 
 
 class Zip:
-    """Reads members of a zip without parsing its directory: it looks for the name's bytes there.
+    """Reads members of a zip by searching its directory for their names, without parsing it.
 
-    So one of YFCC's archives of a thousand images opens in a fraction of zipfile's time, which
-    counts, as there are far more of them than can be kept open.
+    An archive of a thousand images opens in a fraction of zipfile's time. This matters for
+    YFCC15M, which has far more archives than can stay open.
     """
 
-    ENTRY = struct.Struct("<4s6H3L5H2L")  # of the directory, in front of the name
+    ENTRY = struct.Struct("<4s6H3L5H2L")  # an entry of the directory, up to the name
 
     def __init__(self, path):
         self.file = open_bytes(path)
@@ -49,7 +53,7 @@ class Zip:
         return os.pread(self.file.fileno(), min(length, self.size), offset)
 
     def find(self, name):
-        """The directory's entry for a member's name, in bytes."""
+        """The directory's entry of a member; `name` in bytes. Raises KeyError if absent."""
         at = -1
         while (at := self.directory.find(name, at + 1)) >= 0:
             if at >= self.ENTRY.size:
@@ -77,7 +81,7 @@ class Zip:
 
 
 class SlowZip:
-    """The same by zipfile, for what Zip does not know: encryption, other methods, zip64."""
+    """Reads members by zipfile: other methods and zip64; encryption is an error there."""
 
     def __init__(self, path):
         self.file = zipfile.ZipFile(path)
@@ -90,7 +94,7 @@ class SlowZip:
 
 @lru_cache(maxsize=128)
 def open_archive(kind, path, process):
-    """An archive kept open; `process` keeps forked workers off a handle they would share."""
+    """An archive that stays open; `process` keeps forked workers from sharing a handle."""
     return kind(path)
 
 
@@ -102,7 +106,7 @@ def read_zip(path, name):
 
 
 def read_tar(path, name):
-    """A member of an uncompressed tar, `name` ending on "@OFFSET+SIZE" (make_dataset.py's)."""
+    """A member of an uncompressed tar, found by its place: `name` ends on "@OFFSET+SIZE"."""
     place = re.fullmatch(r".*@(\d+)\+(\d+)", name)
     if not place:
         raise ValueError("its place in the tar, @OFFSET+SIZE, is missing from its name")
@@ -116,6 +120,9 @@ def read_tar(path, name):
     return data
 
 
+# ---------------------------------------------------------------------------------------------
+# Any path
+
 ARCHIVES = {".zip/": read_zip, ".tar/": read_tar}
 
 
@@ -127,9 +134,9 @@ def read_plain(path):
 
 
 def read_file(root, path):
-    """The bytes of root/path, where path may lead into an archive ("images/12/345.zip/678.jpg").
+    """The bytes of root/path, which may lead into an archive ("images/12/345.zip/678.jpg").
 
-    Raises InputError, naming the file, if it is absent, damaged or too large.
+    Raises InputError with the path if the file is absent, damaged or too large.
     """
     try:
         for mark, read in ARCHIVES.items():
@@ -147,7 +154,7 @@ def read_file(root, path):
 
 
 def has_file(root, path):
-    """Whether there is such a file; a member of an archive is read, which checks it, too."""
+    """Whether root/path exists; a member of an archive must also be readable."""
     if not any(mark in path for mark in ARCHIVES):
         return os.path.isfile(os.path.join(root, path))
     try:

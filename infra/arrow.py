@@ -1,4 +1,4 @@
-"""The Arrow file of captions: from rows of any source, then mapped into memory by all processes."""
+"""The Arrow file of captions: written from the rows of any source, mapped by all processes."""
 
 import json
 import os
@@ -7,28 +7,21 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
 from tqdm import tqdm
 
 import utils
-from infra.untrusted import BAD_INPUT, Files, first_line
+from infra.untrusted import Files, parse_rows, plain_text
 from utils import InputError
 
 TEXT = pa.large_string()
-
-
 SCHEMA = pa.schema([("image", TEXT), ("captions", pa.large_list(TEXT))])
-
-
 BATCH = 2**16  # rows read between two batches of the Arrow file
-
-
 KEPT = "kept"
 
 
@@ -38,7 +31,7 @@ class Dropped(Exception):
 
 @dataclass
 class Source:
-    """What a caption set is read from."""
+    """A caption set as its files describe it, row by row."""
 
     files: Files
     rows: Iterable
@@ -49,41 +42,8 @@ class Source:
 # From rows to the file
 
 
-def plain_text(value):
-    value.encode()  # fails on what is no text, and on half a surrogate pair
-    return value
-
-
-def each(files, rows, pick, skip=0):
-    """pick(row) for each row after the first `skip`; an InputError names the file and the row."""
-    path, first = None, 0
-    try:
-        rows = iter(rows)
-    except TypeError:
-        raise InputError(f"metadata {files.path} holds no list of rows; check --dataset") from None
-    for number in count():
-        try:
-            row = next(rows)
-            if files.path != path:
-                path, first = files.path, number
-            if number < skip:
-                continue
-            value = pick(row)
-        except StopIteration:
-            return
-        except BAD_INPUT as error:
-            where = number - first if files.path == path else 0
-            reason = first_line(error)
-            reason = f"no {reason}" if isinstance(error, KeyError) else reason
-            raise InputError(
-                f"metadata {files.path}, row {where}: {reason}; the file is damaged, or a field is "
-                "missing or of another kind"
-            ) from error
-        yield value
-
-
 def read_pairs(source, skip=0):
-    """(image, captions) of each row after the first `skip`; for one to leave out, the reason."""
+    """(image, captions) of each row after the first `skip`, or the reason why it is dropped."""
 
     def pick(row):
         try:
@@ -95,11 +55,33 @@ def read_pairs(source, skip=0):
             raise ValueError("no caption")
         return plain_text(image), [plain_text(caption) for caption in captions]
 
-    return each(source.files, source.rows, pick, skip)
+    return parse_rows(source.files, source.rows, pick, skip)
+
+
+def read_chunks(source, facts, title):
+    """Yields (record batch, facts up to its end) of the rows that `facts` does not cover.
+
+    Args:
+        source: the Source to read.
+        facts: dict of "key", "rows" (number of rows read) and "counts" (Counter of read_pairs).
+        title: name of the progress bar.
+    """
+    rows, counts = facts["rows"], Counter(facts["counts"])
+    pairs = read_pairs(source, rows)
+    with tqdm(desc=title, unit=" rows", unit_scale=True, disable=None) as bar:
+        bar.update(rows)
+        while chunk := list(islice(pairs, BATCH)):
+            rows += len(chunk)
+            counts.update(pair if isinstance(pair, str) else KEPT for pair in chunk)
+            kept = [pair for pair in chunk if not isinstance(pair, str)]
+            columns = [list(map(itemgetter(i), kept)) for i in (0, 1)]
+            yield pa.record_batch(columns, SCHEMA), facts | {"rows": rows, "counts": counts}
+            bar.update(len(chunk))
+            bar.set_postfix_str(f"{source.files.share():.0%} of the input")
 
 
 def write_arrow(path, batches, facts):
-    """Writes record batches as an Arrow file, beside and renamed; `facts`: JSON for its schema."""
+    """Writes record batches as an Arrow file, atomically; `facts` goes as JSON into its schema."""
     schema = SCHEMA.with_metadata({"facts": json.dumps(facts)})
 
     def write(file):
@@ -110,47 +92,50 @@ def write_arrow(path, batches, facts):
     utils.write_atomically(path, write)
 
 
+def part_path(folder, number):
+    return folder / f"{number:06d}.arrow"
+
+
 def read_parts(folder, key):
-    """The finished parts below `folder`, the rows behind them and their counts, if of this key."""
-    parts, consumed, counts = [], 0, Counter()
-    while (path := folder / f"{len(parts):06d}.arrow").exists():
+    """(finished parts in `folder`, facts of the last one); no parts of another key."""
+    fresh = {"key": key, "rows": 0, "counts": Counter()}
+    parts, facts = [], fresh
+    while (path := part_path(folder, len(parts))).exists():
         facts = json.loads(pa.ipc.open_file(pa.memory_map(str(path))).schema.metadata[b"facts"])
         if facts["key"] != key:
-            return [], 0, Counter()
-        parts, consumed, counts = [*parts, path], facts["rows"], Counter(facts["counts"])
-    return parts, consumed, counts
+            return [], fresh
+        parts.append(path)
+    return parts, facts
 
 
 def write_captions(output, source, key="", folder=None):
-    """Converts a source into the Arrow file `output`; returns a Counter of rows kept and dropped.
+    """Converts a source into the Arrow file `output`.
 
-    Finished parts wait in `<output>.part` (or `folder`): a call after an interruption goes on
-    behind them, if the input files and `key`, the settings, are the same. Raises InputError for a
-    row that does not fit, and where none is left; then nothing remains.
+    Finished parts wait in a folder: after an interruption another call resumes behind them if the
+    input files and `key` are the same.
+
+    Args:
+        output: path of the Arrow file.
+        source: the Source to read.
+        key: the settings of the conversion, as JSON values.
+        folder: folder of the parts, by default `<output>.part`.
+
+    Returns a Counter: KEPT and each reason for a dropped row -> number of rows. Raises InputError
+    if a row is malformed or no row is left; then nothing remains on disk.
     """
     folder = Path(folder or f"{output}.part")
-    key = json.dumps([key, source.files.signature()])
-    parts, consumed, counts = read_parts(folder, key)
+    parts, facts = read_parts(folder, json.dumps([key, source.files.signature()]))
     if not parts:
         shutil.rmtree(folder, ignore_errors=True)
     utils.make_folder(folder)
-    pairs = read_pairs(source, consumed)
+    chunks = read_chunks(source, facts, str(output))
     try:
-        with tqdm(desc=str(output), unit=" rows", unit_scale=True, disable=None) as bar:
-            bar.update(consumed)
-            while chunk := list(islice(pairs, BATCH)):
-                consumed += len(chunk)
-                counts.update(pair if isinstance(pair, str) else KEPT for pair in chunk)
-                kept = [pair for pair in chunk if not isinstance(pair, str)]
-                columns = [list(map(itemgetter(i), kept)) for i in (0, 1)]
-                parts.append(folder / f"{len(parts):06d}.arrow")
-                facts = {"key": key, "rows": consumed, "counts": counts}
-                write_arrow(parts[-1], [pa.record_batch(columns, SCHEMA)], facts)
-                bar.update(len(chunk))
-                bar.set_postfix_str(f"{source.files.share():.0%} of the input")
+        for batch, facts in chunks:
+            parts.append(part_path(folder, len(parts)))
+            write_arrow(parts[-1], [batch], facts)
+        counts = Counter(facts["counts"])
         if not counts[KEPT]:
             raise InputError(f"metadata {source.files.path} holds no image; {describe(counts)}")
-        facts = {"key": key, "rows": consumed, "counts": counts}
         merged = folder / "merged.arrow"  # its name is this process's own, unlike the output's
         write_arrow(merged, (batch for part in parts for batch in read_batches(part)), facts)
         os.replace(merged, output)
@@ -162,7 +147,7 @@ def write_captions(output, source, key="", folder=None):
 
 
 def describe(counts):
-    """A Counter of write_captions in words."""
+    """The result of write_captions in words."""
     dropped = [(reason, number) for reason, number in counts.most_common() if reason != KEPT]
     reasons = "".join(f"; {number:,} {reason}" for reason, number in dropped)
     total = sum(number for _, number in dropped)
@@ -174,7 +159,7 @@ def describe(counts):
 
 
 class Texts:
-    """Rows of a large_string array; offsets of a damaged file are noticed, not followed."""
+    """Rows of a large_string array. Raises ValueError if an offset leaves the mapped file."""
 
     def __init__(self, array):
         _, offsets, data = array.buffers()
@@ -192,7 +177,7 @@ class Texts:
 
 
 def read_batches(path):
-    """The record batches of an Arrow file, mapped. Raises InputError where they do not fit."""
+    """The record batches of an Arrow file, mapped. Raises InputError if they are damaged."""
     try:
         open(path, "rb", opener=utils.regular_file).close()
         reader = pa.ipc.open_file(pa.memory_map(os.fspath(path)))
@@ -208,7 +193,7 @@ def read_batches(path):
 
 
 class Captions:
-    """Rows (image path, captions) of an Arrow file. Processes share its pages, none copies them."""
+    """Rows (image path, captions) of an Arrow file; processes share its pages, none copies them."""
 
     def __init__(self, path):
         self.path, self.batches, self.starts = os.fspath(path), [], [0]

@@ -1,7 +1,7 @@
 """Strangers' files, read as plain data: pickles, .npy, text and JSON as they stream, and paths.
 
-Nothing in a file is ever executed, no claimed size is believed beyond a limit, and what does not
-fit raises an InputError that names the file.
+Nothing in a file is ever executed, no claimed size is believed beyond a limit, and every failure
+to read is an InputError that names the file.
 """
 
 import bz2
@@ -15,6 +15,7 @@ import tarfile
 import zipfile
 import zlib
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import ijson
@@ -23,20 +24,13 @@ import pyarrow as pa
 
 from utils import InputError, regular_file
 
-# What parsers of text, tables and archives raise when a file is damaged or of another kind.
+# Raised by parsers of text, tables and archives when a file is damaged or of another format.
 BAD_INPUT = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError)
-
-
 BAD_INPUT += (RecursionError, TypeError, ValueError, csv.Error, ijson.JSONError, sqlite3.Error)
-
-
 BAD_INPUT += (tarfile.TarError, zipfile.BadZipFile, zlib.error, pa.ArrowException)
 
-
 MAX_LINE = 2**24  # characters of a line of text
-
-
-SLACK = 2**28  # bytes that reading any file may take, beside what its size explains
+SLACK = 2**28  # bytes that reading any file may take beyond those that its size explains
 
 
 # ---------------------------------------------------------------------------------------------
@@ -44,14 +38,14 @@ SLACK = 2**28  # bytes that reading any file may take, beside what its size expl
 
 
 def latin1(text, encoding):
-    """How protocol-2 pickles spell bytes: the one use of _codecs.encode that is let through."""
+    """Bytes as protocol-2 pickles spell them, the one use of _codecs.encode that is allowed."""
     if encoding != "latin1":
         raise InputError(f"refused: it names the codec {encoding!r}")
     return text.encode("latin1")
 
 
 class PlainDtype:
-    """Stands for numpy.dtype: NumPy's own, fed with a hostile state, reads memory it should not."""
+    """Stands for numpy.dtype: NumPy's own reads foreign memory when its state is hostile."""
 
     def __init__(self, code, *flags):
         if code[:1] not in tuple("ObiufSU") or not code[1:].isdigit():
@@ -86,19 +80,18 @@ def plain_scalar(dtype, data):
     return np.frombuffer(data, dtype.numpy())[0].item()
 
 
-PLAIN_GLOBALS = {("_codecs", "encode"): latin1}
-
-
-PLAIN_GLOBALS |= {("numpy", "ndarray"): PlainArray, ("numpy", "dtype"): PlainDtype}
-
-
+PLAIN_GLOBALS = {
+    ("_codecs", "encode"): latin1,
+    ("numpy", "ndarray"): PlainArray,
+    ("numpy", "dtype"): PlainDtype,
+}
 for package in ("numpy.core", "numpy._core"):  # before and since NumPy 2
     PLAIN_GLOBALS[f"{package}.multiarray", "_reconstruct"] = plain_array
     PLAIN_GLOBALS[f"{package}.multiarray", "scalar"] = plain_scalar
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Builds lists, dicts, numbers and strings, also from NumPy's arrays; nothing else."""
+    """Builds lists, dicts, numbers and strings, also from NumPy's arrays, and nothing else."""
 
     def find_class(self, module, name):
         if (module, name) not in PLAIN_GLOBALS:
@@ -111,7 +104,7 @@ class PlainUnpickler(pickle.Unpickler):
 
 @contextmanager
 def memory_limit(size):
-    """Bounds what the code within may allocate, in bytes: a hostile length is a MemoryError."""
+    """Limits new allocations inside the context to `size` bytes; beyond it is a MemoryError."""
     status = Path("/proc/self/statm")
     if not status.exists():  # not Linux
         yield
@@ -127,7 +120,7 @@ def memory_limit(size):
 
 
 def read_pickle(file):
-    """The plain data in a pickle. Its objects may take 32 times the file's size, and SLACK."""
+    """The plain data in a pickle; its objects may take 32 times the file's size plus SLACK."""
     with memory_limit(32 * os.fstat(file.fileno()).st_size + SLACK):
         return PlainUnpickler(file).load()
 
@@ -145,14 +138,14 @@ def read_npy(file):
 
 
 def first_line(error):
-    """What a parser says, less the excerpt of the file that some add."""
+    """The first line of a parser's message; some parsers add an excerpt of the file below it."""
     text = error.args[0] if error.args and isinstance(error.args[0], bytes) else str(error)
     text = text.decode(errors="replace") if isinstance(text, bytes) else text
     return text.strip().partition("\n")[0].strip() or type(error).__name__
 
 
 def read_metadata(path, parse):
-    """parse(binary file), with every failure as an InputError that names the file."""
+    """The result of parse(binary file); every failure is an InputError that names the file."""
     try:
         with open(path, "rb", opener=regular_file) as file:
             return parse(file)
@@ -164,19 +157,22 @@ def read_metadata(path, parse):
         raise InputError(f"metadata {path} claims more memory than its size allows") from error
     except Exception as error:  # a damaged pickle can raise anything
         raise InputError(
-            f"metadata {path} does not parse ({first_line(error)}); is it complete, "
-            "and of the kind that the command expects?"
+            f"metadata {path} does not parse ({first_line(error)}); check that it is complete "
+            "and of the expected format"
         ) from error
 
 
 # ---------------------------------------------------------------------------------------------
-# Text, plain or compressed, read as it streams
+# Text and JSON, plain or compressed, read row by row
 
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open}
 
 
 class Files:
-    """Files read one after another: which one is open (`path`), and the share of all bytes read."""
+    """Input files read one after another.
+
+    `path` is the open file, by which errors name the culprit; share() is the progress through all.
+    """
 
     def __init__(self, paths):
         self.paths = [os.fspath(path) for path in paths]
@@ -187,7 +183,7 @@ class Files:
             raise InputError(f"{error.filename}: {error.strerror}; check the path") from error
 
     def __iter__(self):
-        """Each file, opened as bytes; .gz and .bz2 unpacked."""
+        """Each file, opened as bytes; .gz and .bz2 are decompressed."""
         for path in self.paths:
             self.path = path
             with open(path, "rb", opener=regular_file) as self.raw:
@@ -197,11 +193,12 @@ class Files:
                 self.raw = None
 
     def share(self):
+        """The share of all bytes read so far, 0 to 1."""
         done = self.before + (self.raw.tell() if self.raw and not self.raw.closed else 0)
         return min(done / max(self.size, 1), 1.0)
 
     def signature(self):
-        """Changes with the files' names, sizes and times of change."""
+        """[path, size, modification time] of each file, which changes if an input does."""
         stats = [(os.path.abspath(path), os.stat(path)) for path in self.paths]
         return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
 
@@ -216,24 +213,78 @@ class Files:
 
 
 def read_lines(file):
-    """Lines of a binary file as text. Raises ValueError for one without an end, or not UTF-8."""
+    """Lines of a binary file as text. Raises ValueError for one too long or not UTF-8."""
     for line in iter(lambda: file.readline(MAX_LINE), b""):
         if len(line) == MAX_LINE:
             raise ValueError(f"a line has over {MAX_LINE} bytes")
         yield line.decode("utf-8-sig" if line.startswith(b"\xef\xbb\xbf") else "utf-8")
 
 
-def check_inside(root, path, what, allowed=False):
-    """Raises InputError where `path` leads out of `root`; `what` says which path it is.
+def parse_rows(files, rows, parse, skip=0):
+    """Yields parse(row) of each row after the first `skip`.
 
-    Only the text counts, so that symbolic links below root may lead anywhere. `allowed` is the flag
-    --allow-outside-root.
+    Args:
+        files: the Files that `rows` are read from.
+        rows: iterable of rows; reading the next one may fail on a damaged file.
+        parse: function of a row; raises one of BAD_INPUT if a field is missing or malformed.
+        skip: number of rows to read without parsing them.
+
+    Raises InputError with the file, and with the row's number in that file.
+    """
+    path, first = None, 0
+    try:
+        rows = iter(rows)
+    except TypeError:
+        raise InputError(
+            f"metadata {files.path} holds no list of rows; choose the dataset that it belongs to"
+        ) from None
+    for number in count():
+        try:
+            row = next(rows)
+            if files.path != path:
+                path, first = files.path, number
+            if number < skip:
+                continue
+            value = parse(row)
+        except StopIteration:
+            return
+        except BAD_INPUT as error:
+            own = number - first if files.path == path else 0
+            reason = first_line(error)
+            reason = f"no {reason}" if isinstance(error, KeyError) else reason
+            raise InputError(
+                f"metadata {files.path}, row {own}: {reason}; the file is damaged, or a field is "
+                "missing or malformed"
+            ) from error
+        yield value
+
+
+def plain_text(value):
+    """A row's text, unchanged. Raises one of BAD_INPUT for other types and lone surrogates."""
+    value.encode()
+    return value
+
+
+# ---------------------------------------------------------------------------------------------
+# Paths that a file lists
+
+
+def check_inside(root, path, what, allowed=False):
+    """Raises InputError if a path that some file lists leads out of `root`.
+
+    Only the text counts: symbolic links below root may lead anywhere.
+
+    Args:
+        root: folder that `path` is relative to.
+        path: the listed path.
+        what: names the path in the error, such as "metadata: image".
+        allowed: bool, the user's permission to leave root.
     """
     if allowed or not (".." in path or path.startswith("/")):  # the usual case, for every sample
         return
     top = os.path.abspath(root)
     if not os.path.abspath(os.path.join(top, path)).startswith(top.rstrip("/") + "/"):
         raise InputError(
-            f"{what} {path!r} leaves its folder {str(root)!r}; correct it, or give "
-            "--allow-outside-root if you trust it"
+            f"{what} {path!r} leaves its folder {str(root)!r}; correct it, or allow paths outside "
+            "of the root if you trust it"
         )

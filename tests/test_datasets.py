@@ -1,35 +1,19 @@
-"""Caption sources from real files, plain-data reading, sampling, and the catalog's types."""
+"""Samples of pre-training, their order over epochs and ranks, and the loader."""
 
-import importlib
-import json
 import os
 import pickle
 import zipfile
 
-import numpy as np
 import pytest
 import torch
-from helpers import save_image, write_coco, write_folders
-from PIL import Image
+from helpers import save_image, write_coco
 from torch.utils.data import DataLoader
 
 import datasets
-import utils
 from captions import load_captions
-from catalog import (
-    CATALOG,
-    LABELS,
-    download_split,
-    fingerprint,
-    get_downstream_dataset,
-    load_catalog,
-    load_image,
-    open_splits,
-)
 from datasets import CaptionDataset, EpochSampler
 from infra import distributed
 from tokenizer import SimpleTokenizer
-from transforms import CenterCrop
 from utils import InputError
 
 VIEWS = ("image", "text", "aug1", "aug2")
@@ -125,7 +109,7 @@ def test_a_broken_image_is_replaced_by_the_next_sample_of_the_epoch(tmp_path, sp
     assert sum(len(batch["bad"]) for batch in batches[0]) == 3  # the second, too, has its turn
     for index in range(8):
         (tmp_path / f"train2017/{index:012d}.jpg").unlink(missing_ok=True)
-    with pytest.raises(InputError, match=r"8 samples in a row cannot be read; check --root; image"):
+    with pytest.raises(InputError, match="8 samples in a row cannot be read; check the root; im"):
         dataset[keys[2]]
 
 
@@ -155,7 +139,7 @@ def test_a_broken_archive_is_replaced(tmp_path):
 
 def test_the_root_is_a_folder(tiny):
     captions = load_captions("coco", tiny / "captions.json")
-    with pytest.raises(InputError, match="--root 'nowhere' is not a folder"):
+    with pytest.raises(InputError, match="^root 'nowhere' is not a folder"):
         CaptionDataset(captions, "nowhere", VIEWS, 32)
 
 
@@ -188,143 +172,6 @@ def test_global_batches_are_the_same_on_any_number_of_ranks():
     assert [i for _, i in sampler] != [i for _, i in whole]
 
 
-# --- the catalog --------------------------------------------------------------------------------
-
-
-def catalog_of(root, **entry):
-    path = root / "catalog.json"
-    path.write_text(
-        json.dumps({"mine": {"path": "mine", "train": "train", "test": "val", **entry}})
-    )
-    return load_catalog(path)
-
-
-def open_mine(catalog, labels, name="mine"):
-    return get_downstream_dataset(catalog, name, False, CenterCrop(32), labels)
-
-
-def test_imagefolder(tmp_path):
-    write_folders(tmp_path / "mine/val", classes=3, each=2)
-    dataset = open_mine(catalog_of(tmp_path, type="imagefolder"), ["a", "b", "c"])
-    assert len(dataset) == 6
-    assert dataset[5][0].shape == (3, 32, 32) and dataset[5][1] == 2
-
-
-def test_the_fingerprint_of_a_filelist(tmp_path):
-    """Its paths, their order, the labels and the files count, also where these lie in a zip."""
-    root, seen = tmp_path / "mine", []
-    save_image(root / "a.png", 0)
-    with zipfile.ZipFile(root / "b.zip", "w") as file:
-        file.write(root / "a.png", "c.png")
-    catalog = catalog_of(tmp_path, type="filelist")
-
-    def note(images, labels):
-        np.save(root / "val_images.npy", np.array(images))
-        np.save(root / "val_labels.npy", np.array(labels))
-        dataset = open_mine(catalog, ["a", "b"])
-        seen.append(fingerprint("mine", catalog, False, dataset))
-
-    note(["a.png", "b.zip/c.png"], [0, 1])
-    note(["a.png", "b.zip/c.png"], [0, 1])
-    assert seen[0] == seen[1]
-    note(["b.zip/c.png", "a.png"], [1, 0])
-    note(["a.png", "b.zip/c.png"], [1, 0])
-    os.utime(root / "b.zip", ns=(0, 0))
-    note(["a.png", "b.zip/c.png"], [0, 1])
-    assert len(set(seen)) == 4
-
-
-def test_filelist(tmp_path):
-    for i in range(2):
-        save_image(tmp_path / f"mine/{i}.png", i)
-    np.save(tmp_path / "mine/val_images.npy", np.array(["0.png", "1.png"]))
-    np.save(tmp_path / "mine/val_labels.npy", np.array([1, 0]))
-    dataset = open_mine(catalog_of(tmp_path, type="filelist"), ["a", "b"])
-    assert [dataset[i][1] for i in range(2)] == [1, 0]
-    assert dataset[0][0].shape == (3, 32, 32)
-    for wrong in ([0, 2], [-1, 0], ["a", "c"], []):
-        np.save(tmp_path / "mine/val_labels.npy", np.array(wrong))
-        with pytest.raises(InputError, match="labels.json|must agree"):
-            open_mine(catalog_of(tmp_path, type="filelist"), ["a", "b"])
-    np.save(tmp_path / "mine/val_labels.npy", np.array([1, 0, 1]))
-    with pytest.raises(InputError, match="val_images.npy has 2 rows, but val_labels.npy 3"):
-        open_mine(catalog_of(tmp_path, type="filelist"), ["a", "b"])
-
-
-def test_clevr_counts_has_names_for_labels(tmp_path):
-    (tmp_path / "mine").mkdir()
-    np.save(tmp_path / "mine/val_images.npy", np.array(["0.png", "1.png", "2.png"]))
-    np.save(tmp_path / "mine/val_labels.npy", np.array(["count_10", "count_3", "count_9"]))
-    labels = utils.read_json(LABELS, "labels")["clevr_counts"]
-    dataset = open_mine(catalog_of(tmp_path, type="filelist"), labels)
-    assert dataset.labels == [0, 1, 7]
-
-
-def test_datasets_travel_to_spawned_workers(tiny, tmp_path):
-    pairs = pickle.loads(pickle.dumps(open_pairs(tiny)))
-    assert equal(pairs[0, [3]], open_pairs(tiny)[0, [3]])
-    write_folders(tmp_path / "mine/val", classes=2, each=1)
-    labelled = open_mine(catalog_of(tmp_path, type="imagefolder"), ["a", "b"])
-    assert pickle.loads(pickle.dumps(labelled))[1][1] == 1
-
-
-def test_bad_catalogs(tmp_path):
-    catalog = catalog_of(tmp_path, type="imagefolder")
-    with pytest.raises(InputError, match="'other' is not in the catalog; choose from mine"):
-        open_mine(catalog, ["a"], "other")
-    with pytest.raises(InputError, match="mine is absent; put the set there"):
-        open_mine(catalog, ["a"])
-    write_folders(tmp_path / "mine/val", classes=3, each=1)
-    with pytest.raises(InputError, match="has 3 classes, but labels.json has 2"):
-        open_mine(catalog, ["a", "b"])
-    with pytest.raises(InputError, match="unknown type 'zip'; choose from imagefolder"):
-        open_mine(catalog_of(tmp_path, type="zip"), ["a"])
-    with pytest.raises(InputError, match="mine: .*No such file.*absent"):
-        open_mine(catalog_of(tmp_path, type="imagefolder", test="absent"), ["a"])
-    (tmp_path / "catalog.json").write_text('{"mine": {"type": "imagefolder"}}')
-    with pytest.raises(InputError, match="entry 'mine' needs a type and a path"):
-        load_catalog(tmp_path / "catalog.json")
-
-
-def test_the_catalog_is_an_object(tmp_path):
-    (tmp_path / "catalog.json").write_text("[]")
-    with pytest.raises(InputError, match="no object of named sets"):
-        load_catalog(tmp_path / "catalog.json")
-
-
-def test_a_catalog_stays_in_its_folder(tmp_path):
-    outside = f"{tmp_path}/outside"
-    for path in ("../outside", "a/../../outside"):
-        with pytest.raises(
-            InputError, match=r"catalog .*'mine' '.*outside' leaves its folder .*give"
-        ):
-            catalog_of(tmp_path, type="imagefolder", path=path)
-    for path in (outside, "~/outside", "a/../inside"):  # the user names a folder
-        assert catalog_of(tmp_path, type="imagefolder", path=path)
-    for part in ("train", "test"):
-        for split in ("../x", "a/../../../x", "/etc"):
-            with pytest.raises(InputError, match="'mine' '.*' leaves its folder '.*mine'"):
-                catalog_of(tmp_path, type="imagefolder", **{part: split})
-    (tmp_path / "catalog.json").write_text(
-        json.dumps({"mine": {"type": "filelist", "path": "../x", "test": "../../y"}})
-    )
-    catalog = load_catalog(tmp_path / "catalog.json", allow_outside=True)
-    assert catalog["mine"]["path"] == f"{tmp_path}/../x"
-
-
-@pytest.mark.parametrize("image", ["../out.png", "/etc/x.png", "a/../../out.png"])
-def test_a_filelist_stays_in_its_folder(tmp_path, image):
-    save_image(tmp_path / "out.png", 0)
-    (tmp_path / "mine").mkdir()
-    np.save(tmp_path / "mine/val_images.npy", np.array([image]))
-    np.save(tmp_path / "mine/val_labels.npy", np.array([0]))
-    catalog = catalog_of(tmp_path, type="filelist")
-    with pytest.raises(InputError, match="mine/val_images.npy: image '.*' leaves its folder"):
-        open_mine(catalog, ["a"])
-    catalog = load_catalog(tmp_path / "catalog.json", allow_outside=True)
-    assert open_mine(catalog, ["a"]).labels == [0]
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_metadata_that_leave_the_root_stop_the_run(tmp_path, capfd, workers):
     """They are no bad sample to pass over, and one line also from a loader's worker."""
@@ -339,42 +186,99 @@ def test_metadata_that_leave_the_root_stop_the_run(tmp_path, capfd, workers):
     assert stop.value.code == 2
     error = capfd.readouterr().err.strip().splitlines()[-1]
     assert error == (
-        f"error: metadata: image '../out.jpg' leaves its folder '{root}'; correct it, or give "
-        "--allow-outside-root if you trust it"
+        f"error: metadata: image '../out.jpg' leaves its folder '{root}'; correct it, or allow "
+        "paths outside of the root if you trust it"
     )
     allowed = CaptionDataset(captions, root, VIEWS, 32, allow_outside=True)
     assert [batch["bad"] for batch in loader_of(allowed, workers)] == [[], []]
 
 
-@pytest.mark.parametrize(
-    "script", ["main", "main_linear", "main_finetune", "eval_zeroshot", "eval_retrieval"]
-)
-def test_every_script_that_reads_such_paths_has_the_flag(script):
-    parser = importlib.import_module(script).get_args_parser()
-    needed = {"main_linear": "--pretrained x", "main_finetune": "--pretrained x"}
-    needed |= {"eval_zeroshot": "--resume x", "eval_retrieval": "--resume x --captions x --root x"}
-    flags = needed.get(script, "").split()
-    assert not parser.parse_args(flags).allow_outside_root
-    assert parser.parse_args([*flags, "--allow-outside-root"]).allow_outside_root
+def test_datasets_travel_to_spawned_workers(tiny):
+    pairs = pickle.loads(pickle.dumps(open_pairs(tiny)))
+    assert equal(pairs[0, [3]], open_pairs(tiny)[0, [3]])
 
 
-@pytest.mark.parametrize("label", [5, None, [], ["a", 5], [["a"]], {"a": 1}, "\ud800"])
-def test_classes_are_texts(tmp_path, label):
-    write_folders(tmp_path / "mine/val", classes=2, each=1)
-    catalog = catalog_of(tmp_path, type="imagefolder")
-    with pytest.raises(InputError, match="labels of 'mine': .* is neither a text nor a list of te"):
-        open_mine(catalog, ["a", label])
-    catalog["cifar10"] = {"type": "torchvision", "path": str(tmp_path)}
-    with pytest.raises(InputError, match="labels of 'cifar10'"):
-        download_split(catalog, "cifar10", True, {"cifar10": ["a", label]})
+# --- the loader ---------------------------------------------------------------------------------
 
 
-def test_labels_are_an_object(tmp_path):
-    (tmp_path / "labels.json").write_text('["mine"]')
-    with pytest.raises(InputError, match="labels.json is no JSON object of named entries"):
-        open_splits("mine", CATALOG, tmp_path / "labels.json")
+def open_loader(dataset, workers=0, batch_size=4, update_freq=1, collate_fn=COLLATE):
+    device = torch.device("cpu")
+    return datasets.open_loader(dataset, batch_size, workers, device, update_freq, collate_fn)
 
 
-def test_images_are_read_from_any_mode(tmp_path):
-    Image.new("LA", (8, 8)).save(tmp_path / "x.png")
-    assert load_image(tmp_path / "x.png").mode == "RGB"
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_starts_at_any_batch(tiny, workers):
+    """In any order of epochs, by one DataLoader, whose workers persist."""
+    dataset = open_pairs(tiny, seed=3)
+    loader = open_loader(dataset, workers)
+    assert len(loader) == 4
+    for epoch, batch in ((5, 0), (5, 2), (0, 3), (5, 4), (1, 0)):
+        expected = list(loader_of(dataset, epoch=epoch))[batch:]
+        batches = list(loader.start(epoch, batch))
+        assert len(batches) == 4 - batch and all(map(equal, batches, expected))
+        assert len(loader) == 4  # of the epoch, wherever it started
+    processes = [worker.pid for worker in getattr(loader.loader._iterator, "_workers", ())]
+    assert len(processes) == workers
+    list(loader.start(2))
+    assert processes == [w.pid for w in getattr(loader.loader._iterator, "_workers", ())]
+
+
+def test_a_preview_moves_no_epoch(tiny):
+    dataset = open_pairs(tiny, seed=3)
+    loader, expected = open_loader(dataset), list(loader_of(dataset, epoch=5))
+    batches = loader.start(5, 1)
+    loader.preview(2)
+    assert all(map(equal, batches, expected[1:])) and next(batches, None) is None
+
+
+@pytest.mark.parametrize("augment", ["cpu", "device"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_preview_has_the_first_samples_of_the_first_epoch(tiny, augment, workers):
+    dataset = open_pairs(tiny, seed=3, augment=augment)
+    loader = open_loader(dataset, workers)
+    keys = list(loader_of(dataset, epoch=0).sampler)
+    for number in (1, 6):
+        expected = COLLATE([dataset[key] for key in keys[:number]])
+        assert equal(loader.preview(number), expected)
+        loader.start(3, 2)  # whatever epoch is next
+
+
+def test_the_loader_of_another_dataset_collates_as_pytorch_does():
+    class Numbers(torch.utils.data.Dataset):
+        seed = 1
+
+        def __len__(self):
+            return 10
+
+        def __getitem__(self, key):
+            epoch, (index, *_) = key
+            return {"image": torch.tensor(index), "label": epoch}
+
+    loader = open_loader(Numbers(), batch_size=2, update_freq=2, collate_fn=None)
+    assert (loader.images, loader.batch_size, loader.workers, len(loader)) == (10, 2, 0, 4)
+    assert loader.augments_on_device is False
+    batches = list(loader.start(7))
+    assert [batch["label"].tolist() for batch in batches] == 4 * [[7, 7]]
+    assert len({int(i) for batch in batches for i in batch["image"]}) == 8
+    assert loader.preview(3)["image"].shape == (3,)
+
+
+def test_the_face_of_a_loader_of_captions(tiny):
+    for augment in ("cpu", "device"):
+        loader = open_loader(open_pairs(tiny, augment=augment), workers=2)
+        assert (loader.images, loader.batch_size, loader.workers) == (16, 4, 2)
+        assert loader.augments_on_device is (augment == "device")
+
+
+def test_whole_updates_of_whole_batches(tiny, monkeypatch):
+    dataset = open_pairs(tiny)
+    assert len(open_loader(dataset, batch_size=3)) == 5
+    assert len(open_loader(dataset, batch_size=3, update_freq=2)) == 4
+    monkeypatch.setattr(datasets, "get_world_size", lambda: 2)
+    assert len(open_loader(dataset, batch_size=4)) == 2
+    message = "^batch size 64 on 2 ranks is more than the 16 training images; lower it$"
+    with pytest.raises(InputError, match=message):
+        open_loader(dataset, batch_size=64)
+    message = "^3 micro-batches per update are more than the 2 batches of an epoch; lower their n"
+    with pytest.raises(InputError, match=message):
+        open_loader(dataset, batch_size=4, update_freq=3)

@@ -216,7 +216,10 @@ def test_two_ranks_train_what_one_does(probed, tmp_path):
     "extra, match",
     [
         (["--batch-size", 7], "--batch-size 7 is odd, Mixup takes pairs; make it even"),
-        (["--update-freq", 9], "--update-freq 9 is more than the 5 batches of an epoch"),
+        (
+            ["--update-freq", 9],
+            "9 micro-batches per update are more than the 5 batches of an epoch",
+        ),
         (["--evaluate"], "--evaluate: .*checkpoint.pt is absent"),
         (["--preset", "huge"], "invalid choice: 'huge'"),
         (["--aa", "foo"], "--aa 'foo' is no augmentation of timm's, as rand-m9-mstd0.5-inc1"),

@@ -166,10 +166,10 @@ def test_the_archived_rule_divides_by_the_number_of_gpus():
 @pytest.mark.parametrize(
     "extra, match",
     [
-        (["--dataset", "x"], "'x' is not in .*labels.json; choose from food101"),
-        (["--dataset", "imagenet"], "'imagenet' is not in the catalog"),
+        (["--dataset", "x"], "labels.json: unknown dataset 'x'; choose from food101"),
+        (["--dataset", "imagenet"], "unknown dataset 'imagenet'; choose from digits"),
         (["--dataset", "mnist"], "nowhere.*; check the folder"),
-        (["--batch-size", 41], "--batch-size 41 on 1 ranks is more than the 40 training images"),
+        (["--batch-size", 41], "batch size 41 on 1 ranks is more than the 40 training images"),
         (["--evaluate"], "--evaluate: .*checkpoint.pt is absent; train the probe first"),
         (["--pretrained", "none.pt"], "checkpoint 'none.pt' is absent"),
         (["--classifier", "svm"], "invalid choice: 'svm'"),

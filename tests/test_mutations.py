@@ -122,7 +122,7 @@ CHECKPOINT = saved(
 )
 YFCC = "yfcc15m --subset FOLDER/subset.tsv --index FOLDER/index.npy --photos FOLDER/photos.txt"
 
-# name of the damaged file: (its sound bytes, what reads it)
+# name of the damaged file: (its sound bytes, its reader)
 KINDS = {
     "m.pkl": (pickle.dumps(ROWS), load("yfcc15m")),
     "m2.pkl": (pickle.dumps(ROWS, protocol=2), load("yfcc15m")),
