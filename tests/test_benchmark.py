@@ -4,6 +4,7 @@ import json
 import re
 from itertools import chain
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -38,6 +39,17 @@ def test_the_archived_way_is_the_same_training(tiny, unlimited):
         for m in (here, paper)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_the_archived_way_replaces_each_faster_part(tiny, unlimited, monkeypatch):
+    names = ("masked_attention", "separate_towers", "whole_contrast")
+    parts = {name: Mock(wraps=getattr(archived, name)) for name in names}
+    for name, part in parts.items():
+        monkeypatch.setattr(archived, name, part)
+    measured(tiny).round(1)
+    assert not any(part.called for part in parts.values())
+    measured(tiny, is_archived=True).round(1)
+    assert all(part.called for part in parts.values())
 
 
 @pytest.mark.parametrize("from_files, is_archived", [(False, False), (True, False), (True, True)])
