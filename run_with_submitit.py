@@ -4,8 +4,8 @@
         --dataset yfcc15m --root YFCC --metadata yfcc15m.pkl --model SLIP_VITB16
     python run_with_submitit.py --ngpus 0 --nodes 1 --tasks-per-node 2 --cpus 4 ...  # no GPUs
 
-Flags it does not know go to the script. A job that is preempted or reaches --timeout is queued
-again, and goes on from the last checkpoint in its folder; `scancel JOB` ends it for good.
+Unknown flags are passed to the script. A job that is preempted or reaches --timeout is queued
+again and resumes from the last checkpoint in its folder; `scancel JOB` ends it for good.
 """
 
 import argparse
@@ -25,38 +25,38 @@ from infra.distributed import run_script
 
 REPOSITORY = str(Path(__file__).resolve().parent)
 
-MAX_TIMEOUTS = 30  # of a job; the archived code's. Preemptions do not count.
+MAX_TIMEOUTS = 30  # of a job, as in the archived code; preemptions do not count
 
-# Options of sbatch that are flags here, because srun or submitit must know them, too; or are fixed.
+# Options of sbatch that have a flag here, as srun or submitit needs them too, or that are fixed.
 OWN = ["time", "nodes", "ntasks_per_node", "cpus_per_task"]
 OWN += ["signal", "output", "error", "open_mode", "array"]
 
-OPTION = "any other option of sbatch; may be repeated"
+OPTION = "another option of sbatch; may be repeated"
 
 
 def option(text):
-    """An argparse type: "key=value" -> (key, value), and "key" -> (key, True), of sbatch."""
+    """An argparse type for sbatch's options: "key=value" -> (key, value), "key" -> (key, True)."""
     match = re.fullmatch(r"([a-z][a-z0-9_-]*)(=\S.*)?", text)
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} must be key=value, as nice=100, or a key")
+        raise argparse.ArgumentTypeError(f"{text!r} must be key=value, as in nice=100, or a key")
     key = match[1].replace("-", "_")
     if key in OWN:
-        raise argparse.ArgumentTypeError(f"{text!r} has a flag of its own, or is fixed")
+        raise argparse.ArgumentTypeError(f"{text!r} has a flag of its own or is fixed; see --help")
     return key, match[2][1:] if match[2] else True
 
 
 def get_args_parser():
     parser = utils.ArgumentParser("run_with_submitit.py", "Runs a script as a Slurm job")
     add = parser.add_argument
-    add("--script", default="main", help="script to run, without .py")
-    add("--ngpus", default=8, type=utils.natural, help="GPUs per node; 0: a cluster without")
+    add("--script", default="main", help="name of the script, without .py")
+    add("--ngpus", default=8, type=utils.natural, help="GPUs per node; 0 if there are none")
     add("--nodes", default=8, type=utils.positive_int, help="machines")
     add("--tasks-per-node", type=utils.positive_int, help="ranks; by default one per GPU, or 1")
     add("--cpus", default=10, type=utils.positive_int, help="CPU cores per task")
-    add("--mem", type=utils.positive, help="memory in GB per node (default: the cluster's)")
+    add("--mem", type=utils.positive, help="memory in GB per node; by default the cluster's")
     add("-t", "--timeout", default=4320, type=utils.positive_int, help="minutes")
-    add("--partition", help="Slurm's partition (default: the cluster's)")
-    add("--constraint", help="features that nodes must have")
+    add("--partition", help="Slurm's partition; by default the cluster's")
+    add("--constraint", help="features of the nodes")
     add(
         "--use_volta32",
         dest="constraint",
@@ -64,27 +64,27 @@ def get_args_parser():
         const="volta32gb",
         help="the same as --constraint volta32gb",
     )
-    add("--account", help="whom the job is charged to")
+    add("--account", help="account to charge")
     add("--qos", help="quality of service")
-    add("--comment", help="shown by squeue")
+    add("--comment", help="comment that squeue shows")
     add("--slurm", default=[], action="append", type=option, metavar="KEY=VALUE", help=OPTION)
-    add("--shared_dir", default="runs", help="folder that all nodes see")
-    add("--job_dir", help="folder of the job; SHARED_DIR/%%j (its id) if not given")
-    add("--cluster", choices=("slurm", "local"), help="default: Slurm if present")
+    add("--shared_dir", default="runs", help="folder on storage that all nodes share")
+    add("--job_dir", help="folder of the job, %%j is its id; by default SHARED_DIR/%%j")
+    add("--cluster", choices=("slurm", "local"), help="by default slurm if present")
     return parser
 
 
 def parse(script, job_dir, argv):
-    """The script's flags; the user's own --output-dir comes later, and so wins."""
+    """The script's parsed flags. The user's own --output-dir comes later and overrides job_dir."""
     return script.get_args_parser().parse_args(["--output-dir", job_dir, *argv])
 
 
 def requeue_when_preempted():
-    """SIGTERM, too, queues this job again, if nobody else has yet decided what becomes of it.
+    """Makes SIGTERM queue this job again, as submitit's own signal does, if the job is RUNNING.
 
-    By SIGTERM alone Slurm announces a preemption with time of grace, and does not queue again
-    what ends by itself in that time. Jobs that are cancelled, or queued again by others, get it as
-    well; these are no longer RUNNING.
+    If a preemption has a grace time, Slurm announces it by SIGTERM alone and does not requeue a job
+    that ends within that time. SIGTERM also reaches jobs that were cancelled or requeued by others,
+    but these are no longer RUNNING.
     """
     environment = SlurmJobEnvironment()
     requeue = signal.getsignal(environment._usr_sig())
@@ -99,7 +99,7 @@ def requeue_when_preempted():
 
 
 def state_of(job_id):
-    """What Slurm says, "RUNNING" for one; "" where it does not answer."""
+    """The job's state in Slurm's words, such as "RUNNING"; "" if Slurm does not answer."""
     command = ["squeue", "--noheader", "--format=%T", f"--jobs={job_id}"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout.strip()
@@ -108,7 +108,7 @@ def state_of(job_id):
 
 
 class Job:
-    """What each task runs; submitit pickles it, and queues it again after a preemption."""
+    """The function of every task. submitit pickles it and submits it again after a preemption."""
 
     def __init__(self, script, argv, job_dir):
         self.script, self.argv, self.job_dir = script, argv, job_dir
@@ -130,15 +130,15 @@ class Job:
 
 def main(args, argv):
     if not (Path(REPOSITORY) / f"{args.script}.py").exists():
-        raise utils.InputError(f"--script {args.script}: no such script; give main, for main.py")
+        raise utils.InputError(f"--script {args.script}: no such script; give a name such as main")
     job_dir = args.job_dir or f"{args.shared_dir}/%j"
 
-    parse(importlib.import_module(args.script), job_dir, argv)  # tell wrong flags before queueing
+    parse(importlib.import_module(args.script), job_dir, argv)  # wrong flags stop before queueing
 
     try:
         executor = open_executor(job_dir, args)
         job = executor.submit(Job(args.script, argv, str(Path(job_dir).absolute())))
-    except (ValueError, RuntimeError) as error:  # submitit's, with what Slurm said
+    except (ValueError, RuntimeError) as error:  # submitit's, with Slurm's message
         raise utils.InputError(f"the job was not submitted: {error}") from error
     print(f"submitted job {job.job_id}; its logs and checkpoints are in {job.paths.folder}")
     return job
@@ -167,11 +167,11 @@ def open_executor(job_dir, args):
     executor.update_parameters(**{k: v for k, v in optional.items() if v is not None})
     executor.update_parameters(
         slurm_signal_delay_s=120,
-        # The task must listen to the signal that is asked for here, whatever its environment.
+        # submitit listens to the signal that the environment names; it must be the job's own.
         slurm_setup=[f"export SUBMITIT_PREEMPT_SIGNAL={SlurmJobEnvironment.USR_SIG}"],
-        # Slurm passes --cpus-per-task no longer on to srun; one dead task ends the others.
+        # srun no longer inherits --cpus-per-task from sbatch. If one task dies, all must end.
         slurm_srun_args=[f"--cpus-per-task={args.cpus}", "--kill-on-bad-exit=1"],
-        # A cluster may forbid to queue jobs again unless they ask for it.
+        # On some clusters Slurm requeues only jobs that ask for it.
         slurm_additional_parameters={"requeue": True, **dict(args.slurm)},
     )
     return executor

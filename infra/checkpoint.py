@@ -78,7 +78,7 @@ def verify(path):
 # Resuming
 
 
-def restore(state, path, parts, check="--model"):
+def restore(state, path, parts, check):
     """Loads a checkpoint's dict into what it was saved of, {its key: what has a state_dict}.
 
     Raises InputError where something does not fit; `check` is the flag to look at.
@@ -111,7 +111,7 @@ def check_flags(state, facts, names, path):
             )
 
 
-def restore_optimizer(optimizer, saved, path, check="--model"):
+def restore_optimizer(optimizer, saved, path, check):
     """Loads moments, step counts and rates; weight decay, betas and eps stay those of the flags.
 
     Moments take their parameter's layout in memory, which fused AdamW relies on.
@@ -288,7 +288,7 @@ def load(path):
     return state
 
 
-def load_weights(model, state_dict, path, check="--model"):
+def load_weights(model, state_dict, path, check):
     """Strict loading. Raises InputError naming keys that are missing, surplus or of other shape,
     and the flag to `check`.
     """

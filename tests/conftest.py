@@ -1,7 +1,7 @@
-"""What pytest needs of these tests: when to skip them, and fixtures.
+"""Fixtures, and the conditions under which tests are skipped.
 
-Imports little, as it is read by each of pytest-xdist's processes and by the one above them, which
-runs no test; helpers.py has the rest.
+This file imports little, as every process of pytest-xdist reads it, even the controller, which runs
+no test. The rest is in helpers.py.
 """
 
 import functools
@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-# pytest-xdist shares the cores out among processes; and equal bits need as many threads everywhere.
+# The processes of pytest-xdist share the cores, and results are equal to the bit only if the number
+# of threads is.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 HERE = Path(__file__).parent
@@ -38,19 +39,19 @@ def pytest_runtest_setup(item):
 
 
 def pytest_collection_modifyitems(items):
-    """The longest test, which mostly waits for Slurm, is the first."""
+    """Runs the Slurm test, the longest, first: it mostly waits."""
     items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
 
 
 @pytest.fixture(scope="session")
 def reference():
-    """Figures measured by running the archived code on `seeded_weights` and `seeded_images`."""
+    """Results of the archived code, on the seeded weights and batches that the tests draw again."""
     return json.loads((HERE / "reference.json").read_text())
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A folder with a caption set, a labelled set named digits, and a catalog that lists it."""
+    """A folder with a caption set, a labelled set named digits, and a catalog that lists digits."""
     from helpers import write_coco, write_folders
 
     root = tmp_path_factory.mktemp("tiny")
@@ -63,7 +64,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def probed(tiny, tmp_path_factory):
-    """A folder with a barely trained checkpoint, and a labelled set of two splits."""
+    """A folder with a checkpoint of one epoch and a labelled set of two splits."""
     from helpers import train_flags, write_folders
 
     import main
@@ -80,9 +81,9 @@ def probed(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory):
-    """What tests/ranks.py computed on two gloo ranks: {"one": ..., "rank0": ..., "rank1": ...}.
+    """Results of tests/ranks.py: {"one": one process, "rank0", "rank1": two gloo ranks}.
 
-    Computed once for all of the processes that pytest-xdist shares the tests among.
+    They are computed once for all processes of pytest-xdist.
     """
     import torch
     from filelock import FileLock

@@ -1,4 +1,4 @@
-"""Small real files, flags of small runs, small trainings, and logs that listen."""
+"""Small real files, flags of small runs, small trainings, and a log that records its lines."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from infra.run import TrainState
 
 
 def seeded_weights(state_dict):
-    """The weights behind reference.json: every tensor from a seed that its key gives."""
+    """The weights behind reference.json: the seed of each tensor is a hash of its key."""
 
     def draw(key, value):
         if not value.is_floating_point():
@@ -53,7 +53,7 @@ def save_image(path, seed, size=(40, 30)):
 
 
 def write_coco(root, images=16):
-    """A COCO layout of generated pictures, two captions each; returns the captions file."""
+    """Writes a COCO set of generated pictures, two captions each; returns the captions' path."""
     annotations = []
     for i in range(images):
         save_image(root / f"train2017/{i:012d}.jpg", i)
@@ -80,13 +80,13 @@ def train_flags(tiny, output_dir, *extra, model="SLIP_NANO8", epochs=1, val="dig
 
 
 def without_folder(flags):
-    """The same for run_with_submitit.py, which chooses the folder."""
+    """Flags without --output-dir, for run_with_submitit.py, which chooses the folder."""
     at = flags.index("--output-dir")
     return flags[:at] + flags[at + 2 :]
 
 
 class Said(SilentLog):
-    """A log that keeps the lines it is given."""
+    """A log that records its lines."""
 
     def __init__(self):
         self.lines = []
@@ -121,7 +121,7 @@ class InOrder:
 
 
 def exact_training(name, k, exact=True):
-    """A small training in float64 that leaves the weights as they are."""
+    """A small training in float64 with a learning rate too small to change the weights."""
     torch.manual_seed(0)
     args = main.get_args_parser().parse_args(
         f"--model {name} --ssl-mlp-dim 32 --ssl-emb-dim 16 --update-freq {k} --lr 1e-12 "
@@ -135,7 +135,7 @@ def exact_training(name, k, exact=True):
 
 
 def views_of(model, rows, k):
-    """k micro-batches that are this rank's share of `rows` random samples."""
+    """This rank's share of `rows` random samples, as k micro-batches."""
     generator = torch.Generator().manual_seed(1)
     size, world_size = (rows, 3, model.image_size, model.image_size), distributed.get_world_size()
     views = {v: torch.randn(size, generator=generator, dtype=torch.float64) for v in model.views}
@@ -146,7 +146,7 @@ def views_of(model, rows, k):
 
 
 class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of the tensors made within that live at once, on the CPU; `peak`."""
+    """Counts bytes of CPU tensors made within it: `now` those alive, `peak` the most at once."""
 
     def __init__(self):
         super().__init__()

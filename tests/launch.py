@@ -1,7 +1,7 @@
 """Starts the scripts as processes, each in a process group of its own.
 
-`run_command` is what a user types: it imports everything anew, 8 s of a core. `start` and
-`run_script` fork from a process that has imported it already, and run no PyTorch there.
+`run_command` runs the command that a user types. It imports everything anew, which takes a core
+8 s. `start` and `run_script` fork from a server that has imported everything but run no PyTorch.
 """
 
 import multiprocessing
@@ -27,14 +27,17 @@ CONTEXT.set_forkserver_preload([*SCRIPTS, "torch.utils.tensorboard", "timm.data"
 
 
 def forking():
-    """multiprocessing's context of the process to fork from."""
+    """The multiprocessing context of the server that processes are forked from."""
     with patch.dict(os.environ, PYTHONPATH=str(REPOSITORY)):
         forkserver.ensure_running()
     return CONTEXT
 
 
 def run_command(script, flags, ranks=1, cwd=REPOSITORY, options=()):
-    """Runs a script as a user does; with several ranks through torchrun, with its options."""
+    """Runs a script as a user does, and by torchrun if there are several ranks.
+
+    options: torchrun's. Returns subprocess.CompletedProcess.
+    """
     command = [sys.executable]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
@@ -48,7 +51,7 @@ def run_command(script, flags, ranks=1, cwd=REPOSITORY, options=()):
 
 
 class Running:
-    """A forked script; its stdout and stderr go to one file."""
+    """A forked script, whose stdout and stderr go to one file."""
 
     def __init__(self, script, flags, log, environment):
         arguments = (str(script), [*map(str, flags)], str(log), environment)
@@ -60,15 +63,15 @@ class Running:
         return self.log.read_text() if self.log.exists() else ""
 
     def wait(self, timeout=120):
-        """The exit code, negative where a signal was the end."""
+        """Waits for the end; returns the exit code, -N if signal N ended it."""
         self.process.join(timeout)
         if self.process.exitcode is None:
             self.kill()
-            raise AssertionError(f"it has not ended after {timeout} s:\n{self.text()}")
+            raise AssertionError(f"still running after {timeout} s:\n{self.text()}")
         return self.process.exitcode
 
     def wait_for(self, condition, timeout=60):
-        """Until condition() is true, while the script runs; returns whether it came true."""
+        """Waits for condition() while the script runs; returns True if it was met."""
         end = time.monotonic() + timeout
         while self.process.exitcode is None and time.monotonic() < end:
             if condition():
@@ -88,13 +91,13 @@ class Running:
 
     def kill(self):
         self.signal(signal.SIGKILL, whole_group=True)
-        self.signal(signal.SIGKILL)  # it may have no group yet
+        self.signal(signal.SIGKILL)  # if it has no group yet
         self.process.join(30)
 
 
 def run_forked(script, flags, log, environment):
     os.setsid()
-    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a new process
+    multiprocessing.set_start_method("fork", force=True)  # for loader workers, as in a new process
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
@@ -111,7 +114,7 @@ def free_port():
 
 
 def start(script, flags, log, ranks=1):
-    """A list of Running, one a rank; their logs are `log` with the rank's number behind it."""
+    """Starts a script on several ranks; returns a Running per rank, with the log f"{log}{rank}"."""
     common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         Running(script, flags, f"{log}{r}", common | {"RANK": str(r), "LOCAL_RANK": str(r)})
@@ -120,7 +123,10 @@ def start(script, flags, log, ranks=1):
 
 
 def run_script(script, flags, ranks=1):
-    """Runs a script to its end; returncode is the first that is not 0, stdout that of all ranks."""
+    """Runs a script on several ranks to its end.
+
+    Returns returncode, the first that is not 0, and stdout and stderr, both the text of all ranks.
+    """
     running = start(script, flags, os.path.join(tempfile.mkdtemp(), "rank"), ranks)
     codes = [process.wait() for process in running]
     text = "".join(process.text() for process in running)

@@ -1,9 +1,9 @@
-"""A Slurm cluster of this one machine, for tests; needs root, and Debian's slurm-wlm and munge.
+"""A Slurm cluster on this one machine, for tests. Needs root and Debian's slurm-wlm and munge.
 
     python3 tests/slurm_cluster.py start DIR && export SLURM_CONF=DIR/slurm.conf
     python3 tests/slurm_cluster.py stop DIR
 
-Keys, sockets, state and logs lie in DIR (all free to delete after stop); /etc is left alone.
+Keys, sockets, state and logs are in DIR, which can be deleted after stop; /etc stays untouched.
 """
 
 import os
@@ -16,10 +16,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-DAEMONS = ("slurmd", "slurmctld", "munged")  # in the order of their end
+DAEMONS = ("slurmd", "slurmctld", "munged")  # in the order in which they are stopped
 
-# The node claims four CPUs, so that jobs of two tasks fit on any machine. No accounting; quick to
-# act; queues no job again that does not ask for it; jobs of "urgent" take away those of "tests".
+# The node claims four CPUs, so that jobs of two tasks fit on any machine. The scheduler runs every
+# second, only jobs that ask for it are requeued, and jobs of "urgent" preempt those of "tests".
 CONFIG = """
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
@@ -67,12 +67,12 @@ def free_ports(count):
 
 
 def run(*command, folder, check=False):
-    """What the command printed; check: ends this script if it fails."""
+    """Returns the output of a command. With check, this script ends if the command fails."""
     environment = {**os.environ, "SLURM_CONF": f"{folder}/slurm.conf"}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
     except FileNotFoundError:
-        raise SystemExit(f"{command[0]} is not installed; see slurm-wlm and munge") from None
+        raise SystemExit(f"{command[0]} is not installed; install slurm-wlm and munge") from None
     if check and done.returncode:
         raise SystemExit(f"{command[0]} failed: {done.stderr.strip()}")
     return done.stdout.strip()
@@ -89,12 +89,12 @@ def configure(folder):
     """Writes slurm.conf and munge's key."""
     for name in ("state", "spool"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    folder.chmod(0o711)  # munged wants its socket to be in reach of everyone
+    folder.chmod(0o711)  # munged refuses a socket that others cannot reach
     key = folder / "munged.key"
     key.touch(mode=0o600)
     key.write_bytes(secrets.token_bytes(128))
     controller_port, node_port = free_ports(2)
-    # Ranks meet on a port that follows from the job's id: other clusters have other ids.
+    # The ranks' port follows from the job's id, so two clusters on a machine need different ids.
     values = {"first_job": secrets.randbelow(10**6) + 1, "host": socket.gethostname().split(".")[0]}
     text = CONFIG.format(
         folder=folder, controller_port=controller_port, node_port=node_port, **values
@@ -104,7 +104,7 @@ def configure(folder):
 
 def start(folder):
     if any(process_id(folder, daemon) for daemon in DAEMONS):
-        raise SystemExit(f"a cluster runs in {folder} already; stop it first")
+        raise SystemExit(f"a cluster already runs in {folder}; stop it first")
     configure(folder)
     try:
         start_daemons(folder)
@@ -125,16 +125,16 @@ def start_daemons(folder):
 
 
 def process_id(folder, daemon):
-    """Of a daemon that lives; None otherwise."""
+    """The process id of a daemon; None if it does not run."""
     with suppress(OSError, ValueError):
         pid = int((folder / f"{daemon}.pid").read_text())
-        if daemon in Path(f"/proc/{pid}/cmdline").read_text():  # empty once it has ended
+        if daemon in Path(f"/proc/{pid}/cmdline").read_text():  # empty if it has ended
             return pid
     return None
 
 
 def stop(folder):
-    """Ends jobs and daemons; also those of a cluster that started in part."""
+    """Ends jobs and daemons, even if the cluster started only in part."""
     if process_id(folder, "slurmctld"):
         run("scancel", "--user=root", "--full", "--signal=KILL", folder=folder)
         run("scancel", "--user=root", folder=folder)
@@ -152,5 +152,5 @@ def end(folder, daemon):
 
 
 if __name__ == "__main__":
-    os.environ["PATH"] += ":/usr/sbin"  # where the daemons are
+    os.environ["PATH"] += ":/usr/sbin"  # the daemons' folder
     {"start": start, "stop": stop}[sys.argv[1]](Path(sys.argv[2]).resolve())

@@ -1,8 +1,10 @@
 """benchmark.py on tiny models: both ways to train are the same training, and figures add up."""
 
-import argparse
 import json
 import re
+from itertools import chain
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,20 +12,26 @@ from helpers import train_flags
 from launch import forking
 
 import benchmark
-import benchmark_data
+import captions
 import engine
+from benchmarks import archived, data, training
 from infra import distributed
+from tokenizer import SimpleTokenizer
 from utils import InputError
 
 
-def measured(tiny, command="step", is_paper=False, *flags):
-    options = argparse.Namespace(command=command, caption_tokens=77)
+def run_benchmark(flags):
+    benchmark.main(*benchmark.get_args_parser().parse_known_args(flags))
+
+
+def measured(tiny, *flags, from_files=False, is_archived=False):
     flags = [*train_flags(tiny, "out", *flags), "--dataset", "coco"]
-    return benchmark.MeasuredTraining(options, flags, is_paper)
+    variant = training.Variant(flags, from_files, is_archived=is_archived)
+    return training.MeasuredTraining(variant)
 
 
 def test_the_archived_way_is_the_same_training(tiny, unlimited):
-    here, paper = measured(tiny), measured(tiny, "step", True)
+    here, paper = measured(tiny), measured(tiny, is_archived=True)
     assert here.gflop == pytest.approx(paper.gflop, rel=0.02)  # the mask is no matrix product
     batch = next(here.batches)
     losses = [
@@ -33,15 +41,26 @@ def test_the_archived_way_is_the_same_training(tiny, unlimited):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("command, is_paper", [("step", False), ("train", False), ("train", True)])
+def test_the_archived_way_replaces_each_faster_part(tiny, unlimited, monkeypatch):
+    names = ("masked_attention", "separate_towers", "whole_contrast")
+    parts = {name: Mock(wraps=getattr(archived, name)) for name in names}
+    for name, part in parts.items():
+        monkeypatch.setattr(archived, name, part)
+    measured(tiny).round(1)
+    assert not any(part.called for part in parts.values())
+    measured(tiny, is_archived=True).round(1)
+    assert all(part.called for part in parts.values())
+
+
+@pytest.mark.parametrize("from_files, is_archived", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("flags", [[], ["--update-freq", 2, "--accum", "exact"]])
-def test_phases_add_up_to_the_time(tiny, command, is_paper, flags, unlimited):
-    run = measured(tiny, command, is_paper, *flags)
+def test_phases_add_up_to_the_time(tiny, from_files, is_archived, flags, unlimited):
+    run = measured(tiny, *flags, from_files=from_files, is_archived=is_archived)
     run.round(1)
     result = run.round(2)
-    assert set(result) == {*benchmark.PHASES, "samples/s"} and min(result.values()) > 0
+    assert set(result) == {*training.PHASES, "samples/s"} and min(result.values()) > 0
     samples = run.args.batch_size * run.args.update_freq
-    seconds = sum(result[phase] for phase in benchmark.PHASES)
+    seconds = sum(result[phase] for phase in training.PHASES)
     assert seconds == pytest.approx(samples / result["samples/s"], rel=0.1)
     assert (
         distributed.get_world_size() == 1
@@ -49,23 +68,37 @@ def test_phases_add_up_to_the_time(tiny, command, is_paper, flags, unlimited):
     )
 
 
+def test_the_archived_loader_shuffles_whole_batches(tiny):
+    pairs = captions.load_captions("coco", tiny / "captions.json")
+    views = ("image", "text", "aug1", "aug2")
+    dataset = archived.ArchivedDataset(pairs, Path(tiny), views, SimpleTokenizer(), 32)
+    (batch, *_) = archived.ArchivedLoader(dataset, 5, 0, data.CPU).start(0)
+    images = dict.fromkeys(("image", "aug1", "aug2"), (5, 3, 32, 32))
+    assert {view: tuple(x.shape) for view, x in batch.items()} == {**images, "text": (5, 77)}
+
+    loader = archived.ArchivedLoader(range(16), 5, 0, data.CPU)
+    one, two, again = ([batch.tolist() for batch in loader.start(epoch)] for epoch in (0, 1, 0))
+    assert one == again and one != two and list(map(len, one)) == [5, 5, 5]
+    assert len({*chain(*one)}) == 15
+
+
 @pytest.fixture
 def unlimited(monkeypatch):
-    """What the machine could do is not measured."""
-    monkeypatch.setattr(benchmark, "matrix_rate", lambda precision: 1.0)
-    monkeypatch.setattr(benchmark, "copy_rate", lambda device: 1.0)
+    """Skips the measurement of the machine's limits."""
+    monkeypatch.setattr(training, "matrix_rate", lambda precision: 1.0)
+    monkeypatch.setattr(training, "copy_rate", lambda device: 1.0)
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """The processes that are measured are forked from one that has imported all."""
-    monkeypatch.setattr(benchmark, "get_context", lambda method: forking())
+    """Forks the measured processes from one that has imported everything."""
+    monkeypatch.setattr(training, "get_context", lambda method: forking())
 
 
 def test_both_ways_are_compared_and_figures_are_written(quick, tmp_path, capsys):
     flags = "step --model SLIP_NANO8 --batch-size 8 --device cpu --ssl-mlp-dim 32 --paper "
     flags += "--updates 1 --rounds 1 --default-malloc --save"
-    benchmark.main([*flags.split(), str(tmp_path / "figures")])
+    run_benchmark([*flags.split(), str(tmp_path / "figures")])
     out = capsys.readouterr().out
     saved = json.loads((tmp_path / "figures/step.json").read_text())
     results = saved["results"]
@@ -80,8 +113,7 @@ def test_both_ways_are_compared_and_figures_are_written(quick, tmp_path, capsys)
 
 
 def test_classifiers_are_compared(capsys):
-    flags = "classifier --model CLIP_NANO8 --classes 5 --sample 2 --rounds 2"
-    benchmark.main(flags.split())
+    run_benchmark("classifier --model CLIP_NANO8 --classes 5 --sample 2 --rounds 2".split())
     out = capsys.readouterr().out
     assert "5 classes x 7 prompts" in out and "one at a time 2 of them" in out
     rates = re.findall(r"(one class at a time|this code) +([\d.]+) classes/s +([\d.]+) x", out)
@@ -91,14 +123,14 @@ def test_classifiers_are_compared(capsys):
 
 
 def test_slow_rates_have_decimals(capsys):
-    benchmark_data.print_rates({"slow": 0.321, "fast": 1234.5}, "slow", "classes/s")
+    data.print_rates({"slow": 0.321, "fast": 1234.5}, "slow", "classes/s")
     assert capsys.readouterr().out.split()[1::5] == ["0.32", "1234"]
 
 
 def test_classifiers_on_features_are_measured(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(benchmark_data, "in_process", benchmark_data.with_memory)  # quicker
+    monkeypatch.setattr(data, "in_process", data.with_memory)  # quicker
     flags = "features --images 300 --width 4 --classes 3 --queries 5 --iterations 2 --folder"
-    benchmark.main([*flags.split(), str(tmp_path)])
+    run_benchmark([*flags.split(), str(tmp_path)])
     out = capsys.readouterr().out
     assert "features: 300 x 4, 3 classes" in out
     for line in ("k-NN +[0-9.]+ s for 5 queries", "logistic regression +[0-9.]+ s for 2 iter"):
@@ -114,6 +146,6 @@ def test_classifiers_on_features_are_measured(tmp_path, capsys, monkeypatch):
         (["data", "--model", "x"], "unknown flags --model x"),
     ],
 )
-def test_wrong_flags_are_told(quick, flags, match):
+def test_wrong_flags_stop_in_one_line(quick, flags, match):
     with pytest.raises(InputError, match=match):
-        benchmark.main(flags)
+        run_benchmark(flags)

@@ -19,8 +19,8 @@ def launch(flags):
     return run_with_submitit.main(*run_with_submitit.get_args_parser().parse_known_args(flags))
 
 
-def test_two_interrupted_tasks_go_on_as_two_ranks(tiny, tmp_path, monkeypatch):
-    monkeypatch.setenv("SUBMITIT_PREEMPT_SIGNAL", "USR1")  # another one than this version's
+def test_two_interrupted_tasks_resume_as_two_ranks(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("SUBMITIT_PREEMPT_SIGNAL", "USR1")  # not this version's default
     options = {"model": "SIMCLR_VITTINY8", "val": "none", "epochs": 20}
     script = train_flags(tiny, "unused", "--workers", 2, **options)
     flags = ["--cluster", "local", "--nodes", "1", "--ngpus", "2", "--timeout", "5"]
@@ -40,7 +40,7 @@ def test_two_interrupted_tasks_go_on_as_two_ranks(tiny, tmp_path, monkeypatch):
     assert [row["pairs"] for row in logger.read_log(folder / "log.txt")] == 20 * [16]
 
 
-def test_wrong_flags_are_told_before_submission(tmp_path):
+def test_wrong_flags_stop_before_submission(tmp_path):
     with pytest.raises(InputError, match="--modle"):
         launch(["--cluster", "local", "--job_dir", str(tmp_path / "job"), "--modle", "x"])
     assert not (tmp_path / "job").exists()
@@ -57,7 +57,7 @@ def test_scripts_that_cannot_be_jobs(tmp_path, script, match):
 
 @pytest.fixture
 def sbatch_file(tmp_path, monkeypatch):
-    """Submits to a Slurm of two fake commands; returns the lines of what sbatch was given."""
+    """A function that submits to a fake sbatch and returns the lines of the submission file."""
     for name in ("sbatch", "srun"):
         (tmp_path / name).write_text("#!/bin/sh\necho Submitted batch job 7\n")
         (tmp_path / name).chmod(0o755)
@@ -75,7 +75,7 @@ def test_the_archived_layout_is_the_default(sbatch_file):
     lines = sbatch_file([])
     wanted = "nodes=8 gpus-per-node=8 ntasks-per-node=8 cpus-per-task=10 time=4320 job-name=main"
     assert {f"#SBATCH --{option}" for option in wanted.split()} <= set(lines)
-    # queued again where a cluster's default is not to; told two minutes before the time limit
+    # It is requeued even if the cluster's default is not to, and warned two minutes before the end.
     assert {"#SBATCH --requeue", "#SBATCH --signal=USR2@120"} <= set(lines)
     srun = next(line for line in lines if line.startswith("srun"))
     assert "--kill-on-bad-exit=1" in srun and "--cpus-per-task=10" in srun
@@ -124,14 +124,14 @@ def test_wrong_slurm_options(text):
 
 
 def test_the_signal_is_the_one_that_submitit_listens_to(sbatch_file, monkeypatch):
-    """Its name differs between versions of submitit, and the job may have another environment."""
+    """Its name differs between versions of submitit, and the job's environment may name another."""
     monkeypatch.setattr(SlurmJobEnvironment, "USR_SIG", "USR1")
     lines = sbatch_file([])
     assert "#SBATCH --signal=USR1@120" in lines
     assert "export SUBMITIT_PREEMPT_SIGNAL=USR1" in lines
 
 
-def test_what_slurm_refuses_is_one_line(sbatch_file, tmp_path):
+def test_a_refusal_by_slurm_is_one_line(sbatch_file, tmp_path):
     (tmp_path / "sbatch").write_text("#!/bin/sh\necho invalid partition >&2\nexit 1\n")
     with pytest.raises(InputError, match="not submitted: invalid partition"):
         sbatch_file([])
@@ -146,7 +146,7 @@ def test_the_local_executor_has_one_node(tmp_path):
     "state, rank, called",
     [
         ("RUNNING", 0, "requeue"),
-        ("RUNNING", 1, "bypass"),  # the first task does it for all
+        ("RUNNING", 1, "bypass"),  # rank 0 requeues for all
         ("COMPLETING", 0, "bypass"),  # scancel, scontrol requeue
         ("CANCELLED", 0, "bypass"),
         ("", 0, "bypass"),
