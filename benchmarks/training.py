@@ -189,7 +189,7 @@ class MeasuredTraining:
 
     def compile(self):
         """Compiles as main.py does; returns the outcome in words."""
-        views = main_script.empty_views(self.model, self.device, self.args.batch_size)
+        views = self.model.dummy_batch(self.args.batch_size, self.device)
         reason = main_script.compile_training(self.model, self.training, views)
         return f"torch.compile failed: {reason}" if reason else "compiled"
 
@@ -374,21 +374,11 @@ def benchmark_save(options):
     """Seconds that training waits for a save, and that its thread takes to write and verify it."""
     device = distributed.init_distributed(options.device)
     model, optimizer = trained_once(options.model, device)
-    parts, state = {"state_dict": model, "optimizer": optimizer}, TrainState()
+    parts = {"state_dict": model, "optimizer": optimizer}
     facts = {"args": {"model": options.model}}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        manager = CheckpointManager(
-            folder, parts, state, device, facts, 2, 0, pretrained=None, info=print
-            parts,
-            state,
-            device,
-            facts,
-            2,
-            save_every_minutes=0,
-            pretrained=None,
-            info=print,
-        )
-        plain = {key: part.state_dict() for key, part in parts.items()}
+        manager = CheckpointManager(folder, parts, TrainState(), device, facts, 2, 0, None, print)
+        plain = {key: part.state_dict() for key, part in manager.parts.items()}
         print(f"save: {options.model} on {device.type}; {machine()}\n")
         for i in range(options.rounds):
             synchronize(device)

@@ -151,7 +151,7 @@ def test_a_checkpoint_of_another_model_names_keys(tmp_path, other, match):
     save_released(tmp_path / "c.pt")
     state = checkpoint.load(tmp_path / "c.pt")["state_dict"]
     with pytest.raises(InputError, match=match):
-        checkpoint.load_weights(create_model(other, 32, 16), state, "c.pt")
+        checkpoint.load_weights(create_model(other, 32, 16), state, "c.pt", "--model")
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_an_optimizer_of_another_model_is_told(tmp_path):
         model = create_model(name, 64, 16)
         optimizer = torch.optim.AdamW(utils.param_groups(model, 0.1))
         with pytest.raises(InputError, match="optimizer is of another model"):
-            checkpoint.restore_optimizer(optimizer, saved, "c.pt")
+            checkpoint.restore_optimizer(optimizer, saved, "c.pt", "--model")
 
 
 def test_moments_take_the_layout_of_their_parameter():
@@ -202,7 +202,7 @@ def test_moments_take_the_layout_of_their_parameter():
         i: {k: v.clone(memory_format=torch.contiguous_format) for k, v in moments.items()}
         for i, moments in saved["state"].items()
     }
-    checkpoint.restore_optimizer(resumed, saved, "c.pt")
+    checkpoint.restore_optimizer(resumed, saved, "c.pt", "--model")
     step(conv, optimizer, 2)
     step(other, resumed, 2)
     assert torch.equal(other.weight, conv.weight)

@@ -90,7 +90,7 @@ def test_prompts_of_like_length_share_a_batch(monkeypatch):
 
     monkeypatch.setattr(model, "encode_text", watched)
     classes = ["dog", "dog " * 90, "cat", "a dog of " * 6, "owl"]
-    evaluation = Evaluation(FP32, check=lambda: checks.append(len(shapes)))
+    evaluation = Evaluation(FP32, poll=lambda: checks.append(len(shapes)))
     eval_zeroshot.build_classifier(model, SimpleTokenizer(), classes, ["{}"], evaluation, 2)
     assert shapes == [(2, 77), (2, 3), (1, 3)] and checks == [0, 1, 2]
 

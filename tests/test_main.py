@@ -234,7 +234,7 @@ def test_a_progress_bar_on_a_terminal(tiny, tmp_path, monkeypatch, capsys):
         (["--disable-amp", "--precision", "bf16"], "--disable-amp contradicts --precision bf16"),
         (
             ["--grad-checkpointing", "--model", "CLIP_dla34"],
-            "image tower has no gradient checkpointing",
+            "no gradient checkpointing",
         ),
         (["--evaluate", "--val-dataset", "none"], "--evaluate has nothing to score"),
         (["--evaluate"], "checkpoint .*checkpoint.pt' is absent"),
@@ -376,7 +376,7 @@ def test_a_machine_without_compiler_trains_uncompiled(tiny, tmp_path, monkeypatc
         for flag in ("--no-compile", "--compile")
     ]
     said = capsys.readouterr().out
-    assert "warning: torch.compile failed, training goes on without it: " in said
+    assert "warning: torch.compile failed, training continues without it: " in said
     assert runs[1] == runs[0]
 
 

@@ -13,8 +13,10 @@ import main_finetune
 import main_linear
 import models
 import towers
-from transforms import IMAGENET_MEAN, IMAGENET_STD
+from pretrained import load_vit
 from utils import InputError
+
+TOWER = towers.TOWERS["VITS16"]
 
 
 def parse(argv):
@@ -71,9 +73,8 @@ def test_rates_fall_from_the_head_down():
 
 def test_positions_are_interpolated_and_the_head_is_small(probed):
     path = probed / "run/checkpoint.pt"
-    args = ["--pretrained", str(path), "--preset", "small"]
-    same = main_finetune.create_vit(path, 10, parse(args))
-    larger = main_finetune.create_vit(path, 10, parse([*args, "--input-size", "64"]))
+    same, _ = load_vit(path, 10)
+    larger, _ = load_vit(path, 10, image_size=64)
     assert same.pos_embed.shape == (1, 17, 64) and larger.pos_embed.shape == (1, 65, 64)
     assert torch.equal(larger.pos_embed[:, 0], same.pos_embed[:, 0])  # the class token's
     coarse = larger.pos_embed[:, 1:].view(8, 8, 64).permute(2, 0, 1)[None]
@@ -88,7 +89,7 @@ def test_a_view_depends_on_its_generator_alone(tmp_path):
     save_image(tmp_path / "x.png", 0, (80, 60))
     image = Image.open(tmp_path / "x.png").convert("RGB")
     args = parse(["--pretrained", "x", "--reprob", "0.5"])
-    view = main_finetune.TimmView(32, args)
+    view = main_finetune.TimmView(32, TOWER, args)
 
     def draw(seed):
         return view(image, np.random.default_rng(seed))
@@ -102,12 +103,9 @@ def test_a_view_depends_on_its_generator_alone(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)  # the program's own numbers go on
     assert first.shape == (3, 32, 32) and first.dtype == torch.float32
     plain = parse(["--pretrained", "x", "--aa", "none", "--reprob", "0", "--color-jitter", "0"])
-    shown = main_finetune.TimmView(32, towers.TOWERS["VITS16"], plain)(
-        image, np.random.default_rng(0)
-    )
-    pixels = shown * torch.tensor(IMAGENET_STD).view(3, 1, 1) + torch.tensor(IMAGENET_MEAN).view(
-        3, 1, 1
-    )
+    shown = main_finetune.TimmView(32, TOWER, plain)(image, np.random.default_rng(0))
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (TOWER.mean, TOWER.std))
+    pixels = shown * std + mean
     assert pixels.min() > -1e-6 and pixels.max() < 1 + 1e-6
 
 
@@ -167,7 +165,7 @@ def test_an_average_that_never_was(probed, tmp_path, monkeypatch, capsys):
         with pytest.raises(KeyboardInterrupt):
             call(probed, tmp_path)
     first = weights(tmp_path)["state_dict"]
-    with pytest.raises(InputError, match="--model-ema: .*holds no average; leave the flag"):
+    with pytest.raises(InputError, match="--model-ema: .*holds no average; omit the flag"):
         call(probed, tmp_path, "--model-ema", "--evaluate")
     call(probed, tmp_path, "--model-ema", "--model-ema-decay", 0.999999)
     assert "holds no average of weights: it starts from its weights" in capsys.readouterr().out
@@ -193,7 +191,7 @@ def test_another_checkpoint_does_not_go_on_with_a_run(probed, tmp_path):
     call(probed, tmp_path / "out", "--epochs", 1)
     state = torch.load(probed / "run/checkpoint.pt", weights_only=True)
     torch.save({**state, "epoch": 9}, tmp_path / "other.pt")
-    with pytest.raises(InputError, match="began from another checkpoint than --pretrained; choose"):
+    with pytest.raises(InputError, match="began from another pretrained checkpoint; choose"):
         call(probed, tmp_path / "out", "--pretrained", tmp_path / "other.pt")
 
 
@@ -215,7 +213,7 @@ def test_two_ranks_train_what_one_does(probed, tmp_path):
 @pytest.mark.parametrize(
     "extra, match",
     [
-        (["--batch-size", 7], "--batch-size 7 is odd, Mixup takes pairs; make it even"),
+        (["--batch-size", 7], "--batch-size 7: Mixup takes pairs; make it even"),
         (
             ["--update-freq", 9],
             "9 micro-batches per update are more than the 5 batches of an epoch",
@@ -224,9 +222,9 @@ def test_two_ranks_train_what_one_does(probed, tmp_path):
         (["--preset", "huge"], "invalid choice: 'huge'"),
         (["--aa", "foo"], "--aa 'foo' is no augmentation of timm's, as rand-m9-mstd0.5-inc1"),
         (["--aa", "rand-m9-foo1"], "--aa 'rand-m9-foo1' is no augmentation"),
-        (["--input-size", 5], "--input-size 5 is no multiple of the patch of 8 pixels"),
-        (["--input-size", 33], "--input-size 33 is no multiple of the patch of 8 pixels"),
-        (["--warmup-epochs", 3], "--warmup-epochs 3 exceeds --epochs 2"),
+        (["--input-size", 5], "image size 5 is no multiple of the patch of 8 pixels"),
+        (["--input-size", 33], "image size 33 is no multiple of the patch of 8 pixels"),
+        (["--warmup-epochs", 3], "warm-up of 3 epochs exceeds training of 2"),
     ],
 )
 def test_bad_input(probed, tmp_path, extra, match):
@@ -240,7 +238,7 @@ def test_a_checkpoint_without_its_tower(probed, tmp_path, prefix):
     state = torch.load(probed / "run/checkpoint.pt", weights_only=True)
     kept = {k: v for k, v in state["state_dict"].items() if not k.startswith(prefix)}
     torch.save({**state, "state_dict": kept}, tmp_path / "c.pt")
-    with pytest.raises(InputError, match="keys missing: .*pos_embed.*; check --pretrained"):
+    with pytest.raises(InputError, match="keys missing: .*pos_embed.*; check the checkpoint"):
         call(probed, tmp_path / "out", "--pretrained", tmp_path / "c.pt")
 
 
@@ -264,6 +262,5 @@ def test_a_tower_that_is_no_vit(tmp_path):
     model = models.create_model("SIMCLR_test_resnet", 8, 8)
     state = {"state_dict": model.state_dict(), "args": {"model": "SIMCLR_test_resnet"}}
     torch.save(state, tmp_path / "c.pt")
-    args = parse(["--pretrained", "x"])
-    with pytest.raises(InputError, match="SIMCLR_test_resnet, whose tower is no ViT"):
-        main_finetune.create_vit(tmp_path / "c.pt", 10, args)
+    with pytest.raises(InputError, match="SIMCLR_test_resnet, whose image tower is no ViT"):
+        load_vit(tmp_path / "c.pt", 10)

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,10 +150,11 @@ def test_mixed_precision_is_of_the_tower_alone(probed, tmp_path):
         assert bf16[key].dtype == torch.float32 and not torch.equal(bf16[key], value)
         assert torch.allclose(bf16[key], value, atol=1e-3), key
     kinds = []
-    probe = main_linear.Probe(torch.nn.Linear(4, 4), 4, 2)
+    model = SimpleNamespace(visual=torch.nn.Linear(4, 4), num_features=4, normalize=None)
+    probe = main_linear.Probe(model, 2)
     probe.head.register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
     probe.tower.register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
-    with main_linear.engine.Precision("bf16", torch.device("cpu")).autocast():
+    with main_linear.devices.Precision("bf16", torch.device("cpu")).autocast():
         probe(torch.ones(1, 4), torch.zeros(1))
     assert kinds == [torch.bfloat16, torch.float32]
 
@@ -170,7 +172,7 @@ def test_the_archived_rule_divides_by_the_number_of_gpus():
         (["--dataset", "imagenet"], "unknown dataset 'imagenet'; choose from digits"),
         (["--dataset", "mnist"], "nowhere.*; check the folder"),
         (["--batch-size", 41], "batch size 41 on 1 ranks is more than the 40 training images"),
-        (["--evaluate"], "--evaluate: .*checkpoint.pt is absent; train the probe first"),
+        (["--evaluate"], "--evaluate: .*checkpoint.pt is absent; train the probe"),
         (["--pretrained", "none.pt"], "checkpoint 'none.pt' is absent"),
         (["--classifier", "svm"], "invalid choice: 'svm'"),
     ],
@@ -195,7 +197,7 @@ def test_a_probe_of_other_classes_or_another_tower_is_refused(probed, tmp_path):
     call(probed, tmp_path)
     other = torch.load(probed / "run/checkpoint.pt", weights_only=True)
     torch.save({**other, "epoch": 9}, tmp_path / "other.pt")
-    with pytest.raises(InputError, match="began from another checkpoint than --pretrained"):
+    with pytest.raises(InputError, match="began from another pretrained checkpoint"):
         call(probed, tmp_path, "--pretrained", tmp_path / "other.pt")
     path = tmp_path / "linear-digits/checkpoint.pt"
     state = torch.load(path, weights_only=True)

@@ -303,7 +303,7 @@ def test_a_damaged_latest_checkpoint_is_passed_over(tiny, tmp_path, damage, caps
     assert f"resumed {parts}/checkpoint-00000004.pt after 1 epochs" in said
     if damage is not os.unlink:
         assert f"warning: checkpoint {parts}/checkpoint.pt is damaged: " in said
-        assert "; going on from the one before it" in said
+        assert "; resuming from the one before it" in said
     assert_equal(weights(parts)["state_dict"], weights(whole)["state_dict"])
 
 
