@@ -112,9 +112,8 @@ def test_a_view_depends_on_its_generator_alone(tmp_path):
 def test_randaugment_at_its_strongest():
     """timm asks for 0 bits of colour at magnitude 10."""
     image = Image.new("RGB", (8, 8), (200, 100, 50))
-    view = main_finetune.TimmView(
-        8, parse(["--pretrained", "x", "--aa", "rand-m10-mstd0.5-inc1", "--reprob", "0"])
-    )
+    args = parse(["--pretrained", "x", "--aa", "rand-m10-mstd0.5-inc1", "--reprob", "0"])
+    view = main_finetune.TimmView(8, TOWER, args)
     for seed in range(300):
         assert view(image, np.random.default_rng(seed)).isfinite().all()
     (step,) = [step for step in view.transform.transforms if hasattr(step, "ops")]
