@@ -239,19 +239,15 @@ class Batches:
 def train_one_epoch(training, loader, run, print_freq=10, max_bad_fraction=0.01):
     """Trains from the update that the run is at to the end of its epoch.
 
-    Metrics stay on the device; they are read every print_freq updates, and before the run is saved.
-
     Args:
         training: the Training.
         loader: has start(epoch, batch), a length in micro-batches and a batch_size.
         run: an infra.run.Run, which is polled after each update: it may save, or stop.
-        print_freq: updates between readings of metrics.
+        print_freq: updates between readings of metrics, which stay on the device until then.
         max_bad_fraction: of the epoch's samples that may be unreadable.
 
-    Returns (means of the metrics over ranks and updates, speed and size of the epoch).
-
-    Raises InputError, on every rank at once, if the loss is not finite or too many samples cannot
-    be read.
+    Returns (means of the metrics over ranks and updates, speed and size of the epoch). Raises
+    InputError, on all ranks at once, if a loss is not finite or too many samples are unreadable.
     """
     t, k, state, log = training, training.update_freq, run.state, run.log
     updates, batch_size = len(loader) // k, loader.batch_size * k * get_world_size()

@@ -37,7 +37,7 @@ def get_args_parser():
     add("--split", default="test", help="of Karpathy's file; a COCO file is taken whole")
     add("--captions-per-image", default=5, type=positive_int, help="the first so many of each")
     add("--name", help="of the set in retrieval.json; by default the captions file's")
-    add("--output-dir", default="./", help="where retrieval.json is written")
+    add("--output-dir", default="./", help="folder of retrieval.json")
     add("--batch-size", default=256, type=positive_int, help="images per rank and step")
     devices.add_system_flags(parser)
     return parser
@@ -123,8 +123,13 @@ class Images(Dataset):
 def ranks_of_matches(queries, keys, groups, query_groups):
     """How many keys come before each query's best match when sorted by similarity, (Q,).
 
-    queries (Q, D), keys (K, D) unit rows; groups (K,), query_groups (Q,): what matches has the same
-    number. Equally similar keys stand in the order they have. Chunks of queries keep memory linear.
+    Equally similar keys keep their order. Chunks of queries keep memory linear.
+
+    Args:
+        queries: (Q, D) unit rows.
+        keys: (K, D) unit rows.
+        groups: (K,) numbers; a query matches the keys that have its number.
+        query_groups: (Q,) the numbers of the queries.
     """
     ranks, places = [], torch.arange(len(keys), device=keys.device)
     for part, mine in zip(queries.split(CHUNK), query_groups.split(CHUNK), strict=True):
@@ -152,7 +157,7 @@ def recalls(images, texts, owners):
 
 @torch.no_grad()
 def embed_texts(model, tokenizer, texts, precision, batch_size=256):
-    """(m, D) unit rows in float64, each as loops.predict keeps images."""
+    """(m, D) unit rows in float64, each as evaluation.predict keeps images."""
     rows = []
     for start in range(0, len(texts), batch_size):
         tokens = tokenizer.trim(tokenizer(texts[start : start + batch_size])).to(precision.device)

@@ -52,13 +52,13 @@ class Task:
 
 def open_task(name, image_size, catalog, labels, templates):
     """Raises InputError if the set, its labels or its prompts are absent or do not fit."""
-    for what, table in (
+    for kind, table in (
         ("the catalog", catalog),
         ("the labels", labels),
         ("the templates", templates),
     ):
         if name not in table:
-            raise InputError(f"{name!r} is not in {what}; choose from {', '.join(table)}")
+            raise InputError(f"{name!r} is not in {kind}; choose from {', '.join(table)}")
     if not isinstance(labels[name], list) or not isinstance(templates[name], list):
         raise InputError(f"labels and templates of {name!r} must be lists of texts")
     if not templates[name]:
@@ -77,6 +77,14 @@ def build_classifier(model, tokenizer, classes, templates, evaluation, batch_siz
     """(C, D) unit rows: per class the mean of its prompts' unit embeddings, normalised again.
 
     Prompts of like length share a batch, the longest first, so that hardly any padding is encoded.
+
+    Args:
+        model: a models.CLIP or SLIP in evaluation mode.
+        tokenizer: the model's.
+        classes: C names, or lists of synonyms.
+        templates: prompts with {} for the name.
+        evaluation: precision.
+        batch_size: prompts in a batch; None: by the device.
     """
     prompts, owners = [], []
     for owner, names in enumerate(classes):
@@ -97,7 +105,7 @@ def build_classifier(model, tokenizer, classes, templates, evaluation, batch_siz
 
 
 def rank_images(model, task, tokenizer, evaluation):
-    """The metrics.Ranking of a task's images by cosine similarity to its classes."""
+    """The evaluation.Ranking of a task's images by cosine similarity to its classes."""
     model.eval()
     classifier = build_classifier(model, tokenizer, task.classes, task.templates, evaluation)
 
@@ -138,9 +146,9 @@ def get_args_parser():
     parser.add_argument(
         "--resume", required=True, nargs="+", help="checkpoint files, ours or released ones"
     )
-    parser.add_argument("--output-dir", default="./", help="where results.json is written")
+    parser.add_argument("--output-dir", default="./", help="folder of results.json")
     parser.add_argument("--datasets", nargs="+", help="sets to score; those present if not given")
-    parser.add_argument("--catalog", default=CATALOG, help="where the sets lie (JSON)")
+    parser.add_argument("--catalog", default=CATALOG, help="places of the sets (JSON)")
     add_outside_flag(parser.add_argument)
     parser.add_argument("--labels", default=LABELS, help="class names (JSON)")
     parser.add_argument("--templates", default=TEMPLATES, help="prompts (JSON)")
@@ -229,7 +237,7 @@ def main(args):
     def tasks_of(model):
         return [open_task(name, model.image_size, catalog, labels, templates) for name in names]
 
-    for path in args.resume[1:]:  # what is wrong with them is told before the first is scored
+    for path in args.resume[1:]:  # their faults are told before the first is scored
         open_model(path)
     for path in args.resume:
         evaluate_checkpoint(path, tasks_of, device, args)

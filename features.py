@@ -80,9 +80,19 @@ def is_whole(file, dtype, shape):
 
 
 def knn_rankings(train, train_labels, test, test_labels, classes, ks, temperature, device):
-    """{k: metrics.Ranking} of test images by the votes of their k nearest training images.
+    """The votes of each test image's k nearest training images, for several k.
 
     A neighbour of cosine similarity s votes for its class with weight exp(s / temperature).
+
+    Args:
+        train, test: (n, W) and (m, W) features.
+        train_labels, test_labels: (n,) and (m,).
+        classes: C.
+        ks: the numbers of neighbours.
+        temperature: of the weights.
+        device: of the computation.
+
+    Returns {k: evaluation.Ranking of the test images}.
     """
     k_max, rows = min(max(ks), len(train)), {k: [] for k in ks}
     for queries in test.split(1024):
@@ -109,10 +119,21 @@ GRID = [10 ** (-6 + i / 8) for i in range(97)]  # values of C: 8 a decade
 
 
 def fit_logistic(features, labels, rows, classes, c, device, max_iter=1000):
-    """Weights (C, W + 1), the last column the bias, by L-BFGS on the given rows.
+    """Logistic regression by L-BFGS.
 
     Minimises mean cross-entropy + |w|^2 / (2 c rows), the bias free: scikit-learn's objective,
     divided by c times the rows.
+
+    Args:
+        features: (n, W), mapped from disk.
+        labels: (n,).
+        rows: (r,) numbers of the images to fit.
+        classes: C.
+        c: inverse strength of the regularisation.
+        device: of the computation.
+        max_iter: most iterations.
+
+    Returns weights (C, W + 1); the last column is the bias.
     """
     width = features.shape[1]
     weights = torch.zeros(classes, width + 1, dtype=features.dtype, device=device).requires_grad_()
@@ -142,7 +163,7 @@ def linear(features, weights):
 
 @torch.no_grad()
 def rank_linear(features, labels, weights):
-    """The metrics.Ranking of images by the classifier of fit_logistic."""
+    """The evaluation.Ranking of images by the classifier of fit_logistic."""
     rows = [
         rank_classes(linear(part.to(weights.device), weights)).cpu()
         for part in features.split(CHUNK)
@@ -166,9 +187,18 @@ def search_grid(score, size=97, step=16):
 
 
 def fit_with_search(features, labels, classes, metric, device, seed=0, max_iter=1000):
-    """(weights, C): C is the best on a fifth of the images held out, the weights are of all.
+    """fit_logistic on all images, with the C that is best on a fifth of them, held out.
 
-    metric: metrics.Ranking -> a score to maximise.
+    Args:
+        features: (n, W).
+        labels: (n,).
+        classes: number of classes.
+        metric: evaluation.Ranking -> a score to maximise.
+        device: of the computation.
+        seed: draws the fifth.
+        max_iter: most iterations of a fit.
+
+    Returns (weights, C).
     """
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(features)))
     fifth = len(order) // 5

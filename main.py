@@ -38,10 +38,10 @@ def get_args_parser():
     add("--metadata", default="yfcc15m.pkl", help="captions: .arrow, or the set's archived format")
     add("--csv-img-key", default="filepath", help="image column of --dataset csv")
     add("--csv-caption-key", default="title", help="caption column of --dataset csv")
-    add("--augment", choices=("cpu", "device"), help="where; by default device on CUDA, else cpu")
+    add("--augment", choices=("cpu", "device"), help="by default device on CUDA, else cpu")
     add("--max-bad-fraction", default=0.01, type=number(float, 0, 1), help="of unreadable images")
     add("--val-dataset", default="imagenet", help="set scored zero-shot as it trains, or none")
-    add("--catalog", default=catalog.CATALOG, help="where the labelled sets lie (JSON)")
+    add("--catalog", default=catalog.CATALOG, help="places of the labelled sets (JSON)")
     catalog.add_outside_flag(add)
     add("--output-dir", default="./", help="folder of checkpoints and logs")
 

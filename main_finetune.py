@@ -78,7 +78,7 @@ def get_args_parser():
 
     add = parser.add_argument_group("Augmentation").add_argument
     add("--aa", default="rand-m9-mstd0.5-inc1", help="RandAugment by timm's name, or none")
-    add("--color-jitter", default=0.4, type=not_negative, help="where --aa is none")
+    add("--color-jitter", default=0.4, type=not_negative, help="if --aa is none")
     add("--no-flip", action="store_true", help="for images that have a left and a right, as text")
     add("--crop-min", default=0.08, type=utils.number(float, 0, 1), help="least area of a crop")
     add("--reprob", default=0.25, type=not_negative, help="probability of random erasing")

@@ -1,4 +1,4 @@
-"""Image views: what a picture becomes before a model sees it.
+"""Image views: crops and augmentations that turn a picture into the input of a model.
 
 A view draws all it needs from the generator it is given, so a sample depends on that alone: a crop,
 and for SimCLR the steps of its colour and blur augmentation. The picture is then decoded once and
@@ -72,7 +72,7 @@ def pixels_of(image):
 class EncodedImage:
     """A picture whose header is read, `size` is (width, height); decoded once its crops are known.
 
-    Raises InputError, naming the file, where it is damaged, truncated or no image.
+    Raises InputError, naming the file, if it is damaged, truncated or no image.
     """
 
     def __init__(self, data, name):

@@ -1,6 +1,6 @@
-"""What every script shares: user errors, files, ranks and gathers, schedules, meters.
+"""The ground that everything stands on: user errors, flags, files, random states, schedules.
 
-Nothing here knows about models, losses or data. Shapes: N global batch, B local batch.
+Imports nothing of this repository, and knows no model, loss or data.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import torch
 
 
 class InputError(Exception):
-    """The user's input is at fault: one line with what, which value, and what to do."""
+    """The user's input is at fault: one line that says which thing, which value, and the remedy."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -42,7 +42,7 @@ def number(kind, low, below=math.inf):
             raise argparse.ArgumentTypeError(f"{text} must be {low} or more{limit}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse names it where text is no number
+    parse.__name__ = kind.__name__  # argparse names it if text is no number
     return parse
 
 
@@ -73,22 +73,22 @@ def regular_file(path, flags):
     raise OSError(errno.EINVAL, "it is no regular file", path)
 
 
-def read_json(path, what):
-    """The parsed JSON file; `what` names it in errors. Raises InputError if absent or malformed."""
+def read_json(path, kind):
+    """The parsed JSON file; `kind` names it in errors. Raises InputError if absent or malformed."""
     try:
         with open(path, encoding="utf-8", opener=regular_file) as file:
             return json.load(file)
     except OSError as error:
-        raise InputError(f"{what} {path}: {error.strerror}; check the path") from error
+        raise InputError(f"{kind} {path}: {error.strerror}; check the path") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{what} {path} is not valid JSON: {error}") from error
+        raise InputError(f"{kind} {path} is not valid JSON: {error}") from error
 
 
-def read_json_object(path, what):
+def read_json_object(path, kind):
     """The object in a JSON file, as a dict."""
-    table = read_json(path, what)
+    table = read_json(path, kind)
     if not isinstance(table, dict):
-        raise InputError(f"{what} {path} is no JSON object of named entries; check the file")
+        raise InputError(f"{kind} {path} is no JSON object of named entries; check the file")
     return table
 
 
@@ -130,10 +130,6 @@ def update_json(path, entries):
 
 
 # ---------------------------------------------------------------------------------------------
-# Ranks and gathers
-
-
-# ---------------------------------------------------------------------------------------------
 # Optimization
 
 
@@ -158,7 +154,7 @@ def get_rng_state(device=CPU):
 
 
 def set_rng_state(state, device=CPU):
-    """Goes back to a random_state; that of CUDA only where there is one."""
+    """Restores a state of get_rng_state; that of CUDA only if there is one."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
@@ -169,7 +165,7 @@ def set_rng_state(state, device=CPU):
 
 @contextmanager
 def seeded(seed):
-    """Python, NumPy and PyTorch (CPU) draw from `seed` within, and go on as before after it."""
+    """Python, NumPy and PyTorch (CPU) draw from `seed` within, and continue as before after it."""
     state = get_rng_state()
     random.seed(seed)
     np.random.seed(seed)

@@ -2,8 +2,8 @@
 
 A checkpoint is a dict: epoch, state_dict, optimizer, scaler, best_acc1, args. Those released with
 the paper hold an argparse.Namespace, sometimes with a pathlib path, and keys that begin with
-"module.", and their optimizer holds a NumPy float; ours, which checkpoint_manager.py makes, hold
-more, but plain data. No other class is ever built from a file.
+"module.", and their optimizer holds a NumPy float. Ours, made by checkpoint_manager.py, hold more,
+as plain data. No other class is ever built from a file.
 """
 
 import argparse
@@ -23,8 +23,8 @@ import utils
 from infra.untrusted import SLACK, PlainDtype, first_line, memory_limit, plain_scalar
 from utils import InputError
 
-# Names that a checkpoint may hold, and what is built for them: paths touch no disk, NumPy's numbers
-# become Python's. The others, PyTorch's way to write tensors, are PyTorch's to build.
+# Names that a checkpoint may hold, and the stand-ins built for them: paths touch no disk, NumPy's
+# numbers become Python's. PyTorch builds the others, its own way to write tensors.
 STAND_INS = {
     "argparse.Namespace": argparse.Namespace,
     "numpy.dtype": PlainDtype,
@@ -45,7 +45,7 @@ TENSOR_NAMES = re.compile(
 )
 
 
-# What an optimizer holds of each parameter, in its shape.
+# The tensors that an optimizer holds for each parameter, in its shape.
 MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.SGD: ("momentum_buffer",)}
 
 
@@ -79,17 +79,23 @@ def verify(path):
 
 
 def restore(state, path, parts, check):
-    """Loads a checkpoint's dict into what it was saved of, {its key: what has a state_dict}.
+    """Restores the objects that a checkpoint was saved from.
 
-    Raises InputError where something does not fit; `check` is the flag to look at.
+    Args:
+        state: the checkpoint's dict.
+        path: of its file, for errors.
+        parts: {key of the dict: object with a state_dict}.
+        check: the flags to look at if something does not fit, for errors.
+
+    Raises InputError if something does not fit.
     """
     load_weights(parts["state_dict"], state["state_dict"], path, check)
     missing = {"optimizer", "epoch"} - state.keys()
     if missing:
-        raise InputError(f"checkpoint {path} holds no {', '.join(missing)} to go on from")
+        raise InputError(f"checkpoint {path} holds no {', '.join(missing)} to resume")
     restore_optimizer(parts["optimizer"], state["optimizer"], path, check)
     for key in parts.keys() - {"state_dict", "optimizer"}:
-        if state.get(key):  # a scaler's is empty where a run used none
+        if state.get(key):  # a scaler's is empty if the run used none
             try:
                 parts[key].load_state_dict(state[key])
             except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -97,9 +103,13 @@ def restore(state, path, parts, check):
 
 
 def check_flags(state, facts, names, path):
-    """Raises InputError where a run would go on with other flags, or other facts, than it began.
+    """Raises InputError if a run would resume with other flags or facts than it began with.
 
-    facts: of runlog.describe_run; names: the flags and facts that may not differ.
+    Args:
+        state: the checkpoint's dict.
+        facts: of the run, by logger.describe_run.
+        names: the flags and facts that may not differ.
+        path: of the checkpoint, for errors.
     """
     old, new = {**state, **vars(state["args"])}, {**facts, **facts["args"]}
     for name in names:
@@ -107,7 +117,7 @@ def check_flags(state, facts, names, path):
             flag = f"--{name.replace('_', '-')}" if name in facts["args"] else name
             raise InputError(
                 f"checkpoint {path} was trained with {flag} {repr(old[name])[:80]}, not "
-                f"{new[name]!r}; give the same, or another --output-dir"
+                f"{new[name]!r}; give the same, or another output folder"
             )
 
 
@@ -162,10 +172,10 @@ class Nothing:
 
 
 class NameCheck(pickle.Unpickler):
-    """Goes through a pickle of a checkpoint, and builds nothing of what it names.
+    """Goes through a pickle of a checkpoint and checks the names in it, but builds nothing.
 
     PyTorch's own unpickler, which comes after it, allows more than a checkpoint needs, and does not
-    always say what it refuses. size: the file's; no storage of a tensor can hold more.
+    always name the culprit. size: the file's; no storage of a tensor can hold more.
     """
 
     def __init__(self, file, size):
@@ -205,7 +215,7 @@ def check_members(members, size):
 
 
 def check_content(path):
-    """Raises InputError where a checkpoint names or claims what none can hold; builds nothing."""
+    """Raises InputError if a checkpoint names or claims things that none can hold."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         is_zip = file.read(4) == b"PK\3\4"  # by which torch.load knows it
@@ -242,12 +252,12 @@ def distrusted(path):
 
 
 def plain_dict(value):
-    """A dict without what a hostile OrderedDict hides its methods behind; else None."""
+    """A plain copy of a dict, as a hostile OrderedDict may hide its methods; None for others."""
     return dict(dict.items(value)) if isinstance(value, dict) else None
 
 
 def check_kinds(state, path):
-    """Raises InputError where the fields of a checkpoint's dict are not what users rely on."""
+    """Raises InputError if fields of a checkpoint's dict are of another kind than users expect."""
     epoch, best = state.get("epoch", 0), state.get("best_acc1", 0.0)
     if not isinstance(epoch, int) or not 0 <= epoch < 2**31:
         raise InputError(f"checkpoint {path}: its epoch is {repr(epoch)[:80]}, not a count")
@@ -266,8 +276,8 @@ def load(path):
     Raises InputError if the file is absent, is no checkpoint, or holds anything but plain data.
     """
     if not os.path.isfile(path):
-        what = "is no regular file" if os.path.exists(path) else "is absent"
-        raise InputError(f"checkpoint {str(path)!r} {what}; check the path")
+        fault = "is no regular file" if os.path.exists(path) else "is absent"
+        raise InputError(f"checkpoint {str(path)!r} {fault}; check the path")
     with distrusted(path):
         check_content(path)
         with torch.serialization.safe_globals(SAFE_GLOBALS):

@@ -1,4 +1,4 @@
-"""Devices: precision, copies from the host, compilation."""
+"""Devices: precision, batches on their way to the device, compilation."""
 
 from collections import deque
 
@@ -17,7 +17,7 @@ PRECISIONS = {
 class Precision:
     """bf16 or fp16 autocast, the latter with a gradient scaler, or tf32 or fp32 throughout.
 
-    name: None chooses bf16 where the GPU has it, fp16 where not, fp32 on the CPU.
+    name: a row of PRECISIONS; None chooses bf16 if the GPU has it, else fp16, and fp32 on the CPU.
     """
 
     def __init__(self, name, device):
@@ -40,13 +40,13 @@ def add_system_flags(parser):
     add("--precision", choices=PRECISIONS, help="by default the device's best")
     add("--device", default="auto", choices=("auto", "cuda", "cpu"))
     add("-j", "--workers", default=10, type=natural, help="loader processes per rank")
-    add("--dist-url", default="env://", help="where the ranks meet")
+    add("--dist-url", default="env://", help="address that the ranks meet at")
     add("--deterministic", action="store_true", help="the same bits every time, slower on CUDA")
     return add
 
 
 def to_device(batch, device):
-    """Moves a tensor, or the tensors within dicts, tuples and lists; the rest stays as it is."""
+    """Moves a tensor, or the tensors within dicts, tuples and lists; leaves the rest unchanged."""
     if isinstance(batch, dict):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
@@ -57,7 +57,7 @@ def to_device(batch, device):
 class Prefetcher:
     """Copies a batch to the device and prepares it there: prepare(batch) -> {view: tensor}.
 
-    On CUDA both run on a stream of their own, beside the step that the device has still to do. The
+    On CUDA both run on a stream of their own, while the device still works on the last step. The
     program gets no further ahead of the device than that step, so no more batches pile up there.
     """
 
@@ -81,10 +81,9 @@ class Prefetcher:
 
 
 def compile_modules(modules, trial):
-    """Compiles modules by torch.compile where trial(), which should run them, then succeeds.
+    """Compiles modules by torch.compile; if trial(), which runs them, fails, all stay uncompiled.
 
-    Returns None, or, where everything now stays uncompiled, the reason. Each shape is compiled
-    anew: those of a training run are few.
+    Returns None, or the reason of the failure. Each shape is compiled anew: a training run has few.
     """
     torch._dynamo.config.recompile_limit = 32  # five lengths of text, with and without gradient
     for module in modules:

@@ -65,12 +65,10 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def probed(tiny, tmp_path_factory):
     """A folder with a checkpoint of one epoch and a labelled set of two splits."""
-    from helpers import train_flags, write_folders
-
-    import main
+    from helpers import train, write_folders
 
     root = tmp_path_factory.mktemp("probed")
-    main.main(main.get_args_parser().parse_args(train_flags(tiny, root / "run", val="none")))
+    train(tiny, root / "run", val="none")
     write_folders(root / "digits/train", each=4)
     write_folders(root / "digits/test", each=3)
     entry = {"path": "digits", "type": "imagefolder"}

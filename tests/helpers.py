@@ -8,6 +8,8 @@ import weakref
 import numpy as np
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+from tensorboard.compat.proto.event_pb2 import SessionLog
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import default_collate
@@ -15,7 +17,7 @@ from torch.utils.data import default_collate
 import main
 import models
 import tests.warm  # noqa: F401
-from infra import devices, distributed
+from infra import devices, distributed, logger
 from infra.logger import SilentLog
 from infra.run import TrainState
 
@@ -77,6 +79,13 @@ def train_flags(tiny, output_dir, *extra, model="SLIP_NANO8", epochs=1, val="dig
     flags += f"--epochs {epochs} --batch-size 4 --ssl-mlp-dim 32 --ssl-emb-dim 16 --workers 0 "
     flags += "--print-freq 1 --device cpu --lr 1e-3"
     return [*flags.split(), *map(str, extra)]
+
+
+def train(tiny, output_dir, *extra, **options):
+    """Runs main.py in this process; returns its folder."""
+    flags = train_flags(tiny, output_dir, *extra, **options)
+    main.main(main.get_args_parser().parse_args(flags))
+    return output_dir
 
 
 def without_folder(flags):
@@ -143,6 +152,49 @@ def views_of(model, rows, k):
         views["text"] = torch.randint(1, 400, (rows, 16), generator=generator)
     mine = {v: x.chunk(world_size)[distributed.get_rank()].chunk(k) for v, x in views.items()}
     return [{v: x[i] for v, x in mine.items()} for i in range(k)]
+
+
+def rows(folder):
+    """The rows of a run's log."""
+    return logger.read_log(folder / "log.txt")
+
+
+def step_losses(folder):
+    """The loss of every update (float32) in TensorBoard's files, one of each life of the run.
+
+    TensorBoard orders files by their names, which tell no two lives of the same second apart.
+    """
+    losses = {}
+    for file in sorted(folder.glob("events*"), key=lambda file: file.stat().st_mtime_ns):
+        for event in LegacyEventFileLoader(str(file)).Load():
+            if event.session_log.status == SessionLog.START:  # these updates run again
+                losses = {step: loss for step, loss in losses.items() if step < event.step}
+            for value in event.summary.value:
+                if value.tag == "train/loss":
+                    losses[event.step] = value.simple_value
+    assert list(losses) == sorted(losses)
+    return list(losses.values())
+
+
+def weights(folder):
+    """The latest checkpoint of a run, as plain data."""
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def assert_equal(a, b):
+    """Equal to the last bit, in nested dicts and lists of tensors."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    else:
+        assert a == b
 
 
 class PeakMemory(TorchDispatchMode):

@@ -8,9 +8,8 @@ import threading
 import numpy as np
 import pytest
 import torch
-from helpers import Said, train_flags
+from helpers import Said, train, train_flags, weights
 from launch import run_script, start
-from test_main import train, weights
 
 import engine
 import main

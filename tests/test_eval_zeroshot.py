@@ -6,11 +6,10 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import train_flags, write_folders
+from helpers import train, write_folders
 from launch import run_script
 
 import eval_zeroshot
-import main
 import utils
 from catalog import CATALOG, LABELS, TEMPLATES, load_catalog, split_name
 from evaluation import Evaluation
@@ -35,10 +34,7 @@ def tables():
 @pytest.fixture(scope="module")
 def trained(tiny, tmp_path_factory):
     """The folder of a run, its checkpoint barely trained."""
-    folder = tmp_path_factory.mktemp("trained")
-    flags = train_flags(tiny, folder, model="CLIP_NANO8")
-    main.main(main.get_args_parser().parse_args(flags))
-    return folder
+    return train(tiny, tmp_path_factory.mktemp("trained"), model="CLIP_NANO8")
 
 
 def test_the_26_sets_of_the_paper_and_the_demos(tables):
@@ -201,8 +197,7 @@ def test_bad_input(tiny, trained, tmp_path):
 
 
 def test_a_method_without_text_cannot_be_prompted(tiny, trained, tmp_path):
-    flags = train_flags(tiny, tmp_path, model="SIMCLR_NANO8")
-    main.main(main.get_args_parser().parse_args(flags))
+    train(tiny, tmp_path, model="SIMCLR_NANO8")
     with pytest.raises(InputError, match="SIMCLR_NANO8: it has no text .* of CLIP or SLIP"):
         call(tiny, tmp_path, tmp_path)
     both = trained / "checkpoint.pt", tmp_path / "checkpoint.pt"

@@ -6,45 +6,15 @@ import os
 import numpy as np
 import pytest
 import torch
-from helpers import train_flags, write_coco
+from helpers import assert_equal, rows, step_losses, train, train_flags, weights, write_coco
 from launch import run_command, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
-from tensorboard.compat.proto.event_pb2 import SessionLog
 from test_checkpoint import save_released
 
 import main
-from infra import logger
 from infra.checkpoint_manager import CheckpointManager
 from infra.logger import Logger
 from utils import InputError
-
-
-def train(tiny, output_dir, *extra, **options):
-    flags = train_flags(tiny, output_dir, *extra, **options)
-    main.main(main.get_args_parser().parse_args(flags))
-    return output_dir
-
-
-def rows(folder):
-    return logger.read_log(folder / "log.txt")
-
-
-def step_losses(folder):
-    """The loss of every update (float32) in TensorBoard's files, one of each life of the run.
-
-    TensorBoard orders files by their names, which tell no two lives of the same second apart.
-    """
-    losses = {}
-    for file in sorted(folder.glob("events*"), key=lambda file: file.stat().st_mtime_ns):
-        for event in LegacyEventFileLoader(str(file)).Load():
-            if event.session_log.status == SessionLog.START:  # these updates run again
-                losses = {step: loss for step, loss in losses.items() if step < event.step}
-            for value in event.summary.value:
-                if value.tag == "train/loss":
-                    losses[event.step] = value.simple_value
-    assert list(losses) == sorted(losses)
-    return list(losses.values())
 
 
 def test_the_archived_flags_and_defaults_stand():
@@ -106,25 +76,6 @@ def test_every_method_trains(tiny, tmp_path, method, capsys):
     events = EventAccumulator(str(tmp_path)).Reload()
     assert events.Tags()["images"] == ["views"]
     assert len(events.Scalars("train/loss")) == 8
-
-
-def weights(folder):
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
-
-
-def assert_equal(a, b):
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_equal(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_equal(x, y)
-    else:
-        assert a == b
 
 
 def test_one_epoch_and_one_more_equal_two_bit_for_bit(tiny, tmp_path, monkeypatch):

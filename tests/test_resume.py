@@ -13,9 +13,8 @@ import time
 
 import pytest
 import torch
-from helpers import train_flags
+from helpers import assert_equal, rows, step_losses, train, train_flags, weights
 from launch import run_command, run_script, start
-from test_main import assert_equal, rows, step_losses, train, weights
 from test_main_finetune import flags as finetune_flags
 from test_main_linear import flags as probe_flags
 from test_main_linear import result

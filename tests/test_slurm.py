@@ -10,10 +10,9 @@ import time
 
 import pytest
 import torch
-from helpers import train_flags, without_folder, write_coco
+from helpers import train, train_flags, without_folder, write_coco
 from launch import REPOSITORY, run_script
 
-import main
 from infra import checkpoint, logger
 
 pytestmark = pytest.mark.slurm
@@ -85,8 +84,7 @@ def test_a_job_taken_away_three_times_ends_as_an_undisturbed_run(tiny, tmp_path)
     write_coco(tmp_path / "data", images=128)
 
     # A job that is queued again is given its first --resume again, too.
-    main.main(main.get_args_parser().parse_args(train_flags(tiny, tmp_path / "first", **MODEL)))
-    first = tmp_path / "first/checkpoint.pt"
+    first = train(tiny, tmp_path / "first", **MODEL) / "checkpoint.pt"
     extra = f"--resume {first} --workers 1 --print-freq 2 --warmup-epochs 0".split()
 
     def flags(folder):
