@@ -1,5 +1,5 @@
 # make demo: SLIP and CLIP on handwritten digits, scored zero-shot. make demo-all: every evaluation.
-# make test: the tests. make lint: the linter. make constraints: writes down the installed versions.
+# make test: the tests. make lint: the linter. make constraints: the versions they passed with.
 SHELL = bash
 PYTHON ?= python3
 BIN = .venv/bin
@@ -52,14 +52,17 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The versions of this .venv, for pip's -c. Only this target writes them; make installs the newest.
-constraints: .venv/run
-	$(BIN)/python .ci/constraints.py requirements.txt > constraints.txt
+# For pip's -c, by hand: make and continuous integration install the newest versions allowed. CUDA's
+# packages are left out, and torch's suffix +cu130, say: they are of one build of torch.
+constraints: test
+	{ echo "# The versions that the tests last passed with: pip install -r requirements.txt -c $@.txt"; \
+	  $(BIN)/python -m pip freeze --local | sed -E '/^(nvidia|cuda|triton)/d; s/\+[a-z0-9.]+$$//'; } \
+	  > $@.part && mv $@.part $@.txt
 
 # pip chooses torch and torchvision together, in one command: they must be of one release.
 .venv/run: requirements.txt
 	@echo "Installing PyTorch and the rest of $< into .venv:" \
-	  "about 5.5 GB with PyTorch's CUDA build, some minutes."
+	  "about 6 GB with PyTorch's CUDA build, some minutes."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -r $<
 	touch $@

@@ -20,10 +20,6 @@ from operator import itemgetter
 from pathlib import Path
 from urllib.parse import unquote_plus
 
-import numpy as np
-import pyarrow.parquet
-
-import utils
 from infra.archives import has_file
 from infra.arrow import Captions, Dropped, Source, write_captions
 from infra.untrusted import (
@@ -35,6 +31,11 @@ from infra.untrusted import (
     read_npy,
     read_pickle,
 )
+
+import numpy as np
+import pyarrow.parquet
+
+import utils
 from utils import InputError
 
 # ---------------------------------------------------------------------------------------------

@@ -16,12 +16,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from infra.distributed import run_script
+
 import submitit
 from submitit.slurm.slurm import SlurmJobEnvironment
 
 import utils
-from infra import distributed
-from infra.distributed import run_script
 
 REPOSITORY = str(Path(__file__).resolve().parent)
 
@@ -119,10 +119,11 @@ class Job:
         if SlurmJobEnvironment().activated():
             requeue_when_preempted()
         sys.path.insert(0, REPOSITORY)
+        from infra import distributed  # not before: submitit loads this class from elsewhere
 
         script = importlib.import_module(self.script)
         job_dir = self.job_dir.replace("%j", submitit.JobEnvironment().job_id)
-        run_script(lambda: script.main(parse(script, job_dir, self.argv)))
+        distributed.run_script(lambda: script.main(parse(script, job_dir, self.argv)))
 
     def checkpoint(self):
         return submitit.helpers.DelayedSubmission(self)
@@ -178,4 +179,4 @@ def open_executor(job_dir, args):
 
 
 if __name__ == "__main__":
-    distributed.run_script(lambda: main(*get_args_parser().parse_known_args()))
+    run_script(lambda: main(*get_args_parser().parse_known_args()))

@@ -9,12 +9,13 @@ import sys
 from contextlib import contextmanager
 from datetime import timedelta
 
+from infra.signals import Stopped
+from infra.watchdog import Watchdog
+
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from infra.signals import Stopped
-from infra.watchdog import Watchdog
 from utils import InputError, one_line
 
 # Converting the metadata of 15 million pairs may take ten minutes, while the other ranks wait.

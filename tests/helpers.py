@@ -5,6 +5,10 @@ import json
 import math
 import weakref
 
+from infra import devices, distributed, logger
+from infra.logger import SilentLog
+from infra.run import TrainState
+
 import numpy as np
 import torch
 from PIL import Image
@@ -17,9 +21,6 @@ from torch.utils.data import default_collate
 import main
 import models
 import tests.warm  # noqa: F401
-from infra import devices, distributed, logger
-from infra.logger import SilentLog
-from infra.run import TrainState
 
 
 def seeded_weights(state_dict):

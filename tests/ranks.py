@@ -14,6 +14,9 @@ from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
+from infra import devices, distributed, logger
+from infra.run import Meters
+
 from helpers import BareRun, InOrder, exact_training, seeded_embeddings, views_of
 
 import engine
@@ -22,8 +25,6 @@ import losses
 import models
 import utils
 from evaluation import Evaluation, predict
-from infra import devices, distributed, logger
-from infra.run import Meters
 
 
 class Numbered(Dataset):

@@ -2,9 +2,10 @@
 
 import zipfile
 
+from infra import archives
+
 import pytest
 
-from infra import archives
 from utils import InputError
 
 

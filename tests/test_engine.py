@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from infra import devices
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,6 @@ from torch import nn
 import engine
 import main
 import models
-from infra import devices
 from utils import InputError
 
 CPU = torch.device("cpu")

@@ -11,6 +11,9 @@ import signal
 import tarfile
 import zipfile
 
+from infra import arrow, checkpoint
+from infra.archives import read_file
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -22,8 +25,6 @@ from PIL import Image
 
 import captions
 import make_dataset
-from infra import arrow, checkpoint
-from infra.archives import read_file
 from transforms import EncodedImage
 from utils import InputError
 
