@@ -7,8 +7,8 @@ RUNS = runs/digits
 FOLDERS = $(RUNS)/SLIP $(RUNS)/CLIP
 TRAIN = $(BIN)/python main.py --dataset coco --root data/digits \
   --metadata data/digits/annotations/captions_train2017.json --val-dataset digits \
-  --epochs 14 --batch-size 32 --lr 1e-3 --ssl-mlp-dim 512 --ssl-emb-dim 128 --workers 0 \
-  --print-freq 100
+  --epochs 84 --batch-size 64 --lr 1e-3 --ssl-mlp-dim 512 --ssl-emb-dim 128 --workers 0 \
+  --eval-freq 4 --print-freq 100
 # Digits have a left and a right, and are small: other crops, and steps, than photographs.
 CROPS = --no-flip --crop-min 0.5
 TUNE = --preset small --epochs 40 --warmup-epochs 2 --batch-size 64 --lr 1e-3 --aa none \

@@ -18,6 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils import InputError, one_line
 
+# Their names since torch 2.14, and before.
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 # Converting the metadata of 15 million pairs may take ten minutes, while the other ranks wait.
 PATIENCE = timedelta(minutes=30)
 
@@ -178,7 +182,7 @@ class AllGather(torch.autograd.Function):
     def backward(ctx, grad):
         if grad.is_cuda:
             own = grad.new_empty(len(grad) // get_world_size(), *grad.shape[1:])
-            dist.reduce_scatter_tensor(own, grad.contiguous())
+            reduce_scatter_single(own, grad.contiguous())
             return own
         total = grad.clone(memory_format=torch.contiguous_format)  # gloo has no reduce_scatter
         dist.all_reduce(total)
@@ -199,7 +203,7 @@ class AllReduce(torch.autograd.Function):
 
 def gather_rows(rows):
     gathered = rows.new_empty(len(rows) * get_world_size(), *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, rows.contiguous())
+    all_gather_single(gathered, rows.contiguous())
     return gathered
 
 
