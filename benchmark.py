@@ -12,9 +12,8 @@
 to train, on today's libraries; --against "FLAGS" also measures the same run with other flags.
 """
 
-from infra.distributed import run_script
-
 from benchmarks import data, training
+from infra.distributed import run_script
 from utils import ArgumentParser, InputError, natural, number, positive_int
 
 

@@ -20,6 +20,10 @@ from operator import itemgetter
 from pathlib import Path
 from urllib.parse import unquote_plus
 
+import numpy as np
+import pyarrow.parquet
+
+import utils
 from infra.archives import has_file
 from infra.arrow import Captions, Dropped, Source, write_captions
 from infra.untrusted import (
@@ -31,11 +35,6 @@ from infra.untrusted import (
     read_npy,
     read_pickle,
 )
-
-import numpy as np
-import pyarrow.parquet
-
-import utils
 from utils import InputError
 
 # ---------------------------------------------------------------------------------------------

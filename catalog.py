@@ -8,14 +8,13 @@ import os
 import re
 from pathlib import Path
 
-from infra.archives import read_file
-from infra.untrusted import check_inside, read_metadata, read_npy
-
 import numpy as np
 import torch
 import torchvision
 from torch.utils.data import Dataset
 
+from infra.archives import read_file
+from infra.untrusted import check_inside, read_metadata, read_npy
 from torchvision_sets import SETS, open_torchvision
 from transforms import decode_image
 from utils import InputError, read_json, read_json_object

@@ -3,15 +3,14 @@
 import os
 from itertools import chain, islice
 
-from infra.archives import read_file
-from infra.distributed import get_rank, get_world_size
-from infra.signals import shield_worker
-from infra.untrusted import check_inside
-
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from infra.archives import read_file
+from infra.distributed import get_rank, get_world_size
+from infra.signals import shield_worker
+from infra.untrusted import check_inside
 from transforms import IMAGE_VIEWS, EncodedImage, augment, group_steps
 from utils import InputError
 

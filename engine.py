@@ -10,6 +10,11 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
 from infra.devices import Precision, Prefetcher
 from infra.distributed import (
     all_gather_object,
@@ -19,12 +24,6 @@ from infra.distributed import (
     get_rank,
     get_world_size,
 )
-
-import numpy as np
-import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-
 from utils import InputError, get_rng_state, natural, not_negative, positive_int, set_rng_state
 
 

@@ -10,9 +10,6 @@ any of the five is among the k best texts. Shapes: n images, m captions, D joint
 
 import os
 
-from infra import devices, distributed
-from infra.untrusted import check_inside
-
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
@@ -20,6 +17,8 @@ from torch.utils.data import Dataset
 import catalog
 import utils
 from evaluation import Evaluation, check_finite, predict
+from infra import devices, distributed
+from infra.untrusted import check_inside
 from pretrained import load_model
 from tokenizer import SimpleTokenizer
 from transforms import CenterCrop

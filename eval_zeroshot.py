@@ -11,8 +11,6 @@ import base64
 import os
 from dataclasses import dataclass
 
-from infra import devices, distributed
-
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
@@ -29,6 +27,7 @@ from catalog import (
     split_name,
 )
 from evaluation import Evaluation, confusions, details, display_names, rank_set, summarize
+from infra import devices, distributed
 from pretrained import load_model
 from tokenizer import SimpleTokenizer
 from transforms import CenterCrop, encode_jpeg

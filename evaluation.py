@@ -8,15 +8,14 @@ import math
 import os
 from dataclasses import dataclass
 
-from infra.devices import Precision, to_device
-from infra.distributed import all_reduce, get_rank, get_world_size
-from infra.signals import shield_worker
-
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 
 import utils
+from infra.devices import Precision, to_device
+from infra.distributed import all_reduce, get_rank, get_world_size
+from infra.signals import shield_worker
 from utils import InputError
 
 # ---------------------------------------------------------------------------------------------

@@ -7,14 +7,13 @@ in chunks. Shapes: n images, W width of a feature, C classes.
 import hashlib
 import os
 
-from infra import distributed
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import utils
 from evaluation import check_finite, collect_ranking, rank_classes, sharded_batches
+from infra import distributed
 
 CHUNK = 16384  # images whose features a classifier sees at once
 

@@ -5,12 +5,12 @@ for this rank's rows against the rows of all ranks. Accuracies are in percent, w
 Shapes: B local batch, N global batch, D embedding.
 """
 
-from infra.distributed import all_gather, get_rank
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from infra.distributed import all_gather, get_rank
 
 ROWS = 1024  # of the similarity matrix that exist at once
 

@@ -8,9 +8,6 @@
 import os
 from argparse import BooleanOptionalAction
 
-from infra import checkpoint, devices, distributed
-from infra.run import Run
-
 import torch
 from torchvision.utils import make_grid
 
@@ -24,6 +21,8 @@ import models
 import towers
 import utils
 from evaluation import Evaluation
+from infra import checkpoint, devices, distributed
+from infra.run import Run
 from tokenizer import SimpleTokenizer
 from transforms import to_unit
 from utils import InputError, natural, not_negative, number, positive, positive_int

@@ -11,9 +11,6 @@ batch, 1024 in the paper. The result goes to finetune.json in --output-dir, by s
 import argparse
 import os
 
-from infra import checkpoint, devices, distributed
-from infra.run import Run
-
 import timm.data
 import timm.loss
 import timm.utils
@@ -26,6 +23,8 @@ import engine
 import utils
 from catalog import LabelledViews, Views, add_set_flags, dummy_batch, open_splits
 from evaluation import Evaluation, display_names, rank_set, report_score, top1
+from infra import checkpoint, devices, distributed
+from infra.run import Run
 from pretrained import load_vit
 from towers import input_size
 from transforms import CenterCrop, normalize, to_unit

@@ -10,9 +10,6 @@ Results go to linear.json, logistic.json and knn.json in --output-dir, by set.
 
 import os
 
-from infra import checkpoint, devices, distributed
-from infra.run import Run
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -41,6 +38,8 @@ from evaluation import (
     summarize,
     top1,
 )
+from infra import checkpoint, devices, distributed
+from infra.run import Run
 from transforms import CenterCrop, CropAndFlip
 from utils import InputError, natural, not_negative, positive, positive_int
 

@@ -13,11 +13,6 @@ import os
 import re
 import shutil
 
-from infra import distributed
-from infra.archives import read_file
-from infra.arrow import describe, write_captions
-from infra.untrusted import Files, check_inside
-
 import numpy as np
 from PIL import Image
 
@@ -33,6 +28,10 @@ from catalog import (
     load_catalog,
     split_name,
 )
+from infra import distributed
+from infra.archives import read_file
+from infra.arrow import describe, write_captions
+from infra.untrusted import Files, check_inside
 from transforms import decode_image
 from utils import InputError
 

@@ -5,13 +5,12 @@ features of all views. State-dict keys are public: checkpoints released with the
 Shapes: B batch, S image side, L tokens, W width of the image tower, D joint embedding.
 """
 
-from infra.distributed import all_reduce_with_grad, get_world_size
-
 import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from infra.distributed import all_reduce_with_grad, get_world_size
 from towers import (
     TOWERS,
     TextTower,

@@ -3,12 +3,11 @@
 import os
 from contextlib import contextmanager
 
-from infra import checkpoint
-from infra.untrusted import SLACK, first_line, memory_limit
-
 import timm
 import torch
 
+from infra import checkpoint
+from infra.untrusted import SLACK, first_line, memory_limit
 from models import create_model, parse_name
 from towers import input_size
 from utils import InputError

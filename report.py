@@ -18,13 +18,12 @@ from collections import namedtuple
 from itertools import chain
 from pathlib import Path
 
-from infra import distributed, logger
-
 import jinja2
 import matplotlib
 from matplotlib.figure import Figure
 
 import utils
+from infra import distributed, logger
 from utils import InputError
 
 matplotlib.rcParams["text.parse_math"] = False  # a set may be called $x$

@@ -16,12 +16,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from infra.distributed import run_script
-
 import submitit
 from submitit.slurm.slurm import SlurmJobEnvironment
 
 import utils
+from infra.distributed import run_script
 
 REPOSITORY = str(Path(__file__).resolve().parent)
 

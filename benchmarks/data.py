@@ -15,9 +15,6 @@ from io import BytesIO
 from pathlib import Path
 from statistics import median
 
-from infra import devices
-from infra.archives import open_archive, read_file
-
 import numpy as np
 import PIL
 import torch
@@ -34,6 +31,8 @@ import models
 import utils
 from benchmarks.archived import ArchivedDataset, ArchivedLoader, build_one_by_one, read_archived
 from evaluation import Evaluation
+from infra import devices
+from infra.archives import open_archive, read_file
 from tokenizer import SimpleTokenizer
 from transforms import decode_image
 

@@ -16,10 +16,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
-from infra import devices, distributed
-from infra.checkpoint_manager import CheckpointManager
-from infra.run import Meters, TrainState
-
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,6 +26,9 @@ import models
 import utils
 from benchmarks import archived
 from benchmarks.data import machine, timed, write_pictures
+from infra import devices, distributed
+from infra.checkpoint_manager import CheckpointManager
+from infra.run import Meters, TrainState
 from tokenizer import SimpleTokenizer
 from towers import CONTEXT_LENGTH
 

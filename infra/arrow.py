@@ -11,13 +11,12 @@ from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 
-from infra.untrusted import Files, parse_rows, plain_text
-
 import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
 import utils
+from infra.untrusted import Files, parse_rows, plain_text
 from utils import InputError
 
 TEXT = pa.large_string()

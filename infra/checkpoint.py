@@ -17,11 +17,10 @@ import zipfile
 from collections import Counter
 from contextlib import contextmanager
 
-from infra.untrusted import SLACK, PlainDtype, first_line, memory_limit, plain_scalar
-
 import torch
 
 import utils
+from infra.untrusted import SLACK, PlainDtype, first_line, memory_limit, plain_scalar
 from utils import InputError
 
 # Names that a checkpoint may hold, and the stand-ins built for them: paths touch no disk, NumPy's

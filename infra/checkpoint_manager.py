@@ -13,11 +13,10 @@ import socket
 import threading
 import time
 
-from infra import checkpoint, distributed
-
 import torch
 
 import utils
+from infra import checkpoint, distributed
 from utils import InputError
 
 LOCK_PATIENCE = 10.0  # seconds: a process that was killed just now may not have gone yet

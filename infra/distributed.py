@@ -9,13 +9,12 @@ import sys
 from contextlib import contextmanager
 from datetime import timedelta
 
-from infra.signals import Stopped
-from infra.watchdog import Watchdog
-
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from infra.signals import Stopped
+from infra.watchdog import Watchdog
 from utils import InputError, one_line
 
 # Their names since torch 2.14, and before.

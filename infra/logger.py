@@ -11,12 +11,11 @@ import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from infra.distributed import get_world_size, is_main_process
-
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from infra.distributed import get_world_size, is_main_process
 from utils import InputError, make_folder, regular_file, write_atomically, write_json
 
 

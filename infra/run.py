@@ -16,12 +16,11 @@ import signal
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+import torch
+
 from infra import distributed, logger
 from infra.checkpoint_manager import CheckpointManager
 from infra.signals import NOTHING, SAVE, SignalHandler
-
-import torch
-
 from utils import seed_everything, set_rng_state
 
 

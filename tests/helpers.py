@@ -5,10 +5,6 @@ import json
 import math
 import weakref
 
-from infra import devices, distributed, logger
-from infra.logger import SilentLog
-from infra.run import TrainState
-
 import numpy as np
 import torch
 from PIL import Image
@@ -21,6 +17,9 @@ from torch.utils.data import default_collate
 import main
 import models
 import tests.warm  # noqa: F401
+from infra import devices, distributed, logger
+from infra.logger import SilentLog
+from infra.run import TrainState
 
 
 def seeded_weights(state_dict):

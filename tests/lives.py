@@ -13,14 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from infra import distributed
-from infra.run import Run
-from infra.signals import NOTHING, Stopped
-
 import torch
 
 import main
 import tests.warm  # noqa: F401
+from infra import distributed
+from infra.run import Run
+from infra.signals import NOTHING, Stopped
 
 
 class Stops:

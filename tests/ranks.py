@@ -14,9 +14,6 @@ from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
-from infra import devices, distributed, logger
-from infra.run import Meters
-
 from helpers import BareRun, InOrder, exact_training, seeded_embeddings, views_of
 
 import engine
@@ -25,6 +22,8 @@ import losses
 import models
 import utils
 from evaluation import Evaluation, predict
+from infra import devices, distributed, logger
+from infra.run import Meters
 
 
 class Numbered(Dataset):

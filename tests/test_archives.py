@@ -2,10 +2,9 @@
 
 import zipfile
 
-from infra import archives
-
 import pytest
 
+from infra import archives
 from utils import InputError
 
 

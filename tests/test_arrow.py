@@ -2,12 +2,11 @@
 
 import itertools
 
-from infra import arrow
-
 import pyarrow as pa
 import pytest
 
 from captions import load_captions, open_csv
+from infra import arrow
 from utils import InputError
 
 

@@ -6,8 +6,6 @@ from itertools import chain
 from pathlib import Path
 from unittest.mock import Mock
 
-from infra import distributed
-
 import pytest
 import torch
 from helpers import train_flags
@@ -17,6 +15,7 @@ import benchmark
 import captions
 import engine
 from benchmarks import archived, data, training
+from infra import distributed
 from tokenizer import SimpleTokenizer
 from utils import InputError
 

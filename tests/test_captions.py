@@ -5,8 +5,6 @@ import os
 import pickle
 import zipfile
 
-from infra.archives import has_file
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -15,6 +13,7 @@ from helpers import save_image
 
 import captions
 from captions import load_captions
+from infra.archives import has_file
 from utils import InputError
 
 

@@ -8,14 +8,13 @@ import pickle
 import resource
 import zipfile
 
-from infra import checkpoint
-
 import numpy as np
 import pytest
 import torch
 
 import pretrained
 import utils
+from infra import checkpoint
 from models import create_model
 from utils import InputError
 

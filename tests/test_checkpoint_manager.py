@@ -5,11 +5,6 @@ import json
 import os
 import threading
 
-from infra import checkpoint, checkpoint_manager
-from infra.devices import Precision
-from infra.run import Run
-from infra.signals import NOTHING
-
 import numpy as np
 import pytest
 import torch
@@ -19,6 +14,10 @@ from launch import run_script, start
 import engine
 import main
 import utils
+from infra import checkpoint, checkpoint_manager
+from infra.devices import Precision
+from infra.run import Run
+from infra.signals import NOTHING
 from utils import InputError
 
 SMALL = {"val": "none", "model": "SIMCLR_NANO8"}

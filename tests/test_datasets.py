@@ -4,8 +4,6 @@ import os
 import pickle
 import zipfile
 
-from infra import distributed
-
 import pytest
 import torch
 from helpers import save_image, write_coco
@@ -14,6 +12,7 @@ from torch.utils.data import DataLoader
 import datasets
 from captions import load_captions
 from datasets import CaptionDataset, EpochSampler
+from infra import distributed
 from tokenizer import SimpleTokenizer
 from utils import InputError
 

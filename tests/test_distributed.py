@@ -1,10 +1,9 @@
 """Launchers' environments, errors of scripts, and the gathers that all ranks share."""
 
-from infra import distributed
-
 import pytest
 import torch
 
+from infra import distributed
 from utils import InputError
 
 

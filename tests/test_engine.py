@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-from infra import devices
-
 import numpy as np
 import pytest
 import torch
@@ -14,6 +12,7 @@ from torch import nn
 import engine
 import main
 import models
+from infra import devices
 from utils import InputError
 
 CPU = torch.device("cpu")

@@ -3,8 +3,6 @@
 import hashlib
 import json
 
-from infra import devices
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +13,7 @@ import eval_zeroshot
 import utils
 from catalog import CATALOG, LABELS, TEMPLATES, load_catalog, split_name
 from evaluation import Evaluation
+from infra import devices
 from models import create_model
 from pretrained import load_model
 from tokenizer import SimpleTokenizer

@@ -2,8 +2,6 @@
 
 import json
 
-from infra import logger
-
 import pytest
 import timm
 import torch
@@ -13,6 +11,7 @@ from launch import run_script
 import engine
 import main
 import make_dataset
+from infra import logger
 from towers import TINY_VIT
 
 METHODS = ("CLIP_NANO8", "SIMCLR_NANO8", "SLIP_NANO8")

@@ -1,7 +1,5 @@
 """Features on disk; k-NN and logistic regression against plain ones, in bounded memory."""
 
-from infra import checkpoint, devices
-
 import numpy as np
 import pytest
 import torch
@@ -11,6 +9,7 @@ from sklearn.linear_model import LogisticRegression
 
 import evaluation
 import features
+from infra import checkpoint, devices
 
 CPU = torch.device("cpu")
 FP32 = devices.Precision("fp32", CPU)

@@ -10,11 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from infra import untrusted
-
 import pytest
 from filelock import FileLock
 from payloads import MAKE, PAYLOADS, TABLE, WHOLE, files_of
+
+from infra import untrusted
 
 READER = Path(__file__).with_name("read_payloads.py")
 

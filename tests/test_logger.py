@@ -2,10 +2,10 @@
 
 import json
 
+import torch
+
 from infra import logger
 from infra.logger import Logger
-
-import torch
 
 
 def test_the_log_leaves_out_epochs_that_run_again(tmp_path):

@@ -3,9 +3,6 @@
 import json
 import os
 
-from infra.checkpoint_manager import CheckpointManager
-from infra.logger import Logger
-
 import numpy as np
 import pytest
 import torch
@@ -15,6 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_checkpoint import save_released
 
 import main
+from infra.checkpoint_manager import CheckpointManager
+from infra.logger import Logger
 from utils import InputError
 
 

@@ -9,10 +9,6 @@ import tarfile
 import zipfile
 import zlib
 
-from infra import arrow
-from infra.archives import read_file
-from infra.arrow import Captions
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -24,6 +20,9 @@ import make_dataset
 import utils
 from captions import load_captions
 from catalog import LABELS
+from infra import arrow
+from infra.archives import read_file
+from infra.arrow import Captions
 from utils import InputError
 
 

@@ -11,9 +11,6 @@ import signal
 import tarfile
 import zipfile
 
-from infra import arrow, checkpoint
-from infra.archives import read_file
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -25,6 +22,8 @@ from PIL import Image
 
 import captions
 import make_dataset
+from infra import arrow, checkpoint
+from infra.archives import read_file
 from transforms import EncodedImage
 from utils import InputError
 

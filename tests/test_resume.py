@@ -11,8 +11,6 @@ import signal
 import subprocess
 import time
 
-from infra import checkpoint
-
 import pytest
 import torch
 from helpers import assert_equal, rows, step_losses, train, train_flags, weights
@@ -22,6 +20,7 @@ from test_main_linear import flags as probe_flags
 from test_main_linear import result
 
 import utils
+from infra import checkpoint
 
 CLOCK = ("samples_per_sec", "data_wait")  # what may differ between two runs
 

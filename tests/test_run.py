@@ -1,8 +1,8 @@
 """The means of a run's metrics; resuming, stopping and saving are in test_resume.py and others."""
 
-from infra.run import Meters
-
 import torch
+
+from infra.run import Meters
 
 
 def test_meters_average_windows_and_the_epoch():

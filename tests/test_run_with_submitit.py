@@ -5,14 +5,13 @@ import signal
 import time
 from pathlib import Path
 
-from infra import logger
-
 import pytest
 from helpers import train_flags, without_folder
 from submitit.slurm.slurm import SlurmJobEnvironment
 
 import run_with_submitit
 import utils
+from infra import logger
 from utils import InputError
 
 

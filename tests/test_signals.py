@@ -6,11 +6,11 @@ import subprocess
 import sys
 import time
 
-from infra import signals
-from infra.signals import NOTHING, SAVE, SignalHandler, Stopped
-
 import pytest
 from launch import REPOSITORY
+
+from infra import signals
+from infra.signals import NOTHING, SAVE, SignalHandler, Stopped
 
 
 def test_signals_are_noted_until_asked_for_and_handlers_come_back():

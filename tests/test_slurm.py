@@ -8,12 +8,12 @@ import subprocess
 import sys
 import time
 
-from infra import checkpoint, logger
-
 import pytest
 import torch
 from helpers import train, train_flags, without_folder, write_coco
 from launch import REPOSITORY, run_script
+
+from infra import checkpoint, logger
 
 pytestmark = pytest.mark.slurm
 

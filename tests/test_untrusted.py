@@ -5,14 +5,13 @@ import os
 import pickle
 import signal
 
-from infra import archives, checkpoint, logger, untrusted
-
 import numpy as np
 import pytest
 
 import captions
 import utils
 from captions import load_captions
+from infra import archives, checkpoint, logger, untrusted
 from utils import InputError
 
 

@@ -1,9 +1,9 @@
 """The watchdog that notices ranks that are gone."""
 
-from infra.watchdog import Watchdog
-
 import torch.distributed as dist
 from launch import start
+
+from infra.watchdog import Watchdog
 
 RANK = """
 import os, sys, time
