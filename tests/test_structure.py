@@ -1,6 +1,7 @@
 """The house rules that a newcomer relies on: imports point down, files and functions stay small."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,29 @@ def test_no_file_is_over_400_lines_and_no_function_over_60(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno + 1 <= 60, node.name
+
+
+def sentences_of(path):
+    """The texts of a file with a blank inside, but docstrings and the help of flags."""
+    tree, passed = ast.parse(path.read_text(encoding="utf-8")), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "add":
+            passed |= set(map(id, ast.walk(node)))
+        if isinstance(node, ast.Expr):
+            passed.add(id(node.value))
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and " " in node.value.strip()
+            and id(node) not in passed
+        ):
+            yield node.value
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if floor_of(name_of(p)) < 3], ids=name_of)
+def test_libraries_name_no_flags(path):
+    """They cannot know the flags of the script that calls them."""
+    assert not [text for text in sentences_of(path) if re.search(r"--[a-z]", text)]
 
 
 def test_the_method_and_the_readme_are_read_in_one_sitting():
