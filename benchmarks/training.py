@@ -10,7 +10,7 @@ import shlex
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -289,6 +289,18 @@ def measure(variants, updates, rounds):
     return {name: summarize(results[name][1:], facts[name]) for name in variants}
 
 
+@contextmanager
+def environment(variables):
+    """Sets environment variables for the processes that are started within."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def summarize(rounds, facts):
     """Medians of the rounds, the facts, and the rate of arithmetic that follows from both."""
     result = {key: median(r[key] for r in rounds) for key in rounds[0]}
@@ -342,8 +354,8 @@ def draw(results, path):
 def benchmark_training(options, flags):
     """A row of figures per variant; flags are main.py's."""
     main_script.get_args_parser().parse_args(flags)  # wrong flags stop before anything is written
-    os.environ.update({} if options.default_malloc else KEEP_MEMORY)
-    with tempfile.TemporaryDirectory() as folder:
+    malloc = {} if options.default_malloc else KEEP_MEMORY
+    with tempfile.TemporaryDirectory() as folder, environment(malloc):
         if options.command == "train" and "--root" not in flags:
             flags = with_pictures(flags, options.samples, folder)
         results = measure(variants_of(options, flags), options.updates, options.rounds)
