@@ -12,7 +12,7 @@
 to train, on today's libraries; --against "FLAGS" also measures the same run with other flags.
 """
 
-from benchmarks import data, training
+from benchmarks import data, saving, training
 from infra.distributed import run_script
 from utils import ArgumentParser, InputError, natural, number, positive_int
 
@@ -76,7 +76,7 @@ def get_args_parser():
     add("--samples", default=2048, type=positive_int, help="JPEGs to write, unless --root is given")
 
     description = "time that training waits for a checkpoint"
-    add = add_command(commands, "save", description, training.benchmark_save)
+    add = add_command(commands, "save", description, saving.benchmark_save)
     add("--model", default="SLIP_VITB16", help="METHOD_TOWER")
     add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: CUDA if present")
     add("--rounds", default=3, type=positive_int, help="checkpoints to save")
