@@ -2,17 +2,18 @@
 
     python benchmark.py step --model SLIP_VITB16 --batch-size 256 --paper  # synthetic batches
     python benchmark.py train --model SLIP_VITB16 --workers 14 --paper     # from JPEG files
+    python benchmark.py memory --model SLIP_VITB16 --batch-size 256  # GB, without a GPU
     python benchmark.py save --model SLIP_VITB16  # time that training waits for a checkpoint
     python benchmark.py data        # samples per second and core: archived code and ours
     python benchmark.py classifier  # prompts to a zero-shot classifier
     python benchmark.py features    # memory of classifiers on ImageNet-sized features
     python benchmark.py open        # metadata of 15 million pairs: conversion, opening, memory
 
-`step` and `train` take the flags of main.py as well. --paper also measures the archived code's way
-to train, on today's libraries; --against "FLAGS" also measures the same run with other flags.
+`step`, `train` and `memory` take the flags of main.py as well. --paper also measures the archived
+code's way to train, on today's libraries; --against "FLAGS" the same run with other flags.
 """
 
-from benchmarks import data, saving, training
+from benchmarks import data, memory, saving, training
 from infra.distributed import run_script
 from utils import ArgumentParser, InputError, natural, number, positive_int
 
@@ -75,6 +76,9 @@ def get_args_parser():
     add = add_training_command(commands, "train", "image files")
     add("--samples", default=2048, type=positive_int, help="JPEGs to write, unless --root is given")
 
+    description = "GPU memory of a training, computed without a GPU; takes main.py's flags"
+    add_command(commands, "memory", description, memory.benchmark_memory)
+
     description = "time that training waits for a checkpoint"
     add = add_command(commands, "save", description, saving.benchmark_save)
     add("--model", default="SLIP_VITB16", help="METHOD_TOWER")
@@ -88,8 +92,8 @@ def get_args_parser():
 
 
 def main(args, flags):
-    """flags: those that are not this script's own; `step` and `train` read them as main.py's."""
-    if args.measure is training.benchmark_training:
+    """flags: those that are not this script's own; some commands read them as main.py's."""
+    if args.measure in (training.benchmark_training, memory.benchmark_memory):
         return args.measure(args, flags)
     if flags:
         raise InputError(f"unknown flags {' '.join(flags)}; see benchmark.py --help")
