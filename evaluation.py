@@ -99,7 +99,7 @@ RESAMPLES = 1000  # of the bootstrap
 class Ranking:
     """The classes that a classifier ranked best for each image of a set."""
 
-    top: torch.Tensor  # (n, K), best first
+    top: torch.Tensor  # (n, K), best first; -1: no further class is a candidate
     margin: torch.Tensor  # (n,) score of class 1 over class 0
     labels: torch.Tensor  # (n,)
 
@@ -112,12 +112,24 @@ def ranking_width(classes):
     return min(5, classes) + 1
 
 
-def rank_classes(scores):
-    """(B, C) scores -> (B, K + 1): best classes and margin, as `predict` collects them."""
+def rank_classes(scores, candidates=None):
+    """Best classes and margin of each image, as `predict` collects them.
+
+    Args:
+        scores: (B, C).
+        candidates: (B, C) bool, the classes that may be ranked; None: all.
+
+    Returns (B, K + 1); -1 takes the place of a class if an image has fewer than K candidates.
+    """
     scores = scores.double()  # half precision could not hold the classes' numbers beside them
     margin = scores[:, 1:2] - scores[:, :1] if scores.shape[1] > 1 else scores
     margin = margin + 0 * scores.sum(1, keepdim=True)  # not finite if any score is not
-    return torch.cat([scores.topk(min(5, scores.shape[1])).indices, margin], dim=1)
+    if candidates is not None:
+        scores = scores.masked_fill(~candidates, -torch.inf)
+    best, classes = scores.topk(min(5, scores.shape[1]))
+    if candidates is not None:
+        classes = classes.masked_fill(best == -torch.inf, -1)
+    return torch.cat([classes, margin], dim=1)
 
 
 def collect_ranking(rows, labels):

@@ -78,18 +78,21 @@ def is_whole(file, dtype, shape):
 # ---------------------------------------------------------------------------------------------
 # k nearest neighbours (Wu et al., 2018, section 3.4: weighted votes)
 
+COLDEST = 0.002  # exp(1 / temperature) and its inverse are then numbers, and not infinity and 0
+
 
 def knn_rankings(train, train_labels, test, test_labels, classes, ks, temperature, device):
     """The votes of each test image's k nearest training images, for several k.
 
-    A neighbour of cosine similarity s votes for its class with weight exp(s / temperature).
+    A neighbour of cosine similarity s votes for its class with weight exp(s / temperature). A class
+    without a vote is no candidate, so that it is not among the five best either.
 
     Args:
         train, test: (n, W) and (m, W) features.
         train_labels, test_labels: (n,) and (m,).
         classes: C.
         ks: the numbers of neighbours.
-        temperature: of the weights.
+        temperature: of the weights, at least COLDEST.
         device: of the computation.
 
     Returns {k: evaluation.Ranking of the test images}.
@@ -108,7 +111,7 @@ def knn_rankings(train, train_labels, test, test_labels, classes, ks, temperatur
         for k in ks:
             weights = (best[:, :k] / temperature).double().exp()
             votes = weights.new_zeros(len(queries), classes).scatter_add_(1, owners[:, :k], weights)
-            rows[k].append(rank_classes(votes).cpu())
+            rows[k].append(rank_classes(votes, candidates=votes > 0).cpu())
     return {k: collect_ranking(torch.cat(rows[k]), test_labels) for k in ks}
 
 

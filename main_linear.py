@@ -5,7 +5,7 @@
 
 The linear probe is the paper's (arXiv:2112.12750, section 4.1, after MoCo v3): SGD on augmented
 images. The others take the features of train and test split once, and keep them on disk.
-Results go to linear.json, logistic.json and knn.json in --output-dir, by set.
+Results go to linear.json, logistic.json and knn-K.json in --output-dir, by set.
 """
 
 import os
@@ -53,7 +53,8 @@ def get_args_parser():
     add("--pretrained", required=True, help="checkpoint of the tower, ours or a released one")
     add("--classifier", default="linear", choices=CLASSIFIERS)
     add("--k", default=(20, 200), nargs="+", type=positive_int, help="knn: neighbours that vote")
-    add("--temperature", default=0.07, type=positive, help="knn: of the votes")
+    coldest = utils.number(float, features.COLDEST)
+    add("--temperature", default=0.07, type=coldest, help="knn: of the votes")
 
     add = parser.add_argument_group("Optimization (linear)").add_argument
     add("--epochs", default=90, type=positive_int)
