@@ -20,6 +20,7 @@ from catalog import (
     CATALOG,
     LABELS,
     TEMPLATES,
+    add_names_flag,
     add_outside_flag,
     get_downstream_dataset,
     is_present,
@@ -52,13 +53,9 @@ class Task:
 
 def open_task(name, image_size, catalog, labels, templates):
     """Raises InputError if the set, its labels or its prompts are absent or do not fit."""
-    for kind, table in (
-        ("the catalog", catalog),
-        ("the labels", labels),
-        ("the templates", templates),
-    ):
+    for place, table in (("", catalog), ("labels: ", labels), ("templates: ", templates)):
         if name not in table:
-            raise InputError(f"{name!r} is not in {kind}; choose from {', '.join(table)}")
+            raise InputError(f"{place}unknown dataset {name!r}; choose from {', '.join(table)}")
     if not isinstance(labels[name], list) or not isinstance(templates[name], list):
         raise InputError(f"labels and templates of {name!r} must be lists of texts")
     if not templates[name]:
@@ -150,6 +147,7 @@ def get_args_parser():
     parser.add_argument("--datasets", nargs="+", help="sets to score; those present if not given")
     parser.add_argument("--catalog", default=CATALOG, help="places of the sets (JSON)")
     add_outside_flag(parser.add_argument)
+    add_names_flag(parser.add_argument)
     parser.add_argument("--labels", default=LABELS, help="class names (JSON)")
     parser.add_argument("--templates", default=TEMPLATES, help="prompts (JSON)")
     parser.add_argument("--prompts", help="prompts of that name for every set: imagenet80, CLIP's")
@@ -223,7 +221,7 @@ def evaluate_checkpoint(path, tasks_of, device, args):
 def main(args):
     device = distributed.init_distributed(args.device, args.dist_url, args.deterministic)
 
-    catalog = load_catalog(args.catalog, args.allow_outside_root)
+    catalog = load_catalog(args.catalog, args.allow_outside_root, args.ignore_folder_names)
     labels = utils.read_json_object(args.labels, "labels")
     templates = utils.read_json_object(args.templates, "templates")
     names = choose_sets(args.datasets, catalog)

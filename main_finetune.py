@@ -278,7 +278,11 @@ def main(args):
     utils.seed_everything(args.seed)
 
     train_set, test, labels = open_splits(
-        args.dataset, args.catalog, args.labels, args.allow_outside_root
+        args.dataset,
+        args.catalog,
+        args.labels,
+        args.allow_outside_root,
+        args.ignore_folder_names,
     )
     names = display_names(labels)
     vit, tower = load_vit(args.pretrained, len(names), args.drop_path, args.input_size)

@@ -294,7 +294,11 @@ def main(args):
     model.to(device)
     precision = devices.Precision(args.precision, device)
     train, test, labels = open_splits(
-        args.dataset, args.catalog, args.labels, args.allow_outside_root
+        args.dataset,
+        args.catalog,
+        args.labels,
+        args.allow_outside_root,
+        args.ignore_folder_names,
     )
     names = display_names(labels)
 
