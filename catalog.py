@@ -13,6 +13,7 @@ import torch
 import torchvision
 from torch.utils.data import Dataset
 
+from classes import check_labels, check_names, check_order, class_numbers, note_order
 from infra.archives import read_file
 from infra.untrusted import check_inside, read_metadata, read_npy
 from torchvision_sets import SETS, open_torchvision
@@ -29,11 +30,12 @@ CATALOG, LABELS, TEMPLATES = (
 # The catalog file
 
 
-def load_catalog(path=CATALOG, allow_outside=False):
+def load_catalog(path=CATALOG, allow_outside=False, ignore_names=False):
     """The catalog, {name: {"type", "path", "train", "test"}}; paths are relative to its file.
 
     A set may lie anywhere by an absolute path or one with ~. A relative path may leave its folder
     by "../" only if allow_outside; each entry carries that flag for the paths that its set lists.
+    If ignore_names, names of class folders may contradict the labels: each entry carries that too.
     """
     folder = os.path.dirname(os.path.abspath(path))
     catalog = read_json(path, "catalog")
@@ -49,7 +51,7 @@ def load_catalog(path=CATALOG, allow_outside=False):
         entry["path"] = os.path.join(folder, own)
         for split in (entry.get("train", ""), entry.get("test", "")):
             check_inside(entry["path"], split, what, allow_outside)
-        entry["allow_outside"] = allow_outside
+        entry |= {"allow_outside": allow_outside, "ignore_names": ignore_names}
     return catalog
 
 
@@ -75,12 +77,18 @@ def add_set_flags(parser):
     add("--catalog", default=CATALOG, help="JSON file with the paths of the sets")
     add("--labels", default=LABELS, help="JSON file with the class names")
     add_outside_flag(add)
+    add_names_flag(add)
     return add
 
 
 def add_outside_flag(add):
     text = "follow paths of metadata and catalog that leave their folder by ../ or from /"
     add("--allow-outside-root", action="store_true", help=text)
+
+
+def add_names_flag(add):
+    text = "take class folders in sorted order even if their names contradict labels.json"
+    add("--ignore-folder-names", action="store_true", help=text)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -134,59 +142,6 @@ def load_image(path):
 
 
 # ---------------------------------------------------------------------------------------------
-# Classes: those of labels.json against those of the files
-
-
-def check_names(name, labels):
-    """Raises InputError unless each class of the set `name` is a text or a list of synonyms."""
-    if not isinstance(labels, list):
-        raise InputError(f"labels of {name!r} are {repr(labels)[:80]}, not a list; correct them")
-    for label in labels:
-        synonyms = label if isinstance(label, list) else [label]
-        if not synonyms or not all(is_text(synonym) for synonym in synonyms):
-            raise InputError(
-                f"labels of {name!r}: {repr(label)[:80]} is neither a text nor a list of texts; "
-                "correct it"
-            )
-
-
-def is_text(value):
-    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)  # half of a pair
-
-
-def check_labels(found, labels, source):
-    if found != len(labels):
-        raise InputError(
-            f"{source} has {found} classes, but labels.json has {len(labels)} for this set; "
-            "check the folder or the labels"
-        )
-
-
-def class_numbers(found, labels, source):
-    """Class numbers 0 to C-1 from numbers, or from names such as clevr_counts' "count_10".
-
-    Args:
-        found: array of numbers or names, one for each image.
-        labels: list of the C classes of labels.json.
-        source: names the file in errors.
-    """
-    names = {label: i for i, label in enumerate(labels) if isinstance(label, str)}
-    try:
-        numbers = [
-            names[label.removeprefix("count_")] if isinstance(label, str) else int(label)
-            for label in np.asarray(found).tolist()
-        ]
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{source}: {error} is not in labels.json for this set") from error
-    if not numbers or not 0 <= min(numbers) <= max(numbers) < len(labels):
-        raise InputError(
-            f"{source} holds classes {min(numbers, default='none')} to "
-            f"{max(numbers, default='none')}, but labels.json has {len(labels)} for this set"
-        )
-    return numbers
-
-
-# ---------------------------------------------------------------------------------------------
 # Layouts: one of CATALOG_TYPES each, (name, entry, split, transform, labels) -> dataset
 
 
@@ -219,6 +174,15 @@ class FileList(Dataset):
             what, allowed = f"{self.root}/{split}_images.npy: image", entry.get("allow_outside")
             check_inside(self.root, str(image), what, allowed)
         self.labels = class_numbers(found, labels, f"{self.root}/{split}_labels.npy")
+
+    @property
+    def class_to_idx(self):
+        """{name of a folder whose images are all of one class: its number}, as ImageFolder's."""
+        numbers = {}
+        for image, label in zip(self.images, self.labels, strict=True):
+            folder = os.path.basename(os.path.dirname(str(image)))
+            numbers.setdefault(folder, set()).add(label)
+        return {folder: min(found) for folder, found in numbers.items() if len(found) == 1}
 
     def __len__(self):
         return len(self.images)
@@ -256,6 +220,7 @@ def get_downstream_dataset(catalog, name, is_train, transform, labels):
         labels: list of the set's classes, each a text or a list of synonyms.
 
     Raises InputError if the set is unknown or absent, or its classes are not those of `labels`.
+    Says so if the names of its class folders confirm only some classes.
     """
     if name not in catalog:
         raise InputError(f"unknown dataset {name!r}; choose from {', '.join(catalog)}")
@@ -272,21 +237,26 @@ def get_downstream_dataset(catalog, name, is_train, transform, labels):
         )
     check_names(name, labels)
     split = split_name(catalog, name, is_train)
-    return CATALOG_TYPES[entry["type"]](name, entry, split, transform, labels)
+    dataset = CATALOG_TYPES[entry["type"]](name, entry, split, transform, labels)
+    if not entry.get("ignore_names"):
+        note_order(name, *map(tuple, check_order(name, dataset, labels)))
+    return dataset
 
 
-def open_splits(name, catalog, labels, allow_outside=False):
+def open_splits(name, catalog, labels, allow_outside=False, ignore_names=False):
     """Opens both splits of a set of the catalog.
 
     Args:
         name: name of the set.
         catalog, labels: paths of the JSON files.
         allow_outside: bool, whether listed paths may leave their folder.
+        ignore_names: bool, whether names of class folders may contradict the labels.
 
     Returns (training set, test set, classes): datasets of (PIL image, class number), and the list
     of labels.json. Raises InputError as get_downstream_dataset, and if both splits are the same.
     """
-    table, catalog = read_json_object(labels, "labels"), load_catalog(catalog, allow_outside)
+    table = read_json_object(labels, "labels")
+    catalog = load_catalog(catalog, allow_outside, ignore_names)
     if name not in table:
         raise InputError(f"{labels}: unknown dataset {name!r}; choose from {', '.join(table)}")
     train, test = (

@@ -20,13 +20,22 @@ from catalog import (
     CATALOG,
     LABELS,
     TEMPLATES,
+    add_names_flag,
     add_outside_flag,
     get_downstream_dataset,
     is_present,
     load_catalog,
     split_name,
 )
-from evaluation import Evaluation, confusions, details, display_names, rank_set, summarize
+from evaluation import (
+    Evaluation,
+    check_results,
+    confusions,
+    details,
+    display_names,
+    rank_set,
+    summarize,
+)
 from infra import devices, distributed
 from pretrained import load_model
 from tokenizer import SimpleTokenizer
@@ -52,13 +61,9 @@ class Task:
 
 def open_task(name, image_size, catalog, labels, templates):
     """Raises InputError if the set, its labels or its prompts are absent or do not fit."""
-    for kind, table in (
-        ("the catalog", catalog),
-        ("the labels", labels),
-        ("the templates", templates),
-    ):
+    for place, table in (("", catalog), ("labels: ", labels), ("templates: ", templates)):
         if name not in table:
-            raise InputError(f"{name!r} is not in {kind}; choose from {', '.join(table)}")
+            raise InputError(f"{place}unknown dataset {name!r}; choose from {', '.join(table)}")
     if not isinstance(labels[name], list) or not isinstance(templates[name], list):
         raise InputError(f"labels and templates of {name!r} must be lists of texts")
     if not templates[name]:
@@ -150,6 +155,7 @@ def get_args_parser():
     parser.add_argument("--datasets", nargs="+", help="sets to score; those present if not given")
     parser.add_argument("--catalog", default=CATALOG, help="places of the sets (JSON)")
     add_outside_flag(parser.add_argument)
+    add_names_flag(parser.add_argument)
     parser.add_argument("--labels", default=LABELS, help="class names (JSON)")
     parser.add_argument("--templates", default=TEMPLATES, help="prompts (JSON)")
     parser.add_argument("--prompts", help="prompts of that name for every set: imagenet80, CLIP's")
@@ -223,7 +229,7 @@ def evaluate_checkpoint(path, tasks_of, device, args):
 def main(args):
     device = distributed.init_distributed(args.device, args.dist_url, args.deterministic)
 
-    catalog = load_catalog(args.catalog, args.allow_outside_root)
+    catalog = load_catalog(args.catalog, args.allow_outside_root, args.ignore_folder_names)
     labels = utils.read_json_object(args.labels, "labels")
     templates = utils.read_json_object(args.templates, "templates")
     names = choose_sets(args.datasets, catalog)
@@ -239,6 +245,8 @@ def main(args):
 
     for path in args.resume[1:]:  # their faults are told before the first is scored
         open_model(path)
+    for path in args.resume:
+        check_results(folder_of(path, args), "results", "examples")
     for path in args.resume:
         evaluate_checkpoint(path, tasks_of, device, args)
 

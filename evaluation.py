@@ -6,6 +6,7 @@ scores are not kept. Shapes: n images, B of a batch, C classes, K = min(5, C) be
 
 import math
 import os
+import tempfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,13 +94,14 @@ def predict(score_fn, width, dataset, evaluation):
 # Metrics
 
 RESAMPLES = 1000  # of the bootstrap
+RESERVE = 2**20  # bytes for results that the disk must have before the scoring
 
 
 @dataclass
 class Ranking:
     """The classes that a classifier ranked best for each image of a set."""
 
-    top: torch.Tensor  # (n, K), best first
+    top: torch.Tensor  # (n, K), best first; -1: no further class is a candidate
     margin: torch.Tensor  # (n,) score of class 1 over class 0
     labels: torch.Tensor  # (n,)
 
@@ -112,12 +114,24 @@ def ranking_width(classes):
     return min(5, classes) + 1
 
 
-def rank_classes(scores):
-    """(B, C) scores -> (B, K + 1): best classes and margin, as `predict` collects them."""
+def rank_classes(scores, candidates=None):
+    """Best classes and margin of each image, as `predict` collects them.
+
+    Args:
+        scores: (B, C).
+        candidates: (B, C) bool, the classes that may be ranked; None: all.
+
+    Returns (B, K + 1); -1 takes the place of a class if an image has fewer than K candidates.
+    """
     scores = scores.double()  # half precision could not hold the classes' numbers beside them
     margin = scores[:, 1:2] - scores[:, :1] if scores.shape[1] > 1 else scores
     margin = margin + 0 * scores.sum(1, keepdim=True)  # not finite if any score is not
-    return torch.cat([scores.topk(min(5, scores.shape[1])).indices, margin], dim=1)
+    if candidates is not None:
+        scores = scores.masked_fill(~candidates, -torch.inf)
+    best, classes = scores.topk(min(5, scores.shape[1]))
+    if candidates is not None:
+        classes = classes.masked_fill(best == -torch.inf, -1)
+    return torch.cat([classes, margin], dim=1)
 
 
 def collect_ranking(rows, labels):
@@ -234,6 +248,31 @@ def details(name, ranking, class_names):
             for true, predicted, number, _ in confusions(ranking)
         ],
     }
+
+
+def check_results(folder, *names):
+    """Raises InputError if rank 0 could not add results to folder/name.json after the scoring.
+
+    Reads the old results, and writes a file without a name; nothing is left behind.
+    """
+    if get_rank():
+        return
+    for path in (os.path.join(folder, f"{name}.json") for name in names):
+        if os.path.exists(path):
+            try:
+                utils.read_json_object(path, "results")
+            except InputError as error:
+                raise InputError(
+                    f"{error}; correct or remove it, or choose another folder"
+                ) from None
+    place = os.path.abspath(folder)
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(bytes(RESERVE))
+    except OSError as error:
+        raise InputError(f"folder {folder}: {error.strerror}; choose another") from error
 
 
 def report_score(folder, name, dataset, ranking, class_names, facts):

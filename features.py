@@ -5,7 +5,9 @@ in chunks. Shapes: n images, W width of a feature, C classes.
 """
 
 import hashlib
+import math
 import os
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 import utils
 from evaluation import check_finite, collect_ranking, rank_classes, sharded_batches
 from infra import distributed
+from utils import InputError
 
 CHUNK = 16384  # images whose features a classifier sees at once
 
@@ -47,8 +50,7 @@ def extract(tower, width, dataset, path, evaluation):
     if not distributed.broadcast_object(all(is_whole(file, *kind) for file, kind in files.items())):
         if distributed.is_main_process():
             utils.make_folder(os.path.dirname(path))
-            for file, kind in files.items():
-                np.lib.format.open_memmap(f"{file}.tmp", "w+", *kind)
+            reserve({f"{file}.tmp": kind for file, kind in files.items()})
         distributed.barrier()
         features, labels = (np.load(f"{file}.tmp", mmap_mode="r+") for file in files)
         for rows, images, classes in sharded_batches(dataset, evaluation):
@@ -66,6 +68,27 @@ def extract(tower, width, dataset, path, evaluation):
     return torch.from_numpy(features), torch.from_numpy(labels)
 
 
+def reserve(files):
+    """Makes files of arrays and takes their space on the disk: writing to a map later would end the
+    process by a bus error if the disk were full.
+
+    files: {path: (dtype, shape)}. Raises InputError if there is no space.
+    """
+    try:
+        for file, kind in files.items():
+            np.lib.format.open_memmap(file, "w+", *kind)
+            with open(file, "r+b") as opened:  # the file has a hole of that size
+                os.posix_fallocate(opened.fileno(), 0, os.path.getsize(file))
+    except OSError as error:
+        for file in files:
+            Path(file).unlink(missing_ok=True)
+        size = sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in files.values())
+        raise InputError(
+            f"folder {os.path.dirname(file)}: {error.strerror}; the features need "
+            f"{size / 1e6:,.1f} MB there: free some space, or choose another folder"
+        ) from error
+
+
 def is_whole(file, dtype, shape):
     """Whether a file holds such an array, from its head and length."""
     try:
@@ -78,18 +101,21 @@ def is_whole(file, dtype, shape):
 # ---------------------------------------------------------------------------------------------
 # k nearest neighbours (Wu et al., 2018, section 3.4: weighted votes)
 
+COLDEST = 0.002  # exp(1 / temperature) and its inverse are then numbers, and not infinity and 0
+
 
 def knn_rankings(train, train_labels, test, test_labels, classes, ks, temperature, device):
     """The votes of each test image's k nearest training images, for several k.
 
-    A neighbour of cosine similarity s votes for its class with weight exp(s / temperature).
+    A neighbour of cosine similarity s votes for its class with weight exp(s / temperature). A class
+    without a vote is no candidate, so that it is not among the five best either.
 
     Args:
         train, test: (n, W) and (m, W) features.
         train_labels, test_labels: (n,) and (m,).
         classes: C.
         ks: the numbers of neighbours.
-        temperature: of the weights.
+        temperature: of the weights, at least COLDEST.
         device: of the computation.
 
     Returns {k: evaluation.Ranking of the test images}.
@@ -108,7 +134,7 @@ def knn_rankings(train, train_labels, test, test_labels, classes, ks, temperatur
         for k in ks:
             weights = (best[:, :k] / temperature).double().exp()
             votes = weights.new_zeros(len(queries), classes).scatter_add_(1, owners[:, :k], weights)
-            rows[k].append(rank_classes(votes).cpu())
+            rows[k].append(rank_classes(votes, candidates=votes > 0).cpu())
     return {k: collect_ranking(torch.cat(rows[k]), test_labels) for k in ks}
 
 

@@ -43,6 +43,7 @@ def get_args_parser():
     add("--val-dataset", default="imagenet", help="set scored zero-shot as it trains, or none")
     add("--catalog", default=catalog.CATALOG, help="places of the labelled sets (JSON)")
     catalog.add_outside_flag(add)
+    catalog.add_names_flag(add)
     add("--output-dir", default="./", help="folder of checkpoints and logs")
 
     add = parser.add_argument_group("Model").add_argument
@@ -87,7 +88,7 @@ def open_validation(model, args):
     """The zero-shot task of --val-dataset, or None if there is nothing to score."""
     if args.val_dataset == "none" or "text" not in model.views:
         return None
-    sets = catalog.load_catalog(args.catalog, args.allow_outside_root)
+    sets = catalog.load_catalog(args.catalog, args.allow_outside_root, args.ignore_folder_names)
     labels = utils.read_json(catalog.LABELS, "labels")
     templates = utils.read_json(catalog.TEMPLATES, "templates")
     try:

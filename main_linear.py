@@ -5,7 +5,7 @@
 
 The linear probe is the paper's (arXiv:2112.12750, section 4.1, after MoCo v3): SGD on augmented
 images. The others take the features of train and test split once, and keep them on disk.
-Results go to linear.json, logistic.json and knn.json in --output-dir, by set.
+Results go to linear.json, logistic.json and knn-K.json in --output-dir, by set.
 """
 
 import os
@@ -32,6 +32,7 @@ from catalog import (
 from evaluation import (
     METRICS,
     Evaluation,
+    check_results,
     display_names,
     rank_set,
     report_score,
@@ -53,7 +54,8 @@ def get_args_parser():
     add("--pretrained", required=True, help="checkpoint of the tower, ours or a released one")
     add("--classifier", default="linear", choices=CLASSIFIERS)
     add("--k", default=(20, 200), nargs="+", type=positive_int, help="knn: neighbours that vote")
-    add("--temperature", default=0.07, type=positive, help="knn: of the votes")
+    coldest = utils.number(float, features.COLDEST)
+    add("--temperature", default=0.07, type=coldest, help="knn: of the votes")
 
     add = parser.add_argument_group("Optimization (linear)").add_argument
     add("--epochs", default=90, type=positive_int)
@@ -293,9 +295,15 @@ def main(args):
     model.to(device)
     precision = devices.Precision(args.precision, device)
     train, test, labels = open_splits(
-        args.dataset, args.catalog, args.labels, args.allow_outside_root
+        args.dataset,
+        args.catalog,
+        args.labels,
+        args.allow_outside_root,
+        args.ignore_folder_names,
     )
     names = display_names(labels)
+    kinds = [f"knn-{k}" for k in args.k] if args.classifier == "knn" else [args.classifier]
+    check_results(args.output_dir, *kinds)
 
     results = CLASSIFIERS[args.classifier](model, (train, test, names), precision, args)
     for name, (ranking, facts) in results.items() if distributed.is_main_process() else ():

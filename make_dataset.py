@@ -10,7 +10,6 @@ interruption when the same command is given again.
 """
 
 import os
-import re
 import shutil
 
 import numpy as np
@@ -21,6 +20,7 @@ import utils
 from catalog import (
     CATALOG,
     LABELS,
+    add_names_flag,
     add_outside_flag,
     download_split,
     get_downstream_dataset,
@@ -28,6 +28,7 @@ from catalog import (
     load_catalog,
     split_name,
 )
+from classes import check_order
 from infra import distributed
 from infra.archives import read_file
 from infra.arrow import describe, write_captions
@@ -90,50 +91,39 @@ def decode_some(read, number, count=10):
         read(index)
 
 
-def simplify(name):
-    return re.sub(r"[^a-z0-9]", "", name.lower())
+def describe_order(agreed, silent):
+    """A text on the order of class folders, from catalog.check_order's result."""
+    if not agreed:
+        return "order not told by folder names"
+    of = f" of {len(agreed) + len(silent)}" if silent else ""
+    return f"order agrees by {len(agreed)}{of} names"
 
 
-def check_order(folders, labels):
-    """A text on the order of the class folders, as far as their names tell it.
-
-    Raises InputError for a folder with the name of a class of another number.
-    """
-    names = [
-        {simplify(n) for n in ([label] if isinstance(label, str) else label)} for label in labels
-    ]
-    agreed = 0
-    for number, folder in enumerate(folders):
-        own = {simplify(folder), simplify(re.sub(r"^\d+[._ -]", "", folder))}
-        if own & names[number]:
-            agreed += 1
-            continue
-        for other, alias in enumerate(names):
-            if own & alias:
-                raise InputError(
-                    f"folder {folder!r} is class {number} in sorted order, but class {other} in "
-                    "labels.json"
-                )
-    return f"order agrees by {agreed} names" if agreed else "order not told by folder names"
+def split_is_present(entry, split):
+    """Whether there is a folder or a list of a split."""
+    ends = ("", "_images.npy")
+    return any(os.path.exists(os.path.join(entry["path"], f"{split}{end}")) for end in ends)
 
 
 def check_labelled(catalog, name, labels):
     """A line on a labelled set. Raises InputError for an unusable set."""
-    parts = []
+    parts, entry = [], catalog[name]
     for is_train in (False, True):
         split = split_name(catalog, name, is_train)
         try:
             found = get_downstream_dataset(catalog, name, is_train, np.asarray, labels)
         except InputError:
-            if not is_train:
+            if not is_train or split_is_present(entry, split):
                 raise
             parts.append("no training split")  # zero-shot needs none
             continue
         parts.append(f"{split} {len(found):,} images")
         decode_some(found.__getitem__, len(found))
     order = "classes by name"
-    if catalog[name]["type"] == "imagefolder":
-        order = check_order(found.classes, labels)
+    if entry["ignore_names"]:
+        order = "folder names ignored"
+    elif hasattr(found, "class_to_idx"):
+        order = describe_order(*check_order(name, found, labels))
     return f"{', '.join(parts)}, some decoded; {len(labels)} classes, {order}"
 
 
@@ -168,7 +158,7 @@ def check_entry(catalog, name, labels):
 
 
 def check(args):
-    catalog = load_catalog(args.catalog, args.allow_outside_root)
+    catalog = load_catalog(args.catalog, args.allow_outside_root, args.ignore_folder_names)
     labels = utils.read_json(LABELS, "labels")
     failed = []
     for name, entry in catalog.items():
@@ -331,6 +321,7 @@ def add_check(commands):
     add("--dataset", default="csv", help=f"its kind: one of {', '.join(captions.SOURCES)}")
     add("--root", default="", help="folder of its images")
     add_outside_flag(add)
+    add_names_flag(add)
     add_table_flags(add)
 
 

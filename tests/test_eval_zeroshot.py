@@ -159,7 +159,7 @@ def call(tiny, trained, out, *extra):
 
 
 def test_bad_input(tiny, trained, tmp_path):
-    with pytest.raises(InputError, match="'nope' is not in the catalog; choose from digits"):
+    with pytest.raises(InputError, match="^unknown dataset 'nope'; choose from digits"):
         call(tiny, trained, tmp_path, "--datasets", "nope")
     with pytest.raises(InputError, match="checkpoint.pt' is absent; check the path"):
         call(tiny, tmp_path, tmp_path)

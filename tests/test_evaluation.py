@@ -60,6 +60,17 @@ def test_few_classes():
     assert evaluation.top1(two) == 50 and evaluation.top5(two) == 100
 
 
+def test_fewer_candidates_than_places():
+    scores = torch.tensor([[-3.0, -1, 9, -2, 0, 8]])
+    candidates = torch.tensor([[True, True, False, True, False, False]])
+    found = evaluation.rank_classes(scores, candidates)
+    assert found.tolist() == [[1, 3, 0, -1, -1, 2]]  # and the margin of classes 1 and 0
+    ranked = evaluation.collect_ranking(found.expand(3, -1), torch.tensor([1, 0, 2]))
+    assert evaluation.top1(ranked) == pytest.approx(100 / 3)
+    assert evaluation.top5(ranked) == pytest.approx(200 / 3)
+    assert evaluation.mean_top1_top5(ranked) == pytest.approx(50)
+
+
 def test_class_numbers_survive_half_precision():
     scores = torch.zeros(1, 1000, dtype=torch.bfloat16)
     scores[0, 999], scores[0, 513] = 2, 1

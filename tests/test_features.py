@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from helpers import PeakMemory
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, top_k_accuracy_score
+from sklearn.neighbors import KNeighborsClassifier
 
 import evaluation
 import features
@@ -89,7 +91,33 @@ def test_votes_equal_a_plain_loop(monkeypatch):
             votes = torch.zeros(5, dtype=torch.float64)
             for j in similarity.argsort(descending=True)[:k]:
                 votes[train_labels[j]] += (similarity[j].double() / 0.07).exp()
-            assert torch.equal(votes[ranking.top[i]], votes.sort(descending=True).values), (k, i)
+            ranked = ranking.top[i][ranking.top[i] >= 0]
+            voted = votes.sort(descending=True).values[: int((votes > 0).sum())]
+            assert torch.equal(votes[ranked], voted), (k, i)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 20])
+@pytest.mark.parametrize("temperature", [0.07, features.COLDEST])
+def test_a_class_without_a_vote_is_no_candidate(k, temperature):
+    """Top-5 is the share of images whose class is among the voted ones, at most five of them."""
+    (train, labels), (test, test_labels) = (
+        blobs(n, classes=30, seed=seed, spread=3.0) for n, seed in ((400, 0), (300, 1))
+    )
+    found = features.knn_rankings(train, labels, test, test_labels, 30, (k,), temperature, CPU)[k]
+    theirs = KNeighborsClassifier(
+        k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / temperature)
+    ).fit(train.double(), labels)
+    votes = torch.from_numpy(theirs.predict_proba(test.double()))
+    assert evaluation.top1(found) == 100 * accuracy_score(test_labels, theirs.predict(test))
+    if k <= 5:  # every voted class is among the five
+        neighbours = labels[torch.from_numpy(theirs.kneighbors(test, return_distance=False))]
+        hits = (neighbours == test_labels[:, None]).any(1)
+    else:
+        best, classes = votes.topk(5)
+        hits = ((classes == test_labels[:, None]) & (best > 0)).any(1)
+    assert evaluation.top5(found) == pytest.approx(100 * hits.double().mean().item())
+    assert k > 1 or evaluation.top5(found) == evaluation.top1(found)
+    assert k > 5 or evaluation.top5(found) < 100 * top_k_accuracy_score(test_labels, votes, k=5)
 
 
 @pytest.mark.parametrize("c", [0.01, 1.0, 100.0])

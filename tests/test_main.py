@@ -167,7 +167,7 @@ def test_a_progress_bar_on_a_terminal(tiny, tmp_path, monkeypatch, capsys):
     [
         (["--model", "SLIP_VITX"], "unknown model 'SLIP_VITX'; choose"),
         (["--dataset", "laion"], "unknown dataset 'laion'; choose from yfcc15m"),
-        (["--val-dataset", "food"], "'food' is not in the catalog; choose from digits"),
+        (["--val-dataset", "food"], "unknown dataset 'food'; choose from digits"),
         (["--catalog", "none.json"], "catalog none.json: No such file"),
         (["--root", "nowhere"], "^root 'nowhere' is not a folder"),
         (["--root", "."], "image ./train2017/.*: No such file"),

@@ -179,6 +179,7 @@ def test_the_archived_rule_divides_by_the_number_of_gpus():
         (["--evaluate"], "--evaluate: .*checkpoint.pt is absent; train the probe"),
         (["--pretrained", "none.pt"], "checkpoint 'none.pt' is absent"),
         (["--classifier", "svm"], "invalid choice: 'svm'"),
+        (["--temperature", "0.001"], "0.001 must be 0.002 or more"),
     ],
 )
 def test_bad_input(probed, tmp_path, extra, match):

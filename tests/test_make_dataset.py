@@ -244,7 +244,10 @@ def test_check_tells_what_can_be_used(tmp_path, capsys):
     verdicts = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert verdicts["stl10"].startswith("usable    test 10 images, no training split, some decoded")
     assert "10 classes, order agrees by 10 names" in verdicts["mnist"]
-    assert "is class 0 in sorted order, but class 9 in labels.json" in verdicts["eurosat"]
+    assert (
+        "is class 0, 'annual crop land', by its place, but class 9, 'lake or sea'"
+        in verdicts["eurosat"]
+    )
     assert "has 3 classes, but labels.json has 7" in verdicts["fer2013"]
     assert verdicts["food101"].startswith("absent")
     assert verdicts["csv"].startswith("usable    1 images with captions")
