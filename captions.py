@@ -13,9 +13,10 @@ import re
 import sqlite3
 import tarfile
 import zlib
+from collections import Counter
 from functools import lru_cache
 from hashlib import md5
-from itertools import chain, groupby
+from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 from urllib.parse import unquote_plus
@@ -25,16 +26,19 @@ import pyarrow.parquet
 
 import utils
 from infra.archives import has_file
-from infra.arrow import Captions, Dropped, Source, write_captions
-from infra.untrusted import (
+from infra.arrow import KEPT, Captions, Source, describe, write_captions
+from infra.rows import (
+    Dropped,
     Files,
-    check_inside,
+    Malformed,
+    caption_texts,
+    is_missing,
     parse_rows,
+    path_text,
     plain_text,
-    read_metadata,
-    read_npy,
-    read_pickle,
+    table_rows,
 )
+from infra.untrusted import check_inside, read_metadata, read_npy, read_pickle
 from utils import InputError
 
 # ---------------------------------------------------------------------------------------------
@@ -67,40 +71,69 @@ def open_coco(path, columns=None, folder="train2017"):
 
 def coco_rows(files, folder):
     """Yields (image path, captions), grouped by SQLite on disk so that memory stays constant."""
-
-    def annotation(row):
-        return int(row["image_id"]), plain_text(row["caption"])
+    dropped = Counter()
 
     def name(row):
-        return int(row["id"]), plain_text(row["file_name"])
+        return coco_id(row["id"]), plain_text(row["file_name"])
+
+    def annotation(row):
+        (text,), _ = caption_texts(row.get("caption"))
+        return coco_id(row["image_id"]), text
+
+    def parsed(prefix, parse, reasons):
+        """Yields parse(row) of the elements below the prefix; counts why others are dropped."""
+
+        def attempt(row):
+            try:
+                return parse(row)
+            except Dropped as error:
+                return str(error)
+
+        for row in parse_rows(files, files.json_rows(prefix), attempt, 0, Malformed()):
+            if isinstance(row, str):
+                reasons[row] += 1
+            else:
+                yield row
 
     database = sqlite3.connect("")  # a temporary file
-    database.execute("create table images (image integer primary key, name text)")
-    database.execute("create table captions (image integer, caption text)")
-    names = parse_rows(files, files.json_rows("images.item"), name)
+    database.execute("create table images (image text primary key, name text)")
+    database.execute("create table captions (image text, caption text)")
+    # An image without a usable name is named by its number, as one that is not listed.
+    names = parsed("images.item", name, Counter())
     database.executemany("insert or replace into images values (?, ?)", names)
-    captions = parse_rows(files, files.json_rows("annotations.item"), annotation)
-    database.executemany("insert into captions values (?, ?)", captions)
+    rows = parsed("annotations.item", annotation, dropped)
+    database.executemany("insert into captions values (?, ?)", rows)
+    database.execute("create index by_image on captions (image)")
     grouped = """
-        select coalesce(name, printf('%012d.jpg', image)), caption
+        select image, name, caption
         from captions
         join (select image, min(rowid) as first from captions group by image) using (image)
         left join images using (image)
         order by first, captions.rowid"""
-    for image, group in groupby(database.execute(grouped), itemgetter(0)):
-        yield f"{folder}/{image}", [caption for _, caption in group]
+    for (image, known), group in groupby(database.execute(grouped), itemgetter(0, 1)):
+        if known or image.isdecimal():
+            yield f"{folder}/{known or f'{int(image):012d}.jpg'}", [row[2] for row in group]
+        else:
+            yield Dropped("of an image that has no file name and no number")
+    for reason, number in dropped.items():
+        yield from (Dropped(reason) for _ in range(number))
+
+
+def coco_id(value):
+    """The text of an image's number or name, by which captions find their image."""
+    return path_text(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def open_cc3m(path, columns):
     """.npy of dicts: image_id (a path), captions."""
     rows = read_metadata(path, read_npy)
-    return Source(Files([path]), rows, lambda row: (str(row["image_id"]), row["captions"]))
+    return Source(Files([path]), rows, lambda row: (row["image_id"], row.get("captions")))
 
 
 def open_cc12m(path, columns):
     """.npy of dicts: image_name (a path), image_id, captions."""
     rows = read_metadata(path, read_npy)
-    return Source(Files([path]), rows, lambda row: (str(row["image_name"]), row["captions"]))
+    return Source(Files([path]), rows, lambda row: (row["image_name"], row.get("captions")))
 
 
 def open_redcaps(path, columns):
@@ -110,31 +143,39 @@ def open_redcaps(path, columns):
 
 
 def pick_redcaps(row):
-    return f"{row['subreddit']}/{row['image_id']}.jpg", row["caption"]
+    image = f"{path_text(row['subreddit'])}/{path_text(row['image_id'])}.jpg"
+    return image, row.get("caption")
 
 
 def open_csv(path, columns):
     """A table: .parquet, or text with a header and the separator that splits it into `columns`."""
-    files, pick = Files([path]), itemgetter(*columns)
+    files = Files([path])
     if str(path).endswith(".parquet"):
-        return Source(files, parquet_rows(files, columns), pick)
+        return Source(files, parquet_rows(files, columns), itemgetter(*columns))
     lines = files.lines()
     header = next(parse_rows(files, lines, str), "")
     for separator in "\t,;|":
         names = next(parse_rows(files, csv.reader([header], delimiter=separator), list), [])
-        if set(columns) <= set(names):
-            table = csv.DictReader(chain([header], lines), delimiter=separator, strict=True)
-            return Source(files, table, pick)
+        names = [name.strip() for name in names]
+        places = [i for column in columns for i, name in enumerate(names) if name == column.strip()]
+        if len(places) == len(columns):
+            rows = table_rows(lines, separator, len(names))
+            return Source(files, rows, itemgetter(*places))
+        if len(places) > len(columns):
+            raise InputError(f"metadata {path}: its header names a column twice; rename one")
     raise InputError(
         f"metadata {path}: no columns {' and '.join(map(repr, columns))} in its header "
         f"{header.strip()[:200]!r}; name its columns of image paths and captions"
     )
 
 
-def parquet_rows(files, columns=None):
+def parquet_rows(files, columns):
     """Rows of parquet files as dicts."""
     for file in files:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(columns=columns):
+        table = pyarrow.parquet.ParquetFile(file)
+        if absent := [column for column in columns if column not in table.schema_arrow.names]:
+            raise InputError(f"metadata {files.path}: no column {absent[0]!r}; name one it has")
+        for batch in table.iter_batches(columns=columns):
             yield from batch.to_pylist()
 
 
@@ -175,7 +216,7 @@ def open_yfcc100m(path, ids, places):
             raise Dropped("not in the index of photo ids")
         return yfcc_image(places[at]), [clean(fields[8]), clean(fields[9])]
 
-    return Source(files, files.lines(), pick)
+    return Source(files, files.full_lines(), pick)
 
 
 def match_ids(subset, index):
@@ -185,7 +226,7 @@ def match_ids(subset, index):
     photo ids in the order of the archives.
     """
     files = Files([subset])
-    photos = parse_rows(files, files.lines(), lambda line: int(line.split("\t", 1)[0]))
+    photos = parse_rows(files, files.full_lines(), lambda line: int(line.split("\t", 1)[0]))
     ids = np.unique(np.fromiter(photos, np.int64))
     places = np.full(len(ids), -1)
     known = read_metadata(index, lambda file: np.load(file.name, mmap_mode="r"))
@@ -242,11 +283,11 @@ def open_conceptual(path, image_name):
             raise ValueError(f"{len(fields)} columns, not a caption and a URL")
         return name_image(image_name, number, fields[links[0]]), fields[1 - links[0]]
 
-    return Source(files, number_rows(files.lines()), pick)
+    return Source(files, number_rows(files.full_lines()), pick)
 
 
 def number_rows(lines):
-    """(row from 0, line) of the table; a first line without a URL is its header."""
+    """(row from 0, line) of the lines that are not blank; a first one without a URL is a header."""
     first = next(lines, "")
     if "://" in first:
         yield 0, first
@@ -269,7 +310,7 @@ def open_img2dataset(folder):
     def pick(row):
         if row.get("status", "success") != "success":
             raise Dropped(f"not downloaded ({row['status']})")
-        if row["caption"] is None:
+        if is_missing(row["caption"]):
             raise Dropped("without a caption")
         image = shard_images(folder, Path(files.path).stem).get(row["key"])
         if image is None:
@@ -308,6 +349,7 @@ def only_present(source, root, allow_outside=False):
 
     def pick(row):
         image, captions = source.pick(row)
+        image = path_text(image)
         check_inside(root, image, f"metadata {source.files.path}: image", allow_outside)
         if not has_file(root, image):
             raise Dropped("without an image")
@@ -321,7 +363,7 @@ def cache_path(dataset, metadata, columns):
 
     Its name holds a digest of all that it depends on, so that no stale one is ever opened.
     """
-    key = json.dumps([1, dataset, columns, Files([metadata]).signature()])
+    key = json.dumps([2, dataset, columns, Files([metadata]).signature()])
     name = f"{os.path.basename(metadata)}.{hashlib.sha256(key.encode()).hexdigest()[:12]}.arrow"
     beside = Path(metadata).absolute().parent
     return (beside if os.access(beside, os.W_OK) else Path.home() / ".cache/slip") / name
@@ -345,7 +387,9 @@ def load_captions(dataset, metadata, columns=("filepath", "title")):
         if not path.exists():
             utils.make_folder(path.parent)
             source = SOURCES[dataset](metadata, columns)
-            write_captions(path, source, folder=f"{path}.{os.getpid()}.part")
+            counts = write_captions(path, source, folder=f"{path}.{os.getpid()}.part")
+            if counts.total() > counts[KEPT]:
+                print(f"{path}: {describe(counts)}", flush=True)
     captions = Captions(path)
     if not len(captions):
         raise InputError(f"metadata {metadata} holds no image; check the file")

@@ -74,7 +74,7 @@ def check_order(name, dataset, labels):
             raise InputError(
                 f"{name}: folder {folder!r} is class {number}, {taken}, by its place, but class "
                 f"{min(meant)}, {told}, by its name; rename the folders, correct the labels, or "
-                "give --ignore-folder-names"
+                "have the folder names ignored"
             )
         (agreed if meant else silent).append(folder)
     return agreed, silent

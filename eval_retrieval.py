@@ -16,8 +16,10 @@ from torch.utils.data import Dataset
 
 import catalog
 import utils
+from captions import coco_id
 from evaluation import Evaluation, check_finite, check_results, predict
 from infra import devices, distributed
+from infra.rows import Dropped, caption_texts, path_text
 from infra.untrusted import check_inside
 from pretrained import load_model
 from tokenizer import SimpleTokenizer
@@ -56,7 +58,7 @@ def read_karpathy(table, split):
     return [
         (
             os.path.join(row.get("filepath", ""), row["filename"]),
-            [s["raw"] for s in row["sentences"]],
+            [s.get("raw") for s in row["sentences"]],
         )
         for row in table["images"]
         if row["split"] in wanted
@@ -66,33 +68,55 @@ def read_karpathy(table, split):
 def read_coco(table, split):
     """Without a list of images these are named after their number, as in COCO."""
     if "images" in table:
-        paths = {row["id"]: row["file_name"] for row in table["images"]}
+        paths = {coco_id(row["id"]): row["file_name"] for row in table["images"]}
     else:
-        paths = {row["image_id"]: f"{row['image_id']:012d}.jpg" for row in table["annotations"]}
+        numbers = [coco_id(row["image_id"]) for row in table["annotations"]]
+        paths = {number: f"{int(number):012d}.jpg" for number in numbers}
     texts = {number: [] for number in paths}
     for row in table["annotations"]:
-        if row["image_id"] not in texts:
-            raise InputError(f"a caption names image {row['image_id']!r}, which is not listed")
-        texts[row["image_id"]].append(row["caption"])
+        if (number := coco_id(row["image_id"])) not in texts:
+            raise InputError(f"a caption names image {number}, which is not listed")
+        texts[number].append(row.get("caption"))
     return [(path, texts[number]) for number, path in paths.items()]
 
 
+def is_usable(text):
+    """Whether a caption is a text, and not blank: another would be scored as its spelling."""
+    try:
+        return isinstance(text, str) and bool(caption_texts(text))
+    except Dropped:
+        return False
+
+
 def read_captions(path, split, per_image):
-    """[(path, captions)] of the images that have captions. Raises InputError for another file."""
+    """The images of a split that have captions, without the captions that are no text.
+
+    Args:
+        path: of the captions file.
+        split: of Karpathy's file.
+        per_image: the first so many captions of an image are taken.
+
+    Returns ([(image path, captions)], number of captions left out). Raises InputError for another
+    file.
+    """
     table = utils.read_json(path, "captions")
     reader = read_coco if isinstance(table, dict) and "annotations" in table else read_karpathy
+    rows, left_out = [], 0
     try:
-        rows = reader(table, split)
-        rows = [(str(image), [str(t) for t in texts[:per_image]]) for image, texts in rows if texts]
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        for image, texts in reader(table, split):
+            usable = [text for text in texts if is_usable(text)]
+            left_out += len(texts) - len(usable)
+            if usable:
+                rows.append((path_text(image), usable[:per_image]))
+    except (InputError, Dropped) as error:
+        raise InputError(f"{path}: {error}; correct the file") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"{path} is neither Karpathy's nor COCO's: {error!r}; see --help"
         ) from error
     if not rows:
         raise InputError(f"{path} has no image with captions in split {split!r}")
-    return rows
+    return rows, left_out
 
 
 class Images(Dataset):
@@ -188,7 +212,7 @@ def main(args):
     model.to(device)
     precision, tokenizer = devices.Precision(args.precision, device), SimpleTokenizer()
 
-    rows = read_captions(args.captions, args.split, args.captions_per_image)
+    rows, left_out = read_captions(args.captions, args.split, args.captions_per_image)
     paths = [path for path, _ in rows]
     dataset = Images(args.root, paths, model.image_size, args.allow_outside_root)
     captions = [text for _, texts in rows for text in texts]
@@ -203,6 +227,8 @@ def main(args):
         name = args.name or os.path.splitext(os.path.basename(args.captions))[0]
         utils.make_folder(args.output_dir)
         utils.update_json(os.path.join(args.output_dir, "retrieval.json"), {name: result})
+        if left_out:
+            print(f"{args.captions}: {left_out} captions are no text or blank, and left out")
         print(f"{name}: {len(rows)} images, {len(captions)} captions; recall at 1, 5, 10")
         for direction in ("image_to_text", "text_to_image"):
             numbers = "  ".join(f"{result[f'{direction}_recall{k}']:6.2f}" for k in (1, 5, 10))

@@ -32,7 +32,8 @@ from classes import check_order
 from infra import distributed
 from infra.archives import read_file
 from infra.arrow import describe, write_captions
-from infra.untrusted import Files, check_inside
+from infra.rows import Files
+from infra.untrusted import check_inside
 from transforms import decode_image
 from utils import InputError
 

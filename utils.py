@@ -76,7 +76,7 @@ def regular_file(path, flags):
 def read_json(path, kind):
     """The parsed JSON file; `kind` names it in errors. Raises InputError if absent or malformed."""
     try:
-        with open(path, encoding="utf-8", opener=regular_file) as file:
+        with open(path, encoding="utf-8-sig", opener=regular_file) as file:  # a BOM is no matter
             return json.load(file)
     except OSError as error:
         raise InputError(f"{kind} {path}: {error.strerror}; check the path") from error

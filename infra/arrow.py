@@ -16,17 +16,13 @@ import pyarrow as pa
 from tqdm import tqdm
 
 import utils
-from infra.untrusted import Files, parse_rows, plain_text
+from infra.rows import Dropped, Files, Malformed, caption_texts, parse_rows, path_text
 from utils import InputError
 
 TEXT = pa.large_string()
 SCHEMA = pa.schema([("image", TEXT), ("captions", pa.large_list(TEXT))])
 BATCH = 2**16  # rows read between two batches of the Arrow file
-KEPT = "kept"
-
-
-class Dropped(Exception):
-    """Raised by `pick` for a row to leave out; the reason is counted."""
+KEPT, NULLS = "kept", "nulls"  # the counts of kept rows, and of nulls in their lists of captions
 
 
 @dataclass
@@ -34,8 +30,8 @@ class Source:
     """A caption set as its files describe it, row by row."""
 
     files: Files
-    rows: Iterable
-    pick: Callable  # row -> (image path, caption or captions)
+    rows: Iterable  # one may be a Dropped
+    pick: Callable  # row -> (image path, caption or captions); may raise Dropped
 
 
 # ---------------------------------------------------------------------------------------------
@@ -43,19 +39,18 @@ class Source:
 
 
 def read_pairs(source, skip=0):
-    """(image, captions) of each row after the first `skip`, or the reason why it is dropped."""
+    """Of each row after the first `skip`: (image, captions, nulls), or the reason to drop it."""
 
     def pick(row):
         try:
+            if isinstance(row, Dropped):
+                raise row
             image, captions = source.pick(row)
+            return path_text(image), *caption_texts(captions)
         except Dropped as dropped:
             return str(dropped)
-        captions = [captions] if isinstance(captions, str) else list(captions)
-        if not captions:
-            raise ValueError("no caption")
-        return plain_text(image), [plain_text(caption) for caption in captions]
 
-    return parse_rows(source.files, source.rows, pick, skip)
+    return parse_rows(source.files, source.rows, pick, skip, Malformed())
 
 
 def read_chunks(source, facts, title):
@@ -74,7 +69,9 @@ def read_chunks(source, facts, title):
             rows += len(chunk)
             counts.update(pair if isinstance(pair, str) else KEPT for pair in chunk)
             kept = [pair for pair in chunk if not isinstance(pair, str)]
-            columns = [list(map(itemgetter(i), kept)) for i in (0, 1)]
+            images, texts, nulls = (list(map(itemgetter(i), kept)) for i in range(3))
+            counts[NULLS] += sum(nulls)
+            columns = [images, texts]
             yield pa.record_batch(columns, SCHEMA), facts | {"rows": rows, "counts": counts}
             bar.update(len(chunk))
             bar.set_postfix_str(f"{source.files.share():.0%} of the input")
@@ -120,8 +117,8 @@ def write_captions(output, source, key="", folder=None):
         key: the settings of the conversion, as JSON values.
         folder: folder of the parts, by default `<output>.part`.
 
-    Returns a Counter: KEPT and each reason for a dropped row -> number of rows. Raises InputError
-    if a row is malformed or no row is left; then nothing remains on disk.
+    Returns a Counter: KEPT and each reason for a dropped row -> number of rows, and NULLS. Raises
+    InputError if a file cannot be read or no row is left; then nothing remains on disk.
     """
     folder = Path(folder or f"{output}.part")
     parts, facts = read_parts(folder, json.dumps([key, source.files.signature()]))
@@ -148,10 +145,11 @@ def write_captions(output, source, key="", folder=None):
 
 def describe(counts):
     """The result of write_captions in words."""
-    dropped = [(reason, number) for reason, number in counts.most_common() if reason != KEPT]
+    dropped = [pair for pair in counts.most_common() if pair[0] not in (KEPT, NULLS)]
     reasons = "".join(f"; {number:,} {reason}" for reason, number in dropped)
     total = sum(number for _, number in dropped)
-    return f"{counts[KEPT]:,} pairs kept, {total:,} rows dropped{reasons}"
+    nulls = f"; {counts[NULLS]:,} nulls among the captions of others" if counts[NULLS] else ""
+    return f"{counts[KEPT]:,} pairs kept, {total:,} rows dropped{reasons}{nulls}"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -186,6 +184,9 @@ def read_batches(path):
         for i in range(reader.num_record_batches):
             batch = reader.get_batch(i)
             batch.validate()
+            image, captions = batch.columns
+            if image.null_count + captions.null_count + captions.values.null_count:
+                raise InputError(f"metadata {path} has nulls among its texts; write it without")
             if len(batch):
                 yield batch
     except (OSError, pa.ArrowException) as error:

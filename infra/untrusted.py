@@ -1,12 +1,10 @@
-"""Strangers' files, read as plain data: pickles, .npy, text and JSON as they stream, and paths.
+"""Strangers' files, read as plain data: pickles, .npy, and paths; rows.py has text and tables.
 
 Nothing in a file is ever executed, no claimed size is believed beyond a limit, and every failure
 to read is an InputError that names the file.
 """
 
-import bz2
 import csv
-import gzip
 import os
 import pickle
 import resource
@@ -15,7 +13,6 @@ import tarfile
 import zipfile
 import zlib
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 
 import ijson
@@ -29,7 +26,6 @@ BAD_INPUT = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError
 BAD_INPUT += (RecursionError, TypeError, ValueError, csv.Error, ijson.JSONError, sqlite3.Error)
 BAD_INPUT += (tarfile.TarError, zipfile.BadZipFile, zlib.error, pa.ArrowException)
 
-MAX_LINE = 2**24  # characters of a line of text
 SLACK = 2**28  # bytes that reading any file may take beyond those that its size explains
 
 
@@ -160,109 +156,6 @@ def read_metadata(path, parse):
             f"metadata {path} does not parse ({first_line(error)}); check that it is complete "
             "and of the expected format"
         ) from error
-
-
-# ---------------------------------------------------------------------------------------------
-# Text and JSON, plain or compressed, read row by row
-
-OPENERS = {".gz": gzip.open, ".bz2": bz2.open}
-
-
-class Files:
-    """Input files read one after another.
-
-    `path` is the open file, by which errors name the culprit; share() is the progress through all.
-    """
-
-    def __init__(self, paths):
-        self.paths = [os.fspath(path) for path in paths]
-        self.path, self.raw, self.before = next(iter(self.paths), None), None, 0
-        try:
-            self.size = sum(os.path.getsize(path) for path in self.paths)
-        except OSError as error:
-            raise InputError(f"{error.filename}: {error.strerror}; check the path") from error
-
-    def __iter__(self):
-        """Each file, opened as bytes; .gz and .bz2 are decompressed."""
-        for path in self.paths:
-            self.path = path
-            with open(path, "rb", opener=regular_file) as self.raw:
-                opener = OPENERS.get(os.path.splitext(path)[1])
-                yield opener(self.raw, "rb") if opener else self.raw
-                self.before += self.raw.tell()
-                self.raw = None
-
-    def share(self):
-        """The share of all bytes read so far, 0 to 1."""
-        done = self.before + (self.raw.tell() if self.raw and not self.raw.closed else 0)
-        return min(done / max(self.size, 1), 1.0)
-
-    def signature(self):
-        """[path, size, modification time] of each file, which changes if an input does."""
-        stats = [(os.path.abspath(path), os.stat(path)) for path in self.paths]
-        return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
-
-    def lines(self):
-        for file in self:
-            yield from read_lines(file)
-
-    def json_rows(self, prefix):
-        """The elements below `prefix` (ijson's: "item" for a list), parsed one by one."""
-        for file in self:
-            yield from ijson.items(file, prefix, use_float=True)
-
-
-def read_lines(file):
-    """Lines of a binary file as text. Raises ValueError for one too long or not UTF-8."""
-    for line in iter(lambda: file.readline(MAX_LINE), b""):
-        if len(line) == MAX_LINE:
-            raise ValueError(f"a line has over {MAX_LINE} bytes")
-        yield line.decode("utf-8-sig" if line.startswith(b"\xef\xbb\xbf") else "utf-8")
-
-
-def parse_rows(files, rows, parse, skip=0):
-    """Yields parse(row) of each row after the first `skip`.
-
-    Args:
-        files: the Files that `rows` are read from.
-        rows: iterable of rows; reading the next one may fail on a damaged file.
-        parse: function of a row; raises one of BAD_INPUT if a field is missing or malformed.
-        skip: number of rows to read without parsing them.
-
-    Raises InputError with the file, and with the row's number in that file.
-    """
-    path, first = None, 0
-    try:
-        rows = iter(rows)
-    except TypeError:
-        raise InputError(
-            f"metadata {files.path} holds no list of rows; choose the dataset that it belongs to"
-        ) from None
-    for number in count():
-        try:
-            row = next(rows)
-            if files.path != path:
-                path, first = files.path, number
-            if number < skip:
-                continue
-            value = parse(row)
-        except StopIteration:
-            return
-        except BAD_INPUT as error:
-            own = number - first if files.path == path else 0
-            reason = first_line(error)
-            reason = f"no {reason}" if isinstance(error, KeyError) else reason
-            raise InputError(
-                f"metadata {files.path}, row {own}: {reason}; the file is damaged, or a field is "
-                "missing or malformed"
-            ) from error
-        yield value
-
-
-def plain_text(value):
-    """A row's text, unchanged. Raises one of BAD_INPUT for other types and lone surrogates."""
-    value.encode()
-    return value
 
 
 # ---------------------------------------------------------------------------------------------
