@@ -344,8 +344,7 @@ def load_captions(dataset, metadata, columns=("filepath", "title")):
         path = cache_path(dataset, metadata, columns)
         if not path.exists():
             utils.make_folder(path.parent)
-            source = SOURCES[dataset](metadata, columns)
-            write_captions(path, source, folder=f"{path}.{os.getpid()}.part")
+            write_captions(path, SOURCES[dataset](metadata, columns), reuse=True)
     captions = Captions(path)
     if not len(captions):
         raise InputError(f"metadata {metadata} holds no image; check the file")

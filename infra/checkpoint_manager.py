@@ -86,6 +86,7 @@ class CheckpointManager:
             info: logs a text; a fault of the writing thread goes there.
         """
         self.folder, self.latest = str(folder), os.path.join(folder, "checkpoint.pt")
+        self.best = os.path.join(folder, "checkpoint_best.pt")
         self.parts, self.state, self.device = parts | {"progress": state}, state, device
         self.facts, self.pretrained, self.info = facts, pretrained, info
         self.keep_last, self.seconds = keep_last, 60 * save_every_minutes
@@ -164,6 +165,8 @@ class CheckpointManager:
         """Keeps other runs out of the folder, which must exist, until `close`."""
         if distributed.is_main_process() and not self.lock_file:
             self.lock_file = lock_folder(self.folder)
+            for path in [self.latest, self.best, *self.older()]:  # of a run that was killed
+                utils.remove_temporaries(path, days=0)
 
     # Saving
 
@@ -211,9 +214,8 @@ class CheckpointManager:
         """Reads the new file, copies it if it is the best, and makes way for it as the latest."""
         checkpoint.verify(temporary)
         if is_best:  # first: the latest names the best's accuracy
-            best = os.path.join(self.folder, "checkpoint_best.pt")
             with open(temporary, "rb") as source:
-                utils.write_atomically(best, lambda file: shutil.copyfileobj(source, file))
+                utils.write_atomically(self.best, lambda file: shutil.copyfileobj(source, file))
         self.rotate()
 
     def rotate(self):
@@ -222,10 +224,9 @@ class CheckpointManager:
             return
         kept = os.path.join(self.folder, f"checkpoint-{self.number:08d}.pt")
         try:
-            if os.path.exists(f"{kept}.tmp"):
-                os.unlink(f"{kept}.tmp")
-            os.link(self.latest, f"{kept}.tmp")
-            os.replace(f"{kept}.tmp", kept)
+            with utils.temporary_name(kept) as name:
+                os.link(self.latest, name)
+                os.replace(name, kept)
         except OSError:  # a file system without hard links
             os.replace(self.latest, kept)
 
