@@ -133,13 +133,17 @@ def write_atomically(path, write, verify=lambda path: None):
 
     verify: called with the path of the new file before it takes the place of the old one.
     """
-    with temporary_name(path) as temporary:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        verify(temporary)
-        os.replace(temporary, path)
+    try:
+        with temporary_name(path) as temporary:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            verify(temporary)
+            os.replace(temporary, path)
+    except OSError as error:
+        error.filename = os.fspath(path)
+        raise
 
 
 @contextmanager
@@ -181,7 +185,9 @@ def open_lock(path):
 
 def write_json(path, value):
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    # A file's name may hold bytes that are no text; JSON spells them as Python does.
+    data = text.encode(errors="backslashreplace")
+    write_atomically(path, lambda file: file.write(data))
 
 
 def update_json(path, entries):

@@ -217,7 +217,7 @@ class Run(ExitStack):
                 set_rng_state(self.state.random, self.device)
                 self.state.random = None
             yield self.state.epoch
-        self.checkpoints.wait()
+        self.checkpoints.finish()
 
     def end_epoch(self, stats, is_best=False):
         """Logs the epoch's numbers, {name: number}, and saves."""
@@ -247,6 +247,7 @@ class Run(ExitStack):
 
     def stop(self, signum):
         """Ends the run at a signal, once it is saved."""
+        self.checkpoints.finish()
         self.checkpoints.close()
         self.log.info(
             f"stopped by {signal.Signals(signum).name} after {self.state.epoch} epochs and "
