@@ -386,8 +386,7 @@ def load_captions(dataset, metadata, columns=("filepath", "title")):
         path = cache_path(dataset, metadata, columns)
         if not path.exists():
             utils.make_folder(path.parent)
-            source = SOURCES[dataset](metadata, columns)
-            counts = write_captions(path, source, folder=f"{path}.{os.getpid()}.part")
+            counts = write_captions(path, SOURCES[dataset](metadata, columns), reuse=True)
             if counts.total() > counts[KEPT]:
                 print(f"{path}: {describe(counts)}", flush=True)
     captions = Captions(path)

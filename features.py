@@ -7,6 +7,7 @@ in chunks. Shapes: n images, W width of a feature, C classes.
 import hashlib
 import math
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -48,22 +49,25 @@ def extract(tower, width, dataset, path, evaluation):
     n = len(dataset)
     files = {f"{path}.npy": (np.float32, (n, width)), f"{path}-labels.npy": (np.int64, (n,))}
     if not distributed.broadcast_object(all(is_whole(file, *kind) for file, kind in files.items())):
-        if distributed.is_main_process():
-            utils.make_folder(os.path.dirname(path))
-            reserve({f"{file}.tmp": kind for file, kind in files.items()})
-        distributed.barrier()
-        features, labels = (np.load(f"{file}.tmp", mmap_mode="r+") for file in files)
-        for rows, images, classes in sharded_batches(dataset, evaluation):
-            with evaluation.precision.autocast():
-                features[rows] = check_finite(tower(images).float().cpu())
-            labels[rows] = classes.cpu()
-        features.flush()
-        labels.flush()
-        distributed.barrier()
-        if distributed.is_main_process():
-            for file in files:
-                os.replace(f"{file}.tmp", file)
-        distributed.barrier()
+        with ExitStack() as stack:
+            names = [stack.enter_context(utils.temporary_name(file)) for file in files]
+            names = distributed.broadcast_object(names)
+            if distributed.is_main_process():
+                utils.make_folder(os.path.dirname(path))
+                reserve(dict(zip(names, files.values(), strict=True)))
+            distributed.barrier()
+            features, labels = (np.load(name, mmap_mode="r+") for name in names)
+            for rows, images, classes in sharded_batches(dataset, evaluation):
+                with evaluation.precision.autocast():
+                    features[rows] = check_finite(tower(images).float().cpu())
+                labels[rows] = classes.cpu()
+            features.flush()
+            labels.flush()
+            distributed.barrier()
+            if distributed.is_main_process():
+                for name, file in zip(names, files, strict=True):
+                    os.replace(name, file)
+            distributed.barrier()
     features, labels = (np.load(file, mmap_mode="c") for file in files)  # copied when written to
     return torch.from_numpy(features), torch.from_numpy(labels)
 

@@ -225,12 +225,17 @@ def make_digits(args):
     Writes a caption set and the labelled folders train/ and test/. Few images have captions, as
     SLIP's gain over CLIP is then largest, and many are held out, as intervals are then narrow.
     """
+    root = os.path.normpath(args.root)
+    with utils.locked(root):
+        if os.path.exists(root):
+            print(f"{root} is there already")
+        else:
+            write_digits(root)
+
+
+def write_digits(root):
     from sklearn.datasets import load_digits
 
-    root = args.root
-    if os.path.exists(root):
-        print(f"{root} is there already")
-        return
     digits, part = load_digits(), f"{root}.part"
     shutil.rmtree(part, ignore_errors=True)
     order = np.random.default_rng(0).permutation(len(digits.images))

@@ -5,12 +5,16 @@ Imports nothing of this repository, and knows no model, loss or data.
 
 import argparse
 import errno
+import fcntl
+import glob
 import json
 import math
 import os
 import random
+import secrets
 import stat
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -100,33 +104,100 @@ def make_folder(path):
     return Path(path)
 
 
+@contextmanager
+def temporary_name(path):
+    """Yields a name beside `path` that no other process or container uses.
+
+    Its file is gone at the end, renamed or removed. A process that was killed leaves it; it goes
+    after a day, when `path` is written again.
+    """
+    name = f"{path}.{secrets.token_hex(8)}.tmp"
+    remove_temporaries(path, days=1)
+    try:
+        yield name
+    finally:
+        with suppress(OSError):
+            os.unlink(name)
+
+
+def remove_temporaries(path, days):
+    """Removes the files of `temporary_name` for `path` that nobody wrote to for so many days."""
+    for name in glob.glob(f"{glob.escape(str(path))}.{'[0-9a-f]' * 16}.tmp"):
+        with suppress(OSError):  # another process may have renamed or removed it
+            if time.time() - os.stat(name).st_mtime >= 24 * 3600 * days:
+                os.unlink(name)
+
+
 def write_atomically(path, write, verify=lambda path: None):
     """Calls write(file) on a binary file beside `path`, flushes it to disk, then renames it.
 
     verify: called with the path of the new file before it takes the place of the old one.
     """
-    temporary = f"{path}.tmp"
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        verify(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        with temporary_name(path) as temporary:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            verify(temporary)
+            os.replace(temporary, path)
+    except OSError as error:
+        error.filename = os.fspath(path)
         raise
+
+
+@contextmanager
+def locked(path):
+    """Keeps other processes, on all machines, from the same context of `path`: they wait.
+
+    The lock is a file beside it, .NAME.lock. Yields whether there is one: some file systems have no
+    locks, and if the folder is at fault, whoever writes `path` then says so.
+    """
+    folder, name = os.path.split(path)
+    lock = os.path.join(folder, f".{name}.lock")
+    descriptor = None
+    with suppress(OSError):
+        while descriptor is None:
+            descriptor = open_lock(lock)
+    try:
+        yield descriptor is not None
+    finally:
+        if descriptor is not None:
+            with suppress(OSError):
+                os.unlink(lock)
+            os.close(descriptor)
+
+
+def open_lock(path):
+    """The locked file's descriptor; None if its former owner has removed the file meanwhile."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with suppress(OSError):  # absent, or on another machine's word
+            here = os.fstat(descriptor)
+            if here.st_nlink and os.path.samestat(here, os.stat(path)):
+                kept, descriptor = descriptor, None
+                return kept
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def write_json(path, value):
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    # A file's name may hold bytes that are no text; JSON spells them as Python does.
+    data = text.encode(errors="backslashreplace")
+    write_atomically(path, lambda file: file.write(data))
 
 
 def update_json(path, entries):
-    """Adds entries to the object in a JSON file, which need not be there yet."""
-    old = read_json(path, "results") if os.path.exists(path) else {}
-    write_json(path, {**(old if isinstance(old, dict) else {}), **entries})
+    """Adds entries to the object in a JSON file, which need not be there yet.
+
+    Processes that do so at once wait for each other, and lose nothing.
+    """
+    with locked(path):
+        old = read_json(path, "results") if os.path.exists(path) else {}
+        write_json(path, {**(old if isinstance(old, dict) else {}), **entries})
 
 
 # ---------------------------------------------------------------------------------------------

@@ -105,22 +105,32 @@ def read_parts(folder, key):
     return parts, facts
 
 
-def write_captions(output, source, key="", folder=None):
+def write_captions(output, source, key="", reuse=False):
     """Converts a source into the Arrow file `output`.
 
-    Finished parts wait in a folder: after an interruption another call resumes behind them if the
-    input files and `key` are the same.
+    Finished parts wait in the folder `<output>.part`: after an interruption another call resumes
+    behind them if the input files and `key` are the same. Calls at once wait for each other.
 
     Args:
         output: path of the Arrow file.
         source: the Source to read.
         key: the settings of the conversion, as JSON values.
-        folder: folder of the parts, by default `<output>.part`.
+        reuse: bool, whether an `output` that another process has written meanwhile will do.
 
     Returns a Counter: KEPT and each reason for a dropped row -> number of rows, and NULLS. Raises
     InputError if a file cannot be read or no row is left; then nothing remains on disk.
     """
-    folder = Path(folder or f"{output}.part")
+    with utils.locked(output) as is_alone:
+        if reuse and os.path.exists(output):
+            return Counter()
+        if is_alone:
+            return merge_parts(output, source, key, Path(f"{output}.part"))
+        with utils.temporary_name(output) as folder:
+            return merge_parts(output, source, key, Path(f"{folder}.part"))
+
+
+def merge_parts(output, source, key, folder):
+    """write_captions by the parts in a folder that no other process uses."""
     parts, facts = read_parts(folder, json.dumps([key, source.files.signature()]))
     if not parts:
         shutil.rmtree(folder, ignore_errors=True)
@@ -133,7 +143,7 @@ def write_captions(output, source, key="", folder=None):
         counts = Counter(facts["counts"])
         if not counts[KEPT]:
             raise InputError(f"metadata {source.files.path} holds no image; {describe(counts)}")
-        merged = folder / "merged.arrow"  # its name is this process's own, unlike the output's
+        merged = folder / "merged.arrow"
         write_arrow(merged, (batch for part in parts for batch in read_batches(part)), facts)
         os.replace(merged, output)
     except InputError:

@@ -19,6 +19,7 @@ import utils
 from infra import checkpoint, distributed
 from utils import InputError
 
+RETRIES = (1.0, 3.0)  # seconds before each further attempt at the last checkpoint
 LOCK_PATIENCE = 10.0  # seconds: a process that was killed just now may not have gone yet
 
 
@@ -86,11 +87,13 @@ class CheckpointManager:
             info: logs a text; a fault of the writing thread goes there.
         """
         self.folder, self.latest = str(folder), os.path.join(folder, "checkpoint.pt")
+        self.best = os.path.join(folder, "checkpoint_best.pt")
         self.parts, self.state, self.device = parts | {"progress": state}, state, device
         self.facts, self.pretrained, self.info = facts, pretrained, info
         self.keep_last, self.seconds = keep_last, 60 * save_every_minutes
         self.saved, self.number = time.monotonic(), None  # number: updates behind the latest
         self.lock_file = self.writer = self.copies = None
+        self.unsaved = self.fault = None  # of the latest save: its state, and why it failed
         self.absent = set()  # parts that the restored checkpoint lacks
 
     # Restoring
@@ -164,6 +167,8 @@ class CheckpointManager:
         """Keeps other runs out of the folder, which must exist, until `close`."""
         if distributed.is_main_process() and not self.lock_file:
             self.lock_file = lock_folder(self.folder)
+            for path in [self.latest, self.best, *self.older()]:  # of a run that was killed
+                utils.remove_temporaries(path, days=0)
 
     # Saving
 
@@ -178,6 +183,8 @@ class CheckpointManager:
         if not distributed.is_main_process():
             return
         self.wait()
+        if self.unsaved and self.unsaved[1]:  # no later one makes up for the best
+            self.write(*self.unsaved)
         parts = {key: part.state_dict() for key, part in self.parts.items()}
         self.copies = copy_to_host(parts, self.copies)
         if self.device.type == "cuda":
@@ -190,11 +197,22 @@ class CheckpointManager:
 
     def write(self, state, is_best):
         """A fault costs this checkpoint, not the run, and leaves the old ones as they were."""
+        self.try_to_write(state, is_best)
+        if self.fault:
+            self.info(
+                f"warning: the checkpoint could not be saved ({self.fault}); training continues, "
+                f"{self.describe_others()}"
+            )
+
+    def try_to_write(self, state, is_best):
+        """Sets `unsaved` and `fault`, the reason, if the state cannot be written."""
+        self.unsaved, self.fault = (state, is_best), None
         try:
             for key, value in state["state_dict"].items():
                 if value.is_floating_point() and not value.isfinite().all():
                     raise ValueError(f"{key} is not finite")
             checkpoint.save(self.latest, state, lambda path: self.verify(path, is_best))
+            self.unsaved = None
             self.number = state["progress"]["updates"]
             for path in self.older()[self.keep_last - 1 :]:
                 os.unlink(path)
@@ -202,18 +220,37 @@ class CheckpointManager:
             while not isinstance(error, OSError) and error.__context__:
                 error = error.__context__
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-            self.info(
-                f"warning: the checkpoint could not be saved ({reason}); training continues, the "
-                "one before it is whole"
+            self.fault = reason or type(error).__name__
+
+    def describe_others(self):
+        if any(map(os.path.exists, [self.latest, *self.older()])):
+            return "the one before it is whole"
+        return "none has been saved yet"
+
+    def finish(self):
+        """Waits for the last checkpoint. Raises InputError, on rank 0, if no attempt can write it.
+
+        Unlike a checkpoint before it, no later one makes up for it.
+        """
+        self.wait()
+        for pause in RETRIES if self.unsaved else ():
+            time.sleep(pause)
+            self.try_to_write(*self.unsaved)
+            if not self.unsaved:
+                self.info("the last checkpoint is saved after all")
+                return
+        if self.unsaved:
+            raise InputError(
+                f"the last checkpoint could not be saved in {self.folder} ({self.fault}); "
+                f"{self.describe_others()}; mend that, and the same command resumes from there"
             )
 
     def verify(self, temporary, is_best):
         """Reads the new file, copies it if it is the best, and makes way for it as the latest."""
         checkpoint.verify(temporary)
         if is_best:  # first: the latest names the best's accuracy
-            best = os.path.join(self.folder, "checkpoint_best.pt")
             with open(temporary, "rb") as source:
-                utils.write_atomically(best, lambda file: shutil.copyfileobj(source, file))
+                utils.write_atomically(self.best, lambda file: shutil.copyfileobj(source, file))
         self.rotate()
 
     def rotate(self):
@@ -222,10 +259,9 @@ class CheckpointManager:
             return
         kept = os.path.join(self.folder, f"checkpoint-{self.number:08d}.pt")
         try:
-            if os.path.exists(f"{kept}.tmp"):
-                os.unlink(f"{kept}.tmp")
-            os.link(self.latest, f"{kept}.tmp")
-            os.replace(f"{kept}.tmp", kept)
+            with utils.temporary_name(kept) as name:
+                os.link(self.latest, name)
+                os.replace(name, kept)
         except OSError:  # a file system without hard links
             os.replace(self.latest, kept)
 

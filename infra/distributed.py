@@ -3,6 +3,7 @@
 Shapes: B rows of this rank, N rows of all ranks, D columns.
 """
 
+import errno
 import os
 import re
 import sys
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from infra.signals import Stopped
+from infra.streams import tolerant_streams
 from infra.watchdog import Watchdog
 from utils import InputError, one_line
 
@@ -31,20 +33,38 @@ PATIENCE = timedelta(minutes=30)
 
 def run_script(script):
     """Calls a script; an InputError becomes one line on stderr and exit code 2."""
+    with tolerant_streams():
+        try:
+            with report_errors():
+                script()
+        except InputError as error:
+            rank = f" (rank {get_rank()})" if get_rank() else ""
+            print(f"error{rank}: {one_line(error)}", file=sys.stderr, flush=True)
+            sys.exit(2)
+
+
+# Faults of the machine's disks that any write may meet.
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+
+
+@contextmanager
+def machine_faults():
+    """Errors within that are the machine's fault become InputErrors."""
     try:
-        with report_errors():
-            script()
-    except InputError as error:
-        rank = f" (rank {get_rank()})" if get_rank() else ""
-        print(f"error{rank}: {one_line(error)}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FAULTS:
+            raise
+        path = f"{error.filename}: " if error.filename else ""
+        raise InputError(f"{path}{error.strerror}; free space, or choose another folder") from error
 
 
 @contextmanager
 def report_errors():
     """Tells the other ranks, which would wait for this one, of an error that ends it."""
     try:
-        yield
+        with machine_faults():
+            yield
     except BaseException as error:
         if watchdog := Watchdog.current():
             report_error(watchdog, f"rank {get_rank()}", error)

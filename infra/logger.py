@@ -72,6 +72,11 @@ class Logger:
         from torch.utils.tensorboard import SummaryWriter  # slow to import: only when needed
 
         self.output_dir = make_folder(output_dir)
+        if os.fsencode(output_dir) != str(output_dir).encode(errors="replace"):
+            raise InputError(
+                f"output folder {output_dir!r}: TensorBoard's files need a name in UTF-8; choose "
+                "another"
+            )
         self.file, self.said = self.output_dir / "log.txt", set()
         if self.file.exists() and first_epoch == 0:  # of another run: moved aside
             os.replace(self.file, f"{self.file}.old")
@@ -116,7 +121,8 @@ class Logger:
 
     def dump(self, name, value):
         """Writes a value as a JSON file beside the log; returns its path."""
-        write_json(self.output_dir / name, value)
+        with self.tolerant():
+            write_json(self.output_dir / name, value)
         return str(self.output_dir / name)
 
     def scalars(self, values, step):

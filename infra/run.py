@@ -21,7 +21,7 @@ import torch
 from infra import distributed, logger
 from infra.checkpoint_manager import CheckpointManager
 from infra.signals import NOTHING, SAVE, SignalHandler
-from utils import seed_everything, set_rng_state
+from utils import make_folder, seed_everything, set_rng_state
 
 
 class Meters:
@@ -197,12 +197,14 @@ class Run(ExitStack):
         self.notes += self.checkpoints.restore(other, check, fixed)
 
     def start(self):
-        """Opens the log and locks the folder; nothing is written before. Logs how it resumed."""
+        """Locks the folder, then opens the log; nothing is written before. Logs how it resumed."""
         updates = len(self.training.schedule) // self.args.epochs  # of an epoch
         first = self.state.epoch * updates + self.state.step
+        if distributed.is_main_process():
+            make_folder(self.checkpoints.folder)
+        self.checkpoints.lock()
         self.log = logger.open_log(self.checkpoints.folder, self.state.epoch, first)
         self.log.settings(self.facts)
-        self.checkpoints.lock()
         for note in self.notes:
             self.log.info(note)
 
@@ -215,7 +217,7 @@ class Run(ExitStack):
                 set_rng_state(self.state.random, self.device)
                 self.state.random = None
             yield self.state.epoch
-        self.checkpoints.wait()
+        self.checkpoints.finish()
 
     def end_epoch(self, stats, is_best=False):
         """Logs the epoch's numbers, {name: number}, and saves."""
@@ -245,6 +247,7 @@ class Run(ExitStack):
 
     def stop(self, signum):
         """Ends the run at a signal, once it is saved."""
+        self.checkpoints.finish()
         self.checkpoints.close()
         self.log.info(
             f"stopped by {signal.Signals(signum).name} after {self.state.epoch} epochs and "

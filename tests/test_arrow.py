@@ -1,6 +1,8 @@
 """The Arrow file of captions: its columns, and conversions that are interrupted."""
 
 import itertools
+import multiprocessing
+import os
 
 import pyarrow as pa
 import pytest
@@ -41,3 +43,40 @@ def test_a_changed_input_starts_anew(tmp_path, monkeypatch):
 def interrupted(values, number):
     yield from itertools.islice(values, number)
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_two_processes_convert_one_file_at_once(tmp_path, monkeypatch, has_locks):
+    """Containers whose process numbers are equal: one converts, or each in a folder of its own."""
+    (tmp_path / "t.csv").write_text("filepath,title\na,b\nc,d\n")
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    if not has_locks:
+        monkeypatch.setattr(arrow.utils, "open_lock", refuse)
+    monkeypatch.setattr(arrow, "BATCH", 1)
+    context = multiprocessing.get_context("fork")
+    together = context.Barrier(3)
+
+    def convert():
+        together.wait()
+        assert len(load_captions("csv", tmp_path / "t.csv")) == 2
+
+    processes = [context.Process(target=convert) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 3
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".arrow", ".csv"]
+
+
+def refuse(*args):
+    raise OSError("no locks here")
+
+
+def test_a_conversion_that_another_process_finished_is_not_done_again(tmp_path):
+    table, output = tmp_path / "t.csv", tmp_path / "out.arrow"
+    table.write_text("filepath,title\na,b\n")
+    columns = ("filepath", "title")
+    assert arrow.write_captions(output, open_csv(table, columns), reuse=True) == {"kept": 1}
+    assert not arrow.write_captions(output, open_csv(table, columns), reuse=True)
+    assert arrow.write_captions(output, open_csv(table, columns)) == {"kept": 1}

@@ -1,6 +1,7 @@
 """What a run's folder holds and refuses; that it goes on exactly is in test_resume.py."""
 
 import argparse
+import errno
 import json
 import os
 import threading
@@ -91,6 +92,43 @@ def test_a_state_that_is_not_finite_replaces_no_checkpoint(kept):
         "the one before it is whole"
     ]
     assert checkpoint.load(k.latest)["state_dict"]["weight"].isfinite().all()
+
+
+def test_the_last_checkpoint_is_tried_again(kept, monkeypatch):
+    """Also a best one that failed: no later save makes up for it."""
+    run, k, _ = kept
+    monkeypatch.setattr(checkpoint_manager, "RETRIES", (0.0, 0.0))
+    failures, save = [1, 1], checkpoint.save
+
+    def fail(*args):
+        if failures:
+            failures.pop()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(*args)
+
+    monkeypatch.setattr(checkpoint, "save", fail)
+    k.save(is_best=True)
+    k.finish()
+    assert run.log.lines == [
+        "warning: the checkpoint could not be saved (No space left on device); training continues, "
+        "none has been saved yet",
+        "the last checkpoint is saved after all",
+    ]
+    failures += [1] * 4
+    k.save(is_best=True)
+    with pytest.raises(
+        InputError, match=r"could not be saved .* \(No space .* before it is whole;"
+    ):
+        k.finish()
+    failures.append(1)
+    k.state.updates, k.state.best_acc1 = 3, 50.0
+    k.save(is_best=True)
+    k.wait()
+    k.state.updates = 4
+    k.save()
+    k.finish()
+    assert checkpoint.load(k.best)["progress"]["updates"] == 3
+    assert checkpoint.load(k.latest)["progress"]["updates"] == 4
 
 
 def test_the_best_is_written_before_the_latest_speaks_of_it(kept, monkeypatch):

@@ -1,8 +1,11 @@
 """Launchers' environments, errors of scripts, and the gathers that all ranks share."""
 
+import os
+
 import pytest
 import torch
 
+import utils
 from infra import distributed
 from utils import InputError
 
@@ -15,6 +18,21 @@ def test_an_input_error_is_one_line_and_exit_code_2(capsys):
         distributed.run_script(fail)
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: image x.jpg\n"
+
+
+@pytest.mark.parametrize("number", distributed.DISK_FAULTS)
+def test_a_full_disk_is_one_line(capsys, monkeypatch, tmp_path, number):
+    """Whatever is written: results, features, conversions, reports."""
+
+    def fail(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(SystemExit) as stop:
+        distributed.run_script(lambda: utils.update_json(tmp_path / "results.json", {}))
+    assert stop.value.code == 2 and not list(tmp_path.iterdir())
+    text = f"error: {tmp_path}/results.json: {os.strerror(number)}; free space, or choose another"
+    assert capsys.readouterr().err.startswith(text)
 
 
 def test_a_bug_keeps_its_traceback():

@@ -48,6 +48,25 @@ def test_features_are_kept_on_disk_and_taken_once(tmp_path):
     assert sorted(p.name for p in path.parent.iterdir()) == ["x-labels.npy", "x.npy"]
 
 
+def test_two_classifiers_extract_into_one_folder_at_once(tmp_path):
+    """k-NN beside logistic regression: the second begins and ends while the first extracts."""
+    path, runs = str(tmp_path / "x"), []
+
+    def tower(images):
+        if not runs:
+            runs.append("second")
+            runs.append(features.extract(plain, 4, Tiny(), path, evaluation.Evaluation(FP32, 3, 0)))
+        return plain(images)
+
+    def plain(images):
+        return images.flatten(1)[:, :4]
+
+    first = features.extract(tower, 4, Tiny(), path, evaluation.Evaluation(FP32, 3, 0))
+    assert all(torch.equal(a, b) for a, b in zip(first, runs[1], strict=True))
+    assert first[0][:, 0].tolist() == list(range(7))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x-labels.npy", "x.npy"]
+
+
 @pytest.mark.parametrize("size", [0, 60, 130])
 @pytest.mark.parametrize("name", ["x.npy", "x-labels.npy"])
 def test_files_that_were_cut_are_made_again(name, size, tmp_path):

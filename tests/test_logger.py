@@ -2,10 +2,12 @@
 
 import json
 
+import pytest
 import torch
 
 from infra import logger
 from infra.logger import Logger
+from utils import InputError
 
 
 def test_the_log_leaves_out_epochs_that_run_again(tmp_path):
@@ -26,6 +28,16 @@ def test_a_log_of_another_run_is_kept_aside(tmp_path):
     Logger(tmp_path).close()
     assert (tmp_path / "log.txt.old").read_text() == "my notes\n"
     assert not (tmp_path / "log.txt").exists()
+
+
+def test_names_that_are_no_text(tmp_path):
+    """The folder is refused, as TensorBoard cannot write there; other paths may be so named."""
+    with pytest.raises(InputError, match="need a name in UTF-8; choose another"):
+        Logger(f"{tmp_path}/\udcff")
+    log = Logger(tmp_path)
+    log.settings({"root": "a\udcff"})
+    log.close()
+    assert json.loads((tmp_path / "args.json").read_text()) == {"root": "a\udcff"}
 
 
 def test_a_machine_without_git(monkeypatch):

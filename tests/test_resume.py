@@ -164,16 +164,20 @@ def test_a_signal_saves_and_ends_all_ranks_with_code_0(tiny, tmp_path, signum, r
 KILLS = 30
 
 
+def unfinished(folder):
+    return list(folder.glob("checkpoint.pt.*.tmp"))
+
+
 def kill_in_a_save(running, folder, rng):
     """Kills the process group while it writes its second or a later checkpoint."""
-    latest, unfinished = folder / "checkpoint.pt", folder / "checkpoint.pt.tmp"
+    latest = folder / "checkpoint.pt"
     before = latest.exists() and latest.stat().st_mtime
     running.wait_for(lambda: latest.exists() and latest.stat().st_mtime != before)
     time.sleep(rng.random() * 0.15)
-    running.wait_for(unfinished.exists)
+    running.wait_for(lambda: unfinished(folder))
     time.sleep(rng.random() * 0.005)  # writing takes longer, also on a fast disk
     running.kill()
-    return unfinished.exists()
+    return bool(unfinished(folder))
 
 
 def kill_at_random(running, rng):
@@ -210,6 +214,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tiny, t
         r["train_loss"] for r in rows(tmp_path / "whole")
     ]
     assert in_saves >= KILLS // 3
+    assert not list(folder.glob("*.tmp"))  # of the killed ones
     with capsys.disabled():
         print(
             f"\nkills survived: {kills}, {in_saves} of them while a checkpoint was being written, "
@@ -254,26 +259,45 @@ def test_torchrun_starts_a_run_again_and_it_goes_on(tiny, tmp_path):
 # Files that cannot be written, or read
 
 
-def test_a_full_disk_costs_checkpoints_but_not_the_run(tiny, tmp_path):
-    mount = tmp_path / "small"
-    mount.mkdir()
+@pytest.fixture
+def small_disk(tiny, tmp_path):
+    """Function: checkpoints that fit -> a folder on a disk of that size."""
     train(tiny, tmp_path / "roomy", val="none", model="SIMCLR_NANO8")
-    size = (tmp_path / "roomy/checkpoint.pt").stat().st_size
-    options = f"size={int(1.5 * size)}"
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", mount])
-    if mounted.returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    try:
-        run = run_script("main.py", small(tiny, mount / "run", "--keep-last", 1, epochs=3))
-        assert run.returncode == 0, run.stderr
+    size, mount = (tmp_path / "roomy/checkpoint.pt").stat().st_size, tmp_path / "small"
+    mount.mkdir()
+
+    def make(checkpoints):
+        options = f"size={int(checkpoints * size)}"
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", mount])
+        if mounted.returncode:
+            pytest.skip("needs the right to mount a tmpfs")
+        return mount / "run"
+
+    yield make
+    subprocess.run(["umount", mount], stderr=subprocess.DEVNULL)
+
+
+def test_a_full_disk_costs_checkpoints_but_not_the_run(tiny, small_disk):
+    """The last one, however, is needed: the run ends with an error, on any number of ranks."""
+    folder = small_disk(1.5)
+    for ranks in (1, 2):
+        extra = ["--keep-last", 1, "--batch-size", 4 // ranks]
+        run = run_script("main.py", small(tiny, folder, *extra, epochs=3), ranks)
+        assert run.returncode == 2 and "Traceback" not in run.stdout, run.stdout
         assert run.stdout.count("warning: the checkpoint could not be saved (") == 2
-        assert "No space left on device" in run.stdout and "Traceback" not in run.stdout
-        assert checkpoint.load(mount / "run/checkpoint.pt")["epoch"] == 1
-        assert not (mount / "run/checkpoint.pt.tmp").exists()
-        again = run_script("main.py", small(tiny, mount / "run", "--keep-last", 1, epochs=3))
-        assert "after 1 epochs" in again.stdout
-    finally:
-        subprocess.run(["umount", mount])
+        assert (
+            f"error: the last checkpoint could not be saved in {folder} (No space left on device); "
+            "the one before it is whole; mend that, and the same command resumes from there\n"
+        ) in run.stdout
+        assert checkpoint.load(folder / "checkpoint.pt")["epoch"] == 1
+        assert not unfinished(folder)
+    assert "after 1 epochs" in run.stdout
+
+
+def test_a_disk_that_is_too_small_for_one_checkpoint(tiny, small_disk):
+    run = run_script("main.py", small(tiny, small_disk(0.5)))
+    assert run.returncode == 2 and run.stdout.count("none has been saved yet") == 3
+    assert "is whole" not in run.stdout and "Traceback" not in run.stdout
 
 
 def truncate(path):
