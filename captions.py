@@ -325,7 +325,7 @@ def shard_images(folder, shard):
     """{key: path below folder} of a shard that img2dataset wrote, a tar or a folder."""
     is_image = re.compile(r"(.+)\.(jpe?g|png|webp)")
     tar, plain = folder / f"{shard}.tar", folder / shard
-    if tar.exists():
+    if tar.exists() and not tar.is_dir():
         with (
             open(tar, "rb", opener=utils.regular_file) as file,
             tarfile.open(fileobj=file, mode="r:") as members,

@@ -5,19 +5,19 @@ open_splits opens both splits of a set, get_downstream_dataset one; CATALOG_TYPE
 
 import hashlib
 import os
-import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from torch.utils.data import Dataset
 
 from classes import check_labels, check_names, check_order, class_numbers, note_order
-from infra.archives import read_file
+from decoding import decode_image
+from folders import ImageFolder
+from infra.archives import file_of, read_file
 from infra.untrusted import check_inside, read_metadata, read_npy
 from torchvision_sets import SETS, open_torchvision
-from transforms import decode_image
 from utils import InputError, read_json, read_json_object
 
 HERE = Path(__file__).parent
@@ -31,7 +31,9 @@ CATALOG, LABELS, TEMPLATES = (
 
 
 def load_catalog(path=CATALOG, allow_outside=False, ignore_names=False):
-    """The catalog, {name: {"type", "path", "train", "test"}}; paths are relative to its file.
+    """The catalog, {name: {"type", "path", "train", "test", "pixels"}}.
+
+    Paths are relative to its file. "pixels" is "upright", or "archived" as in decoding.py.
 
     A set may lie anywhere by an absolute path or one with ~. A relative path may leave its folder
     by "../" only if allow_outside; each entry carries that flag for the paths that its set lists.
@@ -45,6 +47,8 @@ def load_catalog(path=CATALOG, allow_outside=False, ignore_names=False):
         texts = isinstance(entry, dict) and all(isinstance(v, str) for v in entry.values())
         if not texts or not {"type", "path"} <= entry.keys():
             raise InputError(f"catalog {path}: entry {name!r} needs a type and a path, as texts")
+        if (pixels := entry.setdefault("pixels", "upright")) not in ("upright", "archived"):
+            raise InputError(f"catalog {path}: {name!r}: pixels are upright or archived: {pixels}")
         what, own = f"catalog {path}: {name!r}", os.path.expanduser(entry["path"])
         if not os.path.isabs(own):
             check_inside(folder, own, what, allow_outside)
@@ -137,8 +141,13 @@ def unchanged(image):
     return image
 
 
-def load_image(path):
-    return decode_image(read_file("", str(path)), path)
+def load_image(path, archived=False):
+    return decode_image(read_file("", str(path)), path, archived)
+
+
+def is_archived(entry):
+    """Whether the pixels of a set of the catalog are those of the archived code."""
+    return entry.get("pixels") == "archived"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -146,12 +155,10 @@ def load_image(path):
 
 
 def open_imagefolder(name, entry, split, transform, labels):
-    """torchvision's ImageFolder: the sorted class folders have the labels' order."""
+    """A folder a class: the sorted folders have the labels' order."""
     folder = os.path.join(entry["path"], split)
-    try:
-        dataset = torchvision.datasets.ImageFolder(folder, transform, loader=load_image)
-    except FileNotFoundError as error:
-        raise InputError(f"{name}: {error}; check the folder") from error
+    loader = partial(load_image, archived=is_archived(entry))
+    dataset = ImageFolder(name, folder, transform, loader)
     check_labels(len(dataset.classes), labels, folder)
     return dataset
 
@@ -160,7 +167,7 @@ class FileList(Dataset):
     """<split>_images.npy (paths below root) and <split>_labels.npy (class numbers or names)."""
 
     def __init__(self, name, entry, split, transform, labels):
-        self.root, self.transform = entry["path"], transform
+        self.root, self.transform, self.archived = entry["path"], transform, is_archived(entry)
         self.images, found = (
             read_metadata(os.path.join(self.root, f"{split}_{part}.npy"), read_npy)
             for part in ("images", "labels")
@@ -193,7 +200,7 @@ class FileList(Dataset):
         return list(zip(paths, self.labels, strict=True))
 
     def __getitem__(self, index):
-        image = load_image(os.path.join(self.root, str(self.images[index])))
+        image = load_image(os.path.join(self.root, str(self.images[index])), self.archived)
         return self.transform(image), self.labels[index]
 
 
@@ -292,7 +299,7 @@ def download_split(catalog, name, is_train, labels):
 
 
 def fingerprint(name, catalog, is_train, images):
-    """A text that changes with a set's path and split, its files' paths, sizes, times and labels.
+    """A text that changes with a set's path, split and pixels, its files, their times and labels.
 
     Args:
         name: name of the set.
@@ -301,11 +308,12 @@ def fingerprint(name, catalog, is_train, images):
         images: the split as open_splits opens it.
     """
     entry, split = catalog[name], split_name(catalog, name, is_train)
-    digest = hashlib.sha256(repr((entry["type"], entry["path"], split)).encode())
+    digest = hashlib.sha256(
+        repr((entry["type"], entry["path"], split, entry.get("pixels"))).encode()
+    )
     for path, label in images.samples:
-        file = re.split(r"(?<=\.zip|\.tar)/", path)[0]  # an image may lie in an archive
         try:
-            stat = os.stat(file)
+            stat = os.stat(file_of(path))
             state = stat.st_size, stat.st_mtime_ns
         except OSError:  # an error for the reader of the image to report
             state = None

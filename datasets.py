@@ -34,12 +34,21 @@ class CaptionDataset(Dataset):
         augment: "cpu", or "device": views are only cropped, and "steps" has each one's other
             augmentations.
         allow_outside: bool, whether image paths may lead out of root.
+        archived: bool, whether pixels are those of the archived code (decoding.py).
 
     Raises InputError for a path that leads out of root, and after TRIES unreadable images.
     """
 
     def __init__(
-        self, captions, root, views, image_size, seed=0, augment="cpu", allow_outside=False
+        self,
+        captions,
+        root,
+        views,
+        image_size,
+        seed=0,
+        augment="cpu",
+        allow_outside=False,
+        archived=False,
     ):
         if not os.path.isdir(root):
             raise InputError(f"root {root!r} is not a folder; give the folder of the images")
@@ -47,6 +56,7 @@ class CaptionDataset(Dataset):
         self.image_views = [view for view in views if view in IMAGE_VIEWS]
         self.image_size, self.with_text = image_size, "text" in views
         self.augments_on_device, self.allow_outside = augment == "device", allow_outside
+        self.archived = archived
 
     def __len__(self):
         return len(self.captions)
@@ -71,7 +81,8 @@ class CaptionDataset(Dataset):
 
     def read_views(self, path, rng):
         """The image views: draws their parameters first, then decodes the image once."""
-        image = EncodedImage(read_file(self.root, path), f"{self.root}/{path}")
+        data = read_file(self.root, path)
+        image = EncodedImage(data, f"{self.root}/{path}", self.archived)
         drawn = {view: IMAGE_VIEWS[view](rng, *image.size) for view in self.image_views}
         crops = image.crops([box for box, _ in drawn.values()], self.image_size)
         steps = {view: steps for view, (_, steps) in drawn.items()}

@@ -36,6 +36,7 @@ def get_args_parser():
     add("--captions", required=True, help="Karpathy's split file or a COCO captions file (JSON)")
     add("--root", required=True, help="folder of the images")
     catalog.add_outside_flag(add)
+    add("--archived-pixels", action="store_true", help="ignore EXIF's turns and transparency")
     add("--split", default="test", help="of Karpathy's file; a COCO file is taken whole")
     add("--captions-per-image", default=5, type=positive_int, help="the first so many of each")
     add("--name", help="of the set in retrieval.json; by default the captions file's")
@@ -122,7 +123,7 @@ def read_captions(path, split, per_image):
 class Images(Dataset):
     """(3, S, S) uint8 views of files, labelled by their number. All must be there, below root."""
 
-    def __init__(self, root, paths, size, allow_outside=False):
+    def __init__(self, root, paths, size, allow_outside=False, archived=False):
         for path in paths:
             check_inside(root, path, "image", allow_outside)
         absent = [p for p in paths if not os.path.isfile(os.path.join(root, p))]
@@ -132,12 +133,14 @@ class Images(Dataset):
                 f"the first {absent[0]}; check --root"
             )
         self.root, self.paths, self.view = root, paths, CenterCrop(size)
+        self.archived = archived
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index):
-        return self.view(catalog.load_image(os.path.join(self.root, self.paths[index]))), index
+        path = os.path.join(self.root, self.paths[index])
+        return self.view(catalog.load_image(path, self.archived)), index
 
 
 # ---------------------------------------------------------------------------------------------
@@ -214,7 +217,8 @@ def main(args):
 
     rows, left_out = read_captions(args.captions, args.split, args.captions_per_image)
     paths = [path for path, _ in rows]
-    dataset = Images(args.root, paths, model.image_size, args.allow_outside_root)
+    options = args.allow_outside_root, args.archived_pixels
+    dataset = Images(args.root, paths, model.image_size, *options)
     captions = [text for _, texts in rows for text in texts]
     owners = torch.tensor([i for i, (_, texts) in enumerate(rows) for _ in texts], device=device)
 

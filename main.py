@@ -39,6 +39,7 @@ def get_args_parser():
     add("--csv-img-key", default="filepath", help="image column of --dataset csv")
     add("--csv-caption-key", default="title", help="caption column of --dataset csv")
     add("--augment", choices=("cpu", "device"), help="by default device on CUDA, else cpu")
+    add("--archived-pixels", action="store_true", help="ignore EXIF's turns and transparency")
     add("--max-bad-fraction", default=0.01, type=number(float, 0, 1), help="of unreadable images")
     add("--val-dataset", default="imagenet", help="set scored zero-shot as it trains, or none")
     add("--catalog", default=catalog.CATALOG, help="places of the labelled sets (JSON)")
@@ -104,9 +105,8 @@ def open_loader(model, tokenizer, device, args):
         lambda: captions.load_captions(args.dataset, args.metadata, columns)
     )
     augment = args.augment or ("device" if device.type == "cuda" else "cpu")
-    dataset = datasets.CaptionDataset(
-        pairs, args.root, model.views, model.image_size, args.seed, augment, args.allow_outside_root
-    )
+    options = args.seed, augment, args.allow_outside_root, args.archived_pixels
+    dataset = datasets.CaptionDataset(pairs, args.root, model.views, model.image_size, *options)
     if "aug1" in model.views and args.batch_size * distributed.get_world_size() == 1:
         raise InputError("--batch-size 1 is too few for the SimCLR head's batch norm; raise it")
     return datasets.open_loader(

@@ -29,12 +29,12 @@ from catalog import (
     split_name,
 )
 from classes import check_order
+from decoding import decode_image
 from infra import distributed
 from infra.archives import read_file
 from infra.arrow import describe, write_captions
 from infra.rows import Files
 from infra.untrusted import check_inside
-from transforms import decode_image
 from utils import InputError
 
 # ---------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torchvision.datasets as tv
 from torch.utils.data import Dataset
 
+from decoding import to_rgb
 from utils import InputError
 
 ALIASES = {
@@ -213,10 +214,19 @@ def match_classes(name, found, labels, unseen=()):
 
 
 class Labelled(Dataset):
-    """A torchvision dataset as (transform(RGB image), class number of labels.json)."""
+    """A torchvision dataset as (transform(RGB image), class number of labels.json).
 
-    def __init__(self, name, dataset, numbers, transform):
+    Args:
+        name: of the set.
+        dataset: torchvision's; most convert their images to RGB, but keep the EXIF data.
+        numbers: list of the class number of labels.json of each of torchvision's classes.
+        transform: function of a PIL image.
+        archived: bool, whether pixels are those of the archived code (decoding.py).
+    """
+
+    def __init__(self, name, dataset, numbers, transform, archived=False):
         self.name, self.dataset, self.numbers, self.transform = name, dataset, numbers, transform
+        self.archived = archived
 
     def __len__(self):
         return len(self.dataset)
@@ -236,7 +246,7 @@ class Labelled(Dataset):
     def __getitem__(self, index):
         try:
             image, target = self.dataset[index]
-            image, number = image.convert("RGB"), SETS[self.name].number(target)
+            image, number = to_rgb(image, self.archived), SETS[self.name].number(target)
         except Exception as error:  # decoders of many formats raise of many kinds
             reason = f"{self.name}: image {index} cannot be read: {error}"
             raise InputError(f"{reason}; replace or remove it") from error
@@ -278,4 +288,4 @@ def open_torchvision(name, entry, split, transform, labels, download=False):
         reason = str(error).partition("\n")[0] if is_told else f"it is damaged: {error!r}."
         raise InputError(f"{name}: {reason} Looked in {entry['path']}") from error
     numbers = match_classes(name, row.names(dataset), labels, row.unseen)
-    return Labelled(name, dataset, numbers, transform)
+    return Labelled(name, dataset, numbers, transform, entry.get("pixels") == "archived")

@@ -10,7 +10,6 @@ Shapes: B batch, S side of a view.
 import io
 import math
 from collections import defaultdict
-from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
@@ -18,33 +17,18 @@ import pyarrow as pa
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
-from PIL import Image, ImageFilter, UnidentifiedImageError
+from PIL import Image, ImageFilter
 
-from utils import InputError
+from decoding import open_image, read_size, reading, to_rgb
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # per channel
 IMAGENET_STD = (0.229, 0.224, 0.225)
+LONGEST = 16  # times its shorter side is the longer one of a picture that is resized whole
 DRAFT_MARGIN = 3  # a picture may be decoded smaller, if every crop keeps this many times its side
 
 
 # ---------------------------------------------------------------------------------------------
 # Decoding and cropping
-
-
-@contextmanager
-def reading(name):
-    try:
-        yield
-    except UnidentifiedImageError as error:
-        raise InputError(f"image {name} is empty, or no image; replace or remove it") from error
-    except Exception as error:  # decoders of many formats raise of many kinds
-        raise InputError(f"image {name} cannot be read: {error}; replace or remove it") from error
-
-
-def decode_image(data, name):
-    """Encoded bytes -> an RGB PIL image. Raises InputError, naming the file, if that fails."""
-    with reading(name):
-        return Image.open(io.BytesIO(data)).convert("RGB")
 
 
 def to_uint8(image):
@@ -70,33 +54,39 @@ def pixels_of(image):
 
 
 class EncodedImage:
-    """A picture whose header is read, `size` is (width, height); decoded once its crops are known.
+    """A picture of which `size`, (width, height), is known; decoded once its crops are.
 
     Raises InputError, naming the file, if it is damaged, truncated or no image.
+
+    Args:
+        data: the encoded bytes.
+        name: of the file, for errors.
+        archived: bool, whether the pixels are those of the archived code (decoding.py).
     """
 
-    def __init__(self, data, name):
-        self.data, self.name = data, name
+    def __init__(self, data, name, archived=False):
+        self.name, self.archived = name, archived
         with reading(name):
-            self.image = Image.open(io.BytesIO(data))
-        self.size = self.image.size
+            self.image = open_image(data)
+            self.size = read_size(self.image, archived)
 
     def decode(self, shrink):
-        """As pixels_of; of a JPEG, `shrink` 2, 4 or 8 decodes a picture that much smaller."""
+        """A PIL image in RGB; of a JPEG, `shrink` 2, 4 or 8 decodes one that much smaller."""
         with reading(self.name):
             if shrink > 1:
-                self.image.draft(None, [side // shrink for side in self.size])
-            self.image.load()
-            is_rgb = self.image.mode == "RGB"  # else convert() would only copy
-            return pixels_of(self.image if is_rgb else self.image.convert("RGB"))
+                self.image.draft(None, [side // shrink for side in self.image.size])
+            return to_rgb(self.image, self.archived)
 
     def crops(self, boxes, size):
         """Each box (top, left, height, width), resized: a list of (3, S, S) uint8."""
         smallest = min(min(height, width) for _, _, height, width in boxes)
         wanted = (8, 4, 2) if self.image.format == "JPEG" else ()
         shrink = next((k for k in wanted if smallest >= k * DRAFT_MARGIN * size), 1)
-        pixels = self.decode(shrink)
-        return [crop(pixels, [round(x / shrink) for x in box], size) for box in boxes]
+        image = self.decode(shrink)
+        if shrink > 1:
+            return [crop_between_pixels(image, [x / shrink for x in box], size) for box in boxes]
+        pixels = pixels_of(image)
+        return [crop(pixels, box, size) for box in boxes]
 
 
 def crop(pixels, box, size):
@@ -104,6 +94,13 @@ def crop(pixels, box, size):
     top, left, height, width = box
     part = pixels[None, :, top : top + height, left : left + width]
     return F.interpolate(part, (size, size), mode="bilinear", antialias=True)[0, :3]
+
+
+def crop_between_pixels(image, box, size):
+    """As crop, of a PIL image and a box whose edges are fractions of a pixel."""
+    top, left, height, width = box
+    edges = left, top, min(left + width, image.width), min(top + height, image.height)
+    return to_uint8(image.resize((size, size), Image.Resampling.BILINEAR, edges))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -317,5 +314,23 @@ class CenterCrop:
         self.mode = TF.InterpolationMode.BICUBIC if bicubic else TF.InterpolationMode.BILINEAR
 
     def __call__(self, image):
+        if max(image.size) > LONGEST * min(image.size):
+            return self.of_a_strip(image)
         image = TF.resize(image, self.resize, self.mode)
         return to_uint8(TF.center_crop(image, [self.size, self.size]))
+
+    def of_a_strip(self, image):
+        """The same pixels of a very long picture, whose resized whole would take gigabytes."""
+        short, length = min(image.size), max(image.size)
+        resized = int(self.resize * length / short)
+        start = round((resized - self.size) / 2)
+        # Pillow sees only what is in the box, so its edges lie a filter's width from the view's.
+        margin = min(math.ceil(3 * max(self.resize / short, 1)), start)
+        part = self.size + 2 * margin
+        first, last = (x * length / resized for x in (start - margin, start - margin + part))
+        size, box = (part, self.resize), (first, 0, last, short)
+        if image.height == length:
+            size, box = size[::-1], (0, first, short, last)
+        image = image.resize(size, getattr(Image.Resampling, self.mode.name), box)
+        left, top = (margin if side == part else round((side - self.size) / 2) for side in size)
+        return to_uint8(image.crop((left, top, left + self.size, top + self.size)))

@@ -16,8 +16,9 @@ from torchvision import transforms as tv
 
 import losses
 import utils
+from decoding import decode_image
 from towers import CausalSelfAttention
-from transforms import IMAGENET_MEAN, IMAGENET_STD, decode_image
+from transforms import IMAGENET_MEAN, IMAGENET_STD
 
 # Flags of main.py. The archived code augments images and converts them to floats on the CPU.
 FLAGS = ("--no-compile", "--augment", "cpu", "--accum", "plain", "--clip-grad-norm", "0")

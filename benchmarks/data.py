@@ -30,11 +30,11 @@ import features
 import models
 import utils
 from benchmarks.archived import ArchivedDataset, ArchivedLoader, build_one_by_one, read_archived
+from decoding import decode_image
 from evaluation import Evaluation
 from infra import devices
 from infra.archives import open_archive, read_file
 from tokenizer import SimpleTokenizer
-from transforms import decode_image
 
 CPU = torch.device("cpu")
 SIZE = 224  # pixels of a view's side

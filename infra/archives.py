@@ -123,7 +123,20 @@ def read_tar(path, name):
 # ---------------------------------------------------------------------------------------------
 # Any path
 
-ARCHIVES = {".zip/": read_zip, ".tar/": read_tar}
+READERS = {".zip": read_zip, ".tar": read_tar}
+MARK = re.compile(r"(?<=\.zip|\.tar)/")
+
+
+def places_in_archives(path):
+    """Yields (archive, name within it) for each part of a path that may be an archive."""
+    for mark in MARK.finditer(path):
+        yield path[: mark.start()], path[mark.end() :]
+
+
+def file_of(path):
+    """The file that holds an image: its archive, or itself; a folder may be called x.zip."""
+    archives = (archive for archive, _ in places_in_archives(path))
+    return next((archive for archive in archives if not os.path.isdir(archive)), path)
 
 
 def read_plain(path):
@@ -139,10 +152,13 @@ def read_file(root, path):
     Raises InputError with the path if the file is absent, damaged or too large.
     """
     try:
-        for mark, read in ARCHIVES.items():
-            archive, inside, name = path.partition(mark)
-            if inside:
-                return read(os.path.join(root, archive + mark[:-1]), name)
+        for archive, name in places_in_archives(path):
+            archive = os.path.join(root, archive)
+            try:
+                return READERS[archive[-4:]](archive, name)
+            except (OSError, ValueError):
+                if not os.path.isdir(archive):
+                    raise
         return read_plain(os.path.join(root, path))
     except OSError as error:
         reason = error.strerror or error
@@ -155,7 +171,7 @@ def read_file(root, path):
 
 def has_file(root, path):
     """Whether root/path exists; a member of an archive must also be readable."""
-    if not any(mark in path for mark in ARCHIVES):
+    if not MARK.search(path):
         return os.path.isfile(os.path.join(root, path))
     try:
         read_file(root, path)

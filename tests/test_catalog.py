@@ -112,7 +112,7 @@ def test_bad_catalogs(tmp_path):
         open_mine(catalog, ["a", "b"])
     with pytest.raises(InputError, match="unknown type 'zip'; choose from imagefolder"):
         open_mine(catalog_of(tmp_path, type="zip"), ["a"])
-    with pytest.raises(InputError, match="mine: .*No such file.*absent"):
+    with pytest.raises(InputError, match="mine: .*absent: No such file"):
         open_mine(catalog_of(tmp_path, type="imagefolder", test="absent"), ["a"])
     (tmp_path / "catalog.json").write_text('{"mine": {"type": "imagefolder"}}')
     with pytest.raises(InputError, match="entry 'mine' needs a type and a path"):
@@ -190,3 +190,35 @@ def test_labels_are_an_object(tmp_path):
 def test_images_are_read_from_any_mode(tmp_path):
     Image.new("LA", (8, 8)).save(tmp_path / "x.png")
     assert load_image(tmp_path / "x.png").mode == "RGB"
+
+
+def test_a_folder_of_every_format_without_the_files_of_file_managers(tmp_path, capsys):
+    root = tmp_path / ".cache/mine"  # the user's own choice
+    for name in ("a/1.JPG", "a/deep/2.gif", "a/3.avif", "b/4.jfif", "b/5.webp", "b/6.tif"):
+        save_image(root / "val" / name.replace("jfif", "jpg"), 0)
+    (root / "val/b/4.jpg").rename(root / "val/b/4.jfif")
+    for name in (
+        ".ipynb_checkpoints/x.png", "@eaDir/x.png", "__MACOSX/x.png", ".hidden/x.png",
+        "a/.ipynb_checkpoints/x.png", "a/@eaDir/1.JPG/x.jpg", "a/__MACOSX/x.png", "b/._4.jpg",
+    ):  # fmt: skip
+        save_image(root / "val" / name, 0)
+    (root / "val/a/Thumbs.db").write_bytes(b"")
+    (root / "val/b/notes.txt").write_text("x")
+    (root / "val/README").write_text("x")
+    entry = {"path": str(root), "type": "imagefolder"}
+    images = open_mine(catalog_of(tmp_path, **entry), ["a", "b"])
+    found = [(os.path.relpath(path, root / "val"), label) for path, label in images.samples]
+    assert found == [
+        ("a/1.JPG", 0), ("a/3.avif", 0), ("a/deep/2.gif", 0),
+        ("b/4.jfif", 1), ("b/5.webp", 1), ("b/6.tif", 1),
+    ]  # fmt: skip
+    assert [images[i][0].shape for i in range(6)] == [(3, 32, 32)] * 6
+    assert capsys.readouterr().out == (f"mine: left out of {root}/val: 2 files (1 .db, 1 .txt)\n")
+    save_image(root / "val/c/._x.png", 0)
+    with pytest.raises(InputError, match="mine: .*val/c has no image; check the folder"):
+        open_mine(catalog_of(tmp_path, **entry), ["a", "b", "c"])
+
+
+def test_the_pixels_of_a_set_are_upright_or_archived(tmp_path):
+    with pytest.raises(InputError, match="'mine': pixels are upright or archived: x"):
+        catalog_of(tmp_path, type="imagefolder", pixels="x")
