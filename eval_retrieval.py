@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 import catalog
 import utils
-from evaluation import Evaluation, check_finite, predict
+from evaluation import Evaluation, check_finite, check_results, predict
 from infra import devices, distributed
 from infra.untrusted import check_inside
 from pretrained import load_model
@@ -194,6 +194,7 @@ def main(args):
     captions = [text for _, texts in rows for text in texts]
     owners = torch.tensor([i for i, (_, texts) in enumerate(rows) for _ in texts], device=device)
 
+    check_results(args.output_dir, "retrieval")
     evaluation = Evaluation(precision, args.batch_size, args.workers)
     images = embed_images(model, dataset, evaluation)
     texts = embed_texts(model, tokenizer, captions, precision)

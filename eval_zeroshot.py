@@ -27,7 +27,15 @@ from catalog import (
     load_catalog,
     split_name,
 )
-from evaluation import Evaluation, confusions, details, display_names, rank_set, summarize
+from evaluation import (
+    Evaluation,
+    check_results,
+    confusions,
+    details,
+    display_names,
+    rank_set,
+    summarize,
+)
 from infra import devices, distributed
 from pretrained import load_model
 from tokenizer import SimpleTokenizer
@@ -237,6 +245,8 @@ def main(args):
 
     for path in args.resume[1:]:  # their faults are told before the first is scored
         open_model(path)
+    for path in args.resume:
+        check_results(folder_of(path, args), "results", "examples")
     for path in args.resume:
         evaluate_checkpoint(path, tasks_of, device, args)
 

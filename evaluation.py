@@ -6,6 +6,7 @@ scores are not kept. Shapes: n images, B of a batch, C classes, K = min(5, C) be
 
 import math
 import os
+import tempfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,6 +94,7 @@ def predict(score_fn, width, dataset, evaluation):
 # Metrics
 
 RESAMPLES = 1000  # of the bootstrap
+RESERVE = 2**20  # bytes for results that the disk must have before the scoring
 
 
 @dataclass
@@ -246,6 +248,31 @@ def details(name, ranking, class_names):
             for true, predicted, number, _ in confusions(ranking)
         ],
     }
+
+
+def check_results(folder, *names):
+    """Raises InputError if rank 0 could not add results to folder/name.json after the scoring.
+
+    Reads the old results, and writes a file without a name; nothing is left behind.
+    """
+    if get_rank():
+        return
+    for path in (os.path.join(folder, f"{name}.json") for name in names):
+        if os.path.exists(path):
+            try:
+                utils.read_json_object(path, "results")
+            except InputError as error:
+                raise InputError(
+                    f"{error}; correct or remove it, or choose another folder"
+                ) from None
+    place = os.path.abspath(folder)
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(bytes(RESERVE))
+    except OSError as error:
+        raise InputError(f"folder {folder}: {error.strerror}; choose another") from error
 
 
 def report_score(folder, name, dataset, ranking, class_names, facts):

@@ -5,7 +5,9 @@ in chunks. Shapes: n images, W width of a feature, C classes.
 """
 
 import hashlib
+import math
 import os
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 import utils
 from evaluation import check_finite, collect_ranking, rank_classes, sharded_batches
 from infra import distributed
+from utils import InputError
 
 CHUNK = 16384  # images whose features a classifier sees at once
 
@@ -47,8 +50,7 @@ def extract(tower, width, dataset, path, evaluation):
     if not distributed.broadcast_object(all(is_whole(file, *kind) for file, kind in files.items())):
         if distributed.is_main_process():
             utils.make_folder(os.path.dirname(path))
-            for file, kind in files.items():
-                np.lib.format.open_memmap(f"{file}.tmp", "w+", *kind)
+            reserve({f"{file}.tmp": kind for file, kind in files.items()})
         distributed.barrier()
         features, labels = (np.load(f"{file}.tmp", mmap_mode="r+") for file in files)
         for rows, images, classes in sharded_batches(dataset, evaluation):
@@ -64,6 +66,27 @@ def extract(tower, width, dataset, path, evaluation):
         distributed.barrier()
     features, labels = (np.load(file, mmap_mode="c") for file in files)  # copied when written to
     return torch.from_numpy(features), torch.from_numpy(labels)
+
+
+def reserve(files):
+    """Makes files of arrays and takes their space on the disk: writing to a map later would end the
+    process by a bus error if the disk were full.
+
+    files: {path: (dtype, shape)}. Raises InputError if there is no space.
+    """
+    try:
+        for file, kind in files.items():
+            np.lib.format.open_memmap(file, "w+", *kind)
+            with open(file, "r+b") as opened:  # the file has a hole of that size
+                os.posix_fallocate(opened.fileno(), 0, os.path.getsize(file))
+    except OSError as error:
+        for file in files:
+            Path(file).unlink(missing_ok=True)
+        size = sum(np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in files.values())
+        raise InputError(
+            f"folder {os.path.dirname(file)}: {error.strerror}; the features need "
+            f"{size / 1e6:,.1f} MB there: free some space, or choose another folder"
+        ) from error
 
 
 def is_whole(file, dtype, shape):

@@ -22,7 +22,7 @@ import datasets
 import engine
 import utils
 from catalog import LabelledViews, Views, add_set_flags, dummy_batch, open_splits
-from evaluation import Evaluation, display_names, rank_set, report_score, top1
+from evaluation import Evaluation, check_results, display_names, rank_set, report_score, top1
 from infra import checkpoint, devices, distributed
 from infra.run import Run
 from pretrained import load_vit
@@ -285,6 +285,7 @@ def main(args):
         args.ignore_folder_names,
     )
     names = display_names(labels)
+    check_results(args.output_dir, "finetune", *(["finetune-ema"] if args.model_ema else []))
     vit, tower = load_vit(args.pretrained, len(names), args.drop_path, args.input_size)
     model = Classifier(vit.to(device), tower)
     size = model.image_size

@@ -32,6 +32,7 @@ from catalog import (
 from evaluation import (
     METRICS,
     Evaluation,
+    check_results,
     display_names,
     rank_set,
     report_score,
@@ -301,6 +302,8 @@ def main(args):
         args.ignore_folder_names,
     )
     names = display_names(labels)
+    kinds = [f"knn-{k}" for k in args.k] if args.classifier == "knn" else [args.classifier]
+    check_results(args.output_dir, *kinds)
 
     results = CLASSIFIERS[args.classifier](model, (train, test, names), precision, args)
     for name, (ranking, facts) in results.items() if distributed.is_main_process() else ():
