@@ -7,15 +7,16 @@
     python benchmark.py data        # samples per second and core: archived code and ours
     python benchmark.py classifier  # prompts to a zero-shot classifier
     python benchmark.py features    # memory of classifiers on ImageNet-sized features
+    python benchmark.py logistic    # time of a fit, and its distance from the optimum
     python benchmark.py open        # metadata of 15 million pairs: conversion, opening, memory
 
 `step`, `train` and `memory` take the flags of main.py as well. --paper also measures the archived
 code's way to train, on today's libraries; --against "FLAGS" the same run with other flags.
 """
 
-from benchmarks import data, memory, saving, training
+from benchmarks import data, logistic, memory, saving, training
 from infra.distributed import run_script
-from utils import ArgumentParser, InputError, natural, number, positive_int
+from utils import ArgumentParser, InputError, natural, number, positive, positive_int
 
 
 def add_command(commands, name, description, measure):
@@ -67,6 +68,14 @@ def add_classifier_commands(commands):
     add("--queries", default=1024, type=positive_int, help="rows that k-NN classifies")
     add("--iterations", default=1, type=positive_int, help="iterations of logistic regression")
     add("--folder", help="for about 4 GB of files; by default the system's temporary folder")
+
+    description = "logistic regression beside scikit-learn's"
+    add = add_command(commands, "logistic", description, logistic.benchmark_logistic)
+    add("--images", default=10_000, type=positive_int, help="rows of the features")
+    add("--width", default=384, type=positive_int, help="columns of the features")
+    add("--classes", default=100, type=positive_int, help="classes of the labels")
+    add("--c", default=[0.01, 1.0, 100.0], nargs="+", type=positive, help="of the regularisation")
+    add("--rounds", default=3, type=positive_int, help="rounds; their median counts")
 
 
 def get_args_parser():

@@ -60,6 +60,9 @@ def get_args_parser():
     add("--pretrained", required=True, help="checkpoint of the tower, ours or a released one")
     add("--preset", default="base", choices=PRESETS, help="sets four flags, which it prints")
     add("--input-size", type=positive_int, help="pixels; by default those of pre-training")
+    text = "side of a test image's crop as a share of its resized side; by default 224/256 or, "
+    text += "from 384 pixels on, 1"
+    add("--crop-pct", type=utils.number(float, 0.01, 1.0001), help=text)
     add("--drop-path", type=utils.number(float, 0, 1), help="stochastic depth of the last block")
     add("--model-ema", action="store_true", help="also keep and score an average of the weights")
     add("--model-ema-decay", default=0.9999, type=utils.number(float, 0, 1))
@@ -153,6 +156,11 @@ def layer_groups(vit, weight_decay, layer_decay):
 def posterize(image, bits, **_):
     """timm's operation asks now and then for 0 bits, which Pillow no longer takes."""
     return ImageOps.posterize(image, max(1, bits)) if bits < 8 else image
+
+
+def resized_side(size, crop_pct=None):
+    """Pixels of a test image's shorter side, of which the middle `size` are seen (BeiT's rule)."""
+    return int(size / (crop_pct or (224 / 256 if size < 384 else 1.0)))
 
 
 class TimmView:
@@ -289,7 +297,7 @@ def main(args):
     vit, tower = load_vit(args.pretrained, len(names), args.drop_path, args.input_size)
     model = Classifier(vit.to(device), tower)
     size = model.image_size
-    test = Views(test, CenterCrop(size, round(size * 256 / 224), bicubic=True))
+    test = Views(test, CenterCrop(size, resized_side(size, args.crop_pct), bicubic=True))
     views = LabelledViews(train_set, TimmView(size, tower, args), args.seed)
     loader = datasets.open_loader(views, args.batch_size, args.workers, device, args.update_freq)
 

@@ -34,8 +34,9 @@ def load_model(path):
 def load_vit(path, classes, drop_path=0.0, image_size=None):
     """The ViT of a checkpoint's image tower with a new head, for training.
 
-    Position embeddings are interpolated to another image size. The head starts at a thousandth of
-    the usual weights, so that training starts from even probabilities (BeiT).
+    Position embeddings are interpolated to another image size (BeiT's way: bicubic, not
+    antialiased). The head starts at a thousandth of the usual weights, so that training starts from
+    even probabilities (BeiT).
 
     Args:
         path: of the checkpoint file, ours or a released one.
@@ -81,6 +82,7 @@ def visual_weights(state_dict, vit):
             weights["pos_embed"],
             vit.patch_embed.grid_size,
             num_prefix_tokens=vit.num_prefix_tokens,
+            antialias=False,  # timm's default is another kernel, when enlarging too
         )
     return weights
 

@@ -305,8 +305,12 @@ def time_knn(path, classes, queries):
 
 def time_logistic(path, classes, iterations):
     train, labels = open_features(path)
-    fit = partial(features.fit_logistic, max_iter=iterations)
-    return timed(fit, train, labels, torch.arange(len(train)), classes, 1.0, CPU)[0]
+
+    def fit():
+        rows = torch.arange(len(train))
+        features.LogisticRegression(train, labels, rows, classes, CPU).fit(1.0, max_iter=iterations)
+
+    return timed(fit)[0]
 
 
 def benchmark_features(args):

@@ -138,6 +138,17 @@ def test_classifiers_on_features_are_measured(tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_logistic_regression_is_compared(capsys):
+    run_benchmark("logistic --images 300 --width 8 --classes 3 --rounds 1 --c 0.1 1".split())
+    lines = capsys.readouterr().out.splitlines()[-4:]
+    assert [line.split()[:2] for line in lines] == [
+        ["tower", "0.1"], ["tower", "1"], ["even", "0.1"], ["even", "1"],
+    ]  # fmt: skip
+    for line in lines:
+        theirs, ours = map(float, re.findall(r"([-+.e0-9]+) off", line))
+        assert abs(ours) < 1e-5 and ours <= theirs + 1e-6
+
+
 @pytest.mark.parametrize(
     "flags, match",
     [

@@ -25,6 +25,14 @@ def blobs(n, classes=5, width=8, seed=0, spread=1.0):
     return (centres[labels] + spread * noise).float(), labels
 
 
+def all_rows(train):
+    return torch.arange(len(train))
+
+
+def fit(train, labels, classes, c):
+    return features.LogisticRegression(train, labels, all_rows(train), classes, CPU).fit(c)
+
+
 class Tiny(torch.utils.data.Dataset):
     def __len__(self):
         return 7
@@ -142,7 +150,7 @@ def test_a_class_without_a_vote_is_no_candidate(k, temperature):
 @pytest.mark.parametrize("c", [0.01, 1.0, 100.0])
 def test_the_classifier_is_scikit_learns(c):
     (train, labels), (test, test_labels) = blobs(300), blobs(200, seed=1)
-    weights = features.fit_logistic(train, labels, torch.arange(300), 5, c, CPU)
+    weights = fit(train, labels, 5, c)
     theirs = LogisticRegression(C=c, max_iter=5000, tol=1e-8).fit(train.double(), labels)
     probabilities = features.linear(test, weights).softmax(-1)
     expected = torch.from_numpy(theirs.predict_proba(test.double()))
@@ -153,10 +161,45 @@ def test_the_classifier_is_scikit_learns(c):
 
 def test_chunks_do_not_change_the_classifier(monkeypatch):
     train, labels = blobs(100)
-    whole = features.fit_logistic(train.double(), labels, torch.arange(100), 5, 1.0, CPU)
+    whole = fit(train.double(), labels, 5, 1.0)
     monkeypatch.setattr(features, "CHUNK", 7)
-    parts = features.fit_logistic(train.double(), labels, torch.arange(100), 5, 1.0, CPU)
-    assert torch.allclose(whole, parts, atol=1e-3)
+    parts = fit(train.double(), labels, 5, 1.0)
+    assert torch.allclose(whole, parts, atol=1e-6)
+    monkeypatch.setattr(features, "KEPT", 0)
+    assert torch.equal(fit(train.double(), labels, 5, 1.0), parts)
+
+
+def tower_like(n, classes=20, width=64, seed=0):
+    """Features of a mean far from 0 and of variances that fall by 4 orders, as a tower's may."""
+    train, labels = blobs(n, classes, width, seed, spread=2.0)
+    scales = torch.logspace(0, -2, width)
+    turn = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(0)))[0]
+    return (train * scales) @ turn + 3, labels
+
+
+@pytest.mark.parametrize("c", [1e-4, 1e-2, 1.0, 1e2, 1e4])
+@pytest.mark.parametrize("draw", [blobs, tower_like])
+def test_the_optimum_is_at_least_as_near_as_scikit_learns(draw, c):
+    classes = 5 if draw is blobs else 20
+    train, labels = draw(1000)
+
+    def objective(w):
+        entropy = F.cross_entropy(features.linear(train.double(), w.double()), labels)
+        return (entropy + w[:, :-1].double().square().sum() / (2 * c * len(train))).item()
+
+    exact = fit(train.double(), labels, classes, c)
+    regression = features.LogisticRegression(train.double(), labels, all_rows(train), classes, CPU)
+    loss, gradient = regression.loss(exact)
+    weights = exact.clone().requires_grad_()
+    entropy = F.cross_entropy(features.linear(train.double(), weights), labels)
+    assert loss == pytest.approx(entropy.item(), rel=1e-12)
+    assert torch.allclose(torch.autograd.grad(entropy, weights)[0], gradient, atol=1e-12)
+
+    theirs = LogisticRegression(C=c, max_iter=1000).fit(train, labels)  # scikit-learn's tolerance
+    theirs = torch.from_numpy(np.c_[theirs.coef_, theirs.intercept_])
+    ours = objective(fit(train, labels, classes, c))
+    assert ours <= objective(theirs) + 1e-8
+    assert ours == pytest.approx(objective(exact), abs=2e-5)
 
 
 @pytest.mark.parametrize("peak", [0, 5, 40, 63, 96])
@@ -187,8 +230,10 @@ def test_memory_is_that_of_chunks(monkeypatch):
 
     def logistic(train, labels):
         rows = torch.arange(len(train))
-        features.fit_logistic(train, labels, rows, 50, 1.0, CPU, max_iter=2)
+        features.LogisticRegression(train, labels, rows, 50, CPU).fit(1.0, max_iter=2)
 
     own = 6144 * (8 * 4 + 8 + 8)  # bytes of 6144 more features, labels and row numbers
     for run in (knn, logistic):
         assert peak(run, 8192) - peak(run, 2048) <= own, run
+    monkeypatch.setattr(features, "KEPT", 0)  # the features are read in every step
+    assert peak(logistic, 8192) - peak(logistic, 2048) <= 6144 * 8

@@ -13,9 +13,11 @@ import main_finetune
 import main_linear
 import models
 import towers
+from infra import devices
 from pretrained import load_vit
 from utils import InputError
 
+FP32 = devices.Precision("fp32", torch.device("cpu"))
 TOWER = towers.TOWERS["VITS16"]
 
 
@@ -83,6 +85,57 @@ def test_positions_are_interpolated_and_the_head_is_small(probed):
     assert same.head.weight.abs().max() < 1e-4 and same.head.weight.std() > 1e-6
     with torch.no_grad():
         assert larger(torch.randn(2, 3, 64, 64)).shape == (2, 10)
+
+
+def test_positions_are_resampled_as_by_beits_script(probed):
+    path = probed / "run/checkpoint.pt"
+    same, _ = load_vit(path, 10)
+    for size, side in ((64, 8), (48, 6), (16, 2)):
+        found, _ = load_vit(path, 10, image_size=size)
+        grid = same.pos_embed[:, 1:].view(1, 4, 4, 64).permute(0, 3, 1, 2)
+        grid = torch.nn.functional.interpolate(grid, (side, side), mode="bicubic")
+        assert torch.allclose(found.pos_embed[0, 1:], grid[0].flatten(1).T, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "size, crop_pct, side",
+    [
+        (224, None, 256),  # the paper's
+        (240, None, 274),  # BeiT's script cuts the fraction off
+        (384, None, 384),
+        (512, None, 512),
+        (384, 0.875, 438),
+        (224, 1.0, 224),
+    ],
+)
+def test_test_images_are_cut_as_by_beits_script(size, crop_pct, side):
+    assert main_finetune.resized_side(size, crop_pct) == side
+
+
+def test_the_crop_of_test_images_is_a_flag(probed, tmp_path, monkeypatch):
+    seen = []
+    keep = main_finetune.CenterCrop
+
+    def watched(size, resize, **options):
+        seen.append((size, resize, options["bicubic"]))
+        return keep(size, resize, **options)
+
+    monkeypatch.setattr(main_finetune, "CenterCrop", watched)
+    call(probed, tmp_path, "--epochs", 1)
+    call(probed, tmp_path, "--epochs", 1, "--evaluate", "--crop-pct", 1)
+    assert seen == [(32, 36, True), (32, 32, True)]
+    with pytest.raises(InputError, match="1.5 must be 0.01 or more and below"):
+        call(probed, tmp_path, "--crop-pct", 1.5)
+
+
+def test_warm_up_starts_where_the_flag_says(probed):
+    """1e-6, the recipe's; BeiT's script parses that flag and starts from 0."""
+    for flag, first in (((), 1e-6), (("--warmup-lr", "0"), 0.0)):
+        args = parse(["--pretrained", "x", "--epochs", "3", "--warmup-epochs", "1", *flag])
+        vit, tower = load_vit(probed / "run/checkpoint.pt", 10)
+        model = main_finetune.Classifier(vit, tower)
+        training, _ = main_finetune.create_training(model, FP32, 5, args)
+        assert training.schedule[0] == first and training.schedule[4] == args.lr
 
 
 def test_a_view_depends_on_its_generator_alone(tmp_path):
