@@ -176,7 +176,10 @@ def test_an_average_that_never_was(probed, tmp_path, monkeypatch, capsys):
 def test_flags_that_would_not_be_applied_are_refused(probed, tmp_path):
     call(probed, tmp_path)
     for extra, match in (
-        (["--lr", 50], "trained with --lr 0.001, not 50.0; give the same, or another --output-dir"),
+        (
+            ["--lr", 50],
+            "trained with --lr 0.001, not 50.0; give the same, or another output folder",
+        ),
         (["--epochs", 3], "trained with --epochs 2, not 3"),
         (["--update-freq", 2], "trained with effective_batch 8, not 16"),
     ):

@@ -68,7 +68,7 @@ def test_flags_that_would_not_be_applied_are_refused(probed, tmp_path):
     call(probed, tmp_path)
     settings = (tmp_path / "linear-digits/args.json").read_text()
     for extra, match in (
-        (["--lr", 50], "trained with --lr 0.1, not 50.0; give the same, or another --output-dir"),
+        (["--lr", 50], "trained with --lr 0.1, not 50.0; give the same, or another output folder"),
         (["--epochs", 3], "trained with --epochs 2, not 3"),
         (["--lr-scaling", "global"], "trained with --lr-scaling 'archived', not 'global'"),
         (["--batch-size", 4], "trained with effective_batch 8, not 4"),
