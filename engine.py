@@ -113,11 +113,15 @@ def accumulate_exact(training, micro_batches):
 @contextmanager
 def kept_buffers(model):
     """Undoes all changes of a model's buffers within: batch norm counts no batch twice."""
-    copies = [buffer.clone() for buffer in model.buffers()]
+    copies = copy_buffers(model)
     try:
         yield
     finally:
         restore_buffers(model, copies)
+
+
+def copy_buffers(model):
+    return [buffer.clone() for buffer in model.buffers()]
 
 
 @torch.no_grad()
@@ -194,7 +198,7 @@ def update_if_finite(training, micro_batches, step):
     device, unlike update. A gradient that fp16 scaled too far is left to the scaler.
     """
     t = training
-    copies = [buffer.clone() for buffer in t.model.buffers()]
+    copies = copy_buffers(t.model)
     metrics = compute_gradients(t, micro_batches, step)
     checked = [metrics["loss"]]
     if not t.precision.scaler.is_enabled():
@@ -218,20 +222,38 @@ class Batches:
     sample.
     """
 
-    def __init__(self, batches):
-        self.batches, self.waited, self.bad, self.sources = batches, 0.0, [], []
+    def __init__(self, batches, training, run, before_save):
+        self.batches, self.training, self.run = batches, training, run
+        self.before_save = before_save
+        self.waited, self.bad, self.sources = 0.0, [], []
 
     def take(self, number):
-        for _ in range(number):
-            asked = time.perf_counter()
-            batch = next(self.batches)
-            self.waited += time.perf_counter() - asked
-            self.bad += batch.pop("bad", [])
-            self.sources.append(batch.pop("sources", []))
+        """Yields the micro-batches of an update. All ranks may stop before each of them."""
+        device, bad, sources = self.training.precision.device, [], []
+        batch = self.wait(self.before_save)
+        # To stop between micro-batches is to stop before the update, as if they had not been.
+        kept = number > 1 and (get_rng_state(device), copy_buffers(self.training.model))
+        for i in range(number):
+            if i:
+                batch = self.wait(lambda: self.undo(*kept), is_whole=False)
+            bad += batch.pop("bad", [])
+            sources.append(batch.pop("sources", []))
             yield batch
+        self.bad, self.sources = self.bad + bad, self.sources + sources
+
+    def wait(self, before_save, is_whole=True):
+        asked = time.perf_counter()
+        batch = self.run.poll(lambda: next(self.batches), before_save, is_whole)
+        self.waited += time.perf_counter() - asked
+        return batch
+
+    def undo(self, random, buffers):
+        set_rng_state(random, self.training.precision.device)
+        restore_buffers(self.training.model, buffers)
+        self.before_save()
 
     def notes(self):
-        """(bad, sources) of the batches since the last call; sources has a list a batch."""
+        """(bad, sources) of the updates since the last call; sources has a list a batch."""
         notes, self.bad, self.sources = (self.bad, self.sources), [], []
         return notes
 
@@ -242,7 +264,7 @@ def train_one_epoch(training, loader, run, print_freq=10, max_bad_fraction=0.01)
     Args:
         training: the Training.
         loader: has start(epoch, batch), a length in micro-batches and a batch_size.
-        run: an infra.run.Run, which is polled after each update: it may save, or stop.
+        run: an infra.run.Run, which waits for each batch: it may save before an update, or stop.
         print_freq: updates between readings of metrics, which stay on the device until then.
         max_bad_fraction: of the epoch's samples that may be unreadable.
 
@@ -253,7 +275,6 @@ def train_one_epoch(training, loader, run, print_freq=10, max_bad_fraction=0.01)
     updates, batch_size = len(loader) // k, loader.batch_size * k * get_world_size()
     state.start_epoch(updates, batch_size)
     is_whole = state.step == updates  # the run was stopped after it, in validation
-    batches = Batches(iter(()) if is_whole else loader.start(state.epoch, state.step * k))
     started, waited, first = (
         time.perf_counter() - state.elapsed,
         state.waited,
@@ -266,10 +287,12 @@ def train_one_epoch(training, loader, run, print_freq=10, max_bad_fraction=0.01)
         if not np.isfinite(state.meters.window).all():
             raise InputError(describe_fault(rows["loss"], sources, first + state.step - 1, run))
 
+    loaded = iter(()) if is_whole else loader.start(state.epoch, state.step * k)
+    batches = Batches(loaded, t, run, before_save=read_metrics)
     t.model.train()
     with log.progress(updates, f"epoch {state.epoch}", state.step) as report:
         for step in range(state.step, updates):
-            # forward, backward and optimizer step, on all ranks
+            # get batches, here the run may save or stop; forward, backward and optimizer step
             if t.skip_nonfinite:
                 metrics, is_taken = update_if_finite(t, batches.take(k), first + step)
             else:
@@ -289,9 +312,6 @@ def train_one_epoch(training, loader, run, print_freq=10, max_bad_fraction=0.01)
                 report(state.step, means, {**speed, "elapsed": state.elapsed})
                 values = {**means, **speed, "lr": t.schedule[first + step]}
                 log.scalars({f"train/{key}": x for key, x in values.items()}, first + step)
-
-            # save if it is time, or stop at a signal
-            run.poll(before_save=read_metrics)
     size = {"pairs": state.step * batch_size, "bad_samples": state.bad}
     return state.meters.averages(), state.speed() | size
 

@@ -30,7 +30,8 @@ class Evaluation:
     precision: Precision
     batch_size: int = 256  # images per rank and step
     workers: int = 10
-    poll: callable = lambda: None  # called before each batch by all ranks; may raise to stop there
+    # Called by all ranks, with a function that waits for a batch; may raise to stop there.
+    poll: callable = lambda wait=lambda: None: wait()
 
 
 def sharded_batches(dataset, evaluation):
@@ -50,9 +51,9 @@ def sharded_batches(dataset, evaluation):
     )
     batches = iter(loader)
     for start in range(0, math.ceil(len(dataset) / get_world_size()), e.batch_size):
-        e.poll()
-        if start < len(mine):  # a rank may have a batch less than others
-            yield mine[start : start + e.batch_size], *to_device(next(batches), device)
+        batch = e.poll(lambda: next(batches, None))  # a rank may have a batch less than others
+        if start < len(mine):
+            yield mine[start : start + e.batch_size], *to_device(batch, device)
 
 
 def check_finite(outputs):

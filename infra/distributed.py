@@ -6,6 +6,7 @@ Shapes: B rows of this rank, N rows of all ranks, D columns.
 import errno
 import os
 import re
+import signal
 import sys
 from contextlib import contextmanager
 from datetime import timedelta
@@ -41,6 +42,9 @@ def run_script(script):
             rank = f" (rank {get_rank()})" if get_rank() else ""
             print(f"error{rank}: {one_line(error)}", file=sys.stderr, flush=True)
             sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            raise Stopped(signal.SIGINT) from None
 
 
 # Faults of the machine's disks that any write may meet.
@@ -74,8 +78,8 @@ def report_errors():
 
 def report_error(watchdog, rank, error):
     """Reports the end of this rank; if another rank's end came first, says so on stderr."""
-    if isinstance(error, Stopped):
-        watchdog.report(f"{rank} was stopped by a signal", 0)
+    if isinstance(error, (Stopped, KeyboardInterrupt)):
+        watchdog.report(f"{rank} was stopped by a signal", getattr(error, "code", 130))
     elif isinstance(error, InputError):
         watchdog.report(f"{rank} found: {one_line(error)}", 2)
     else:

@@ -6,7 +6,7 @@ The epoch loop stays in each script; a Run does everything around it:
         run.resume(args.resume, check="--model")
         run.start()
         for epoch in run.epochs(args.epochs):
-            stats = ...  # train, calling run.poll() after each update; validate
+            stats = ...  # train, getting each batch by run.poll(); validate
             run.end_epoch(stats)
 """
 
@@ -141,7 +141,8 @@ class Run(ExitStack):
     """The state, checkpoints, log and signals of a training, for use in a with statement.
 
     Signals stop the run at once before `epochs`, as nothing is lost by it; from then on at the next
-    `poll`, saved. Whatever ends the with block, files are closed and handlers restored.
+    `poll`, saved, or in the one that waits. Whatever ends the with block, files are closed and
+    handlers restored.
     """
 
     def __init__(self, folder, training, args, parts, pretrained=None, **facts):
@@ -230,20 +231,27 @@ class Run(ExitStack):
         is_due = distributed.is_main_process() and self.checkpoints.should_save()
         return self.signals.agree(SAVE if is_due else NOTHING)
 
-    def poll(self, before_save=lambda: None):
-        """Saves if it is time, and stops at a signal; all ranks call it together, between updates.
+    def poll(self, wait=lambda: None, before_save=lambda: None, is_whole=True):
+        """Waits, then saves if it is time, or stops at a signal; all ranks call it together.
 
-        before_save is called first if there is something to save. Raises signals.Stopped to stop.
-        Does nothing before `epochs`.
+        Args:
+            wait: function that gets a batch, say; a signal cuts it short.
+            before_save: called first if there is something to save; makes the state whole.
+            is_whole: False if before_save throws work away; then only a signal is obeyed.
+
+        Returns wait(). Raises signals.Stopped to stop. Does no more than wait before `epochs`.
         """
-        order = self.due() if self.signals.is_held else NOTHING
-        if order == NOTHING:
-            return
+        if not self.signals.is_held:
+            return wait()
+        value, order = self.signals.wait(wait), self.due()
+        if order == NOTHING or (order == SAVE and not is_whole):
+            return value
         before_save()
         self.log.flush()
         self.checkpoints.save()
         if order != SAVE:
             self.stop(order)
+        return value
 
     def stop(self, signum):
         """Ends the run at a signal, once it is saved."""

@@ -1,24 +1,42 @@
 """Signals that end a run: noted when they come, obeyed by all ranks together between two updates.
 
+A rank that waits for a batch gives up two seconds after a signal: stuck storage may never answer.
 Launchers that have a handler of their own (submitit's queues the job again, by whatever signal its
 version uses) get the signal as soon as the run is saved. Knows no model, file or loader.
 """
 
+import multiprocessing
 import os
+import select
 import signal
+import sys
 import threading
+import time
 from contextlib import ExitStack
 
 import torch
 import torch.distributed as dist
 
-NOTHING, SAVE = 0, 1  # wishes; a larger one is the number of a signal: save and stop
+NOTHING, SAVE = -1, 0  # wishes; a larger one is the number of a signal: save and stop
 STOPPING = (signal.SIGTERM, signal.SIGUSR2)
+TERMINAL = (signal.SIGINT, signal.SIGHUP)  # nohup and shells' background have them ignored
 USER_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
+SAME = 1.0  # seconds within which two signals are one: launchers pass on what all ranks get
+PATIENCE = 2.0  # seconds after a signal in which a batch may still arrive
 
 
 class Stopped(SystemExit):
-    """Ends a script with exit code 0: a signal was obeyed."""
+    """Ends a script because a signal was obeyed.
+
+    The exit code is 0; after Ctrl-C or a hang-up that of a shell, so that its script ends, too.
+    """
+
+    def __init__(self, signum):
+        super().__init__(128 + signum if signum in TERMINAL else 0)
+
+
+class Interrupted(BaseException):
+    """Raised in a wait that a signal cuts short."""
 
 
 class SignalHandler(ExitStack):
@@ -29,38 +47,101 @@ class SignalHandler(ExitStack):
 
     def __init__(self):
         super().__init__()
-        self.signum, self.is_held, self.previous = NOTHING, False, {}
+        self.signum, self.previous = NOTHING, {}
+        self.is_held = self.is_waiting = self.is_overdue = self.is_stopping = False
 
     def __enter__(self):
         # A launcher's handler shows which signal it uses, whatever its version.
         taken = [s for s in USER_SIGNALS if callable(signal.getsignal(s))]
-        for signum in {*STOPPING, *taken}:
+        heard = [s for s in TERMINAL if signal.getsignal(s) != signal.SIG_IGN]
+        for signum in {*STOPPING, *taken, *heard}:
             self.previous[signum] = signal.signal(signum, self.note)
             self.callback(signal.signal, signum, self.previous[signum])
+        reader, self.writer = os.pipe()
+        os.set_blocking(self.writer, False)
+        wakeup = signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
+        listener = threading.Thread(target=self.listen, args=(reader,), daemon=True)
+        listener.start()
+        self.callback(listener.join)
+        self.callback(os.write, self.writer, b"\0")
+        self.callback(signal.set_wakeup_fd, wakeup)
         return super().__enter__()
 
     def note(self, signum, frame):
         self.signum = signum
         if not self.is_held:  # nothing to lose yet
             self.stop(signum)
+        if self.is_waiting and self.is_overdue:
+            self.is_waiting = False
+            raise Interrupted
+
+    def listen(self, reader):
+        """A thread: ends a wait that outlasts a signal, and the process at a second signal.
+
+        `note` would not hear the second while the main thread waits in a collective. What a run
+        that is being saved gets from its launcher does not end it; another Ctrl-C does.
+        """
+        first, noted, is_own = None, None, False
+        while True:
+            is_patient = noted and not self.is_overdue
+            if not select.select([reader], [], [], PATIENCE if is_patient else None)[0]:
+                self.is_overdue, is_own = True, self.is_waiting
+                if is_own:  # `note` breaks the wait
+                    signal.pthread_kill(threading.main_thread().ident, first)
+                continue
+            signum, now = os.read(reader, 1)[0], time.monotonic()
+            if not signum:
+                break
+            if signum not in self.previous:
+                continue
+            if not noted:
+                first, noted = signum, now
+            elif is_own and signum == first:
+                is_own = False
+            elif now - noted > SAME and (signum == signal.SIGINT or not self.is_stopping):
+                text = f"ended at once by a second signal, {signal.Signals(signum).name}\n"
+                sys.stderr.write(text)
+                os._exit(128 + signum)
+        os.close(reader)
+        os.close(self.writer)
 
     def hold(self):
         """From now on signals wait until the run asks for them."""
         self.is_held = True
+
+    def wait(self, function):
+        """function(); None if a signal has come, or comes meanwhile and nothing else does."""
+        try:
+            self.is_waiting = True
+            try:
+                return function() if self.signum == NOTHING else None
+            finally:
+                self.is_waiting = False
+        except Interrupted:
+            return None
 
     def agree(self, wish=NOTHING):
         """The largest wish of all ranks, the same on all of them: call it on every rank alike."""
         wishes = torch.tensor(max(wish, self.signum))
         if dist.is_initialized():
             dist.all_reduce(wishes, dist.ReduceOp.MAX)
+        self.is_stopping = wishes.item() > SAVE
         return wishes.item()
 
     def stop(self, signum):
         """Hands the signal to the handler that was there before; raises Stopped if that returns."""
+        end_workers()
         handler = self.previous.get(signum)
-        if callable(handler):
+        if callable(handler) and handler is not signal.default_int_handler:
             handler(signum, None)
-        raise Stopped(0)
+        raise Stopped(signum)
+
+
+def end_workers():
+    """Ends the loaders' workers: one that waits for stuck storage would hold up the end."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.terminate()
 
 
 def shield_worker(_=None):
@@ -69,7 +150,8 @@ def shield_worker(_=None):
     A worker that SIGTERM ends would take the run with it, in mid-update. SIGTERM from its parent
     ends it: so a loader closes the workers that it no longer needs.
     """
-    for signum in USER_SIGNALS:
+    signal.set_wakeup_fd(-1)
+    for signum in (*USER_SIGNALS, *TERMINAL):
         signal.signal(signum, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     threading.Thread(target=obey_parent, daemon=True).start()

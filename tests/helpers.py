@@ -110,8 +110,8 @@ class BareRun:
     def __init__(self, log=None, **state):
         self.state, self.log = TrainState(**state), log or SilentLog()
 
-    def poll(self, before_save):
-        pass
+    def poll(self, wait, before_save, is_whole=True):
+        return wait()
 
 
 class InOrder:

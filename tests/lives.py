@@ -3,6 +3,7 @@
 python lives.py stop FOLDER main FLAGS  # stopped each time it could be, and started again
 python lives.py die HOW FLAGS      # rank 1 ends in its third update: exit, raise or kill
 python lives.py once FILE FLAGS    # the same by kill, the first time
+python lives.py hang N main FLAGS  # on the last rank, reading an image never ends from the Nth on
 """
 
 import importlib
@@ -15,9 +16,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 
+import catalog
+import datasets
 import main
 import tests.warm  # noqa: F401
-from infra import distributed
+from infra import archives, distributed
 from infra.run import Run
 from infra.signals import NOTHING, Stopped
 
@@ -78,10 +81,28 @@ def end_rank_1(how, flags, marker=None):
     distributed.run_script(lambda: main.main(main.get_args_parser().parse_args(flags)))
 
 
+def hang_at(number, name, flags):
+    """A pipe that nobody writes to stands for storage that does not answer."""
+    read, calls = archives.read_file, []
+
+    def stuck(root, path):
+        calls.append(path)
+        if len(calls) >= number and os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
+            print("stuck", flush=True)
+            os.read(os.pipe()[0], 1)
+        return read(root, path)
+
+    datasets.read_file = catalog.read_file = stuck
+    script = importlib.import_module(name)
+    distributed.run_script(lambda: script.main(script.get_args_parser().parse_args(flags)))
+
+
 if __name__ == "__main__":
     command, value, *flags = sys.argv[1:]
     if command == "stop":
         stop_everywhere(value, *flags)
+    elif command == "hang":
+        hang_at(int(value), flags[0], flags[1:])
     elif command == "die":
         end_rank_1(value, flags)
     else:

@@ -4,12 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 from launch import REPOSITORY
 
-from infra import signals
+from infra import distributed, signals
 from infra.signals import NOTHING, SAVE, SignalHandler, Stopped
 
 
@@ -50,6 +51,42 @@ def test_a_launchers_handler_gets_its_signal_when_the_run_is_saved(signum):
         signal.signal(signum, before)
 
 
+def test_signals_that_nohup_ignores_stay_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with SignalHandler() as held:
+            held.hold()
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert held.agree() == NOTHING
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_wait_is_cut_short():
+    """By a signal before it or in it; one after it waits for its turn."""
+    with SignalHandler() as held:
+        held.hold()
+        assert held.wait(lambda: 3) == 3
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGHUP)).start()
+        began = time.monotonic()
+        assert held.wait(lambda: os.read(os.pipe()[0], 1)) is None
+        assert held.wait(lambda: 3) is None
+        assert time.monotonic() - began < 5
+        assert held.agree() == signal.SIGHUP
+        with pytest.raises(Stopped) as stopped:
+            held.stop(signal.SIGINT)
+        assert stopped.value.code == 130  # and no KeyboardInterrupt
+
+
+def test_a_script_without_a_run_ends_at_ctrl_c_in_one_line(capsys):
+    def script():
+        raise KeyboardInterrupt
+
+    with pytest.raises(Stopped) as stopped:
+        distributed.run_script(script)
+    assert stopped.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
 WORKER = """
 import os, signal, sys, time
 sys.path.insert(0, {repository!r})
@@ -62,7 +99,8 @@ if not child:
 time.sleep(0.3)
 stranger = os.fork()
 if not stranger:
-    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+    for name in ("TERM", "USR1", "USR2", "INT", "HUP", "TERM"):
+        signum = getattr(signal, "SIG" + name)
         os.kill(child, signum)
     os._exit(0)
 os.waitpid(stranger, 0)
