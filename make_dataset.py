@@ -12,6 +12,7 @@ interruption when the same command is given again.
 import os
 import re
 import shutil
+from collections import defaultdict
 
 import numpy as np
 from PIL import Image
@@ -100,21 +101,20 @@ def check_order(folders, labels):
 
     Raises InputError for a folder with the name of a class of another number.
     """
-    names = [
-        {simplify(n) for n in ([label] if isinstance(label, str) else label)} for label in labels
-    ]
+    numbers = defaultdict(set)  # the classes of each name
+    for number, label in enumerate(labels):
+        for name in [label] if isinstance(label, str) else label:
+            numbers[simplify(name)].add(number)
     agreed = 0
     for number, folder in enumerate(folders):
         own = {simplify(folder), simplify(re.sub(r"^\d+[._ -]", "", folder))}
-        if own & names[number]:
-            agreed += 1
-            continue
-        for other, alias in enumerate(names):
-            if own & alias:
-                raise InputError(
-                    f"folder {folder!r} is class {number} in sorted order, but class {other} in "
-                    "labels.json"
-                )
+        named = set().union(*(numbers[name] for name in own if name in numbers))
+        agreed += number in named
+        if named and number not in named:
+            raise InputError(
+                f"folder {folder!r} is class {number} in sorted order, but class {min(named)} in "
+                "labels.json"
+            )
     return f"order agrees by {agreed} names" if agreed else "order not told by folder names"
 
 
