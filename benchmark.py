@@ -9,12 +9,13 @@
     python benchmark.py features    # memory of classifiers on ImageNet-sized features
     python benchmark.py logistic    # time of a fit, and its distance from the optimum
     python benchmark.py open        # metadata of 15 million pairs: conversion, opening, memory
+    python benchmark.py growth      # conversions and checks at 1, 4 and 16 times the input
 
 `step`, `train` and `memory` take the flags of main.py as well. --paper also measures the archived
 code's way to train, on today's libraries; --against "FLAGS" the same run with other flags.
 """
 
-from benchmarks import data, logistic, memory, saving, training
+from benchmarks import data, growth, logistic, memory, saving, training
 from infra.distributed import run_script
 from utils import ArgumentParser, InputError, natural, number, positive, positive_int
 
@@ -50,6 +51,11 @@ def add_data_commands(commands):
     add("--workers", default=2, type=positive_int, help="loader processes")
     add("--reads", default=100_000, type=positive_int, help="random pairs read per worker")
     add("--folder", help="for about 6 GB of files; by default the system's temporary folder")
+
+    description = "time of conversions and checks as their input grows"
+    add = add_command(commands, "growth", description, growth.benchmark_growth)
+    add("--images", default=5000, type=positive_int, help="of the smallest input")
+    add("--folder", help="for files; by default the system's temporary folder")
 
 
 def add_classifier_commands(commands):

@@ -174,6 +174,8 @@ def compare_loaders(root, args):
         runs = {name: partial(samples_per_second, loader) for name, loader in loaders.items()}
         print(method.__name__)
         print_rates(compare(runs, args.rounds), "archived", "samples/s")
+        for name, loader in loaders.items() if args.workers else ():
+            print(f"  {name:16}  {worker_memory(loader):8.0f} MB of its own in a worker")
 
 
 def compare_zips(root, args):
@@ -234,13 +236,19 @@ class RandomReads(Dataset):
         return process_memory() if index % 100 == 0 else (0.0, 0.0)
 
 
-def process_memory():
-    """(private, mapped) memory of this process in MB.
+def worker_memory(loader):
+    """The most private memory in MB that a worker of a loader with persistent workers has."""
+    workers = loader.loader._iterator._workers
+    return max(process_memory(worker.pid)[0] for worker in workers)
+
+
+def process_memory(process="self"):
+    """(private, mapped) memory of a process, by its number, in MB.
 
     private: pages that belong to this process alone. mapped: pages of files that no other process
     maps at the moment. The system takes the latter back if memory is short.
     """
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     fields = {name: value for name, value, *_ in (line.split() for line in lines[1:])}
     return tuple(int(fields[name]) / 1e3 for name in ("Private_Dirty:", "Private_Clean:"))
 

@@ -8,10 +8,11 @@ import re
 import struct
 import zipfile
 import zlib
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from utils import InputError, regular_file
 
+LARGE = 2**18  # bytes of a zip's directory, of some 4,000 images
 MAX_IMAGE = 2**28  # bytes of an image, compressed or not
 
 
@@ -52,8 +53,25 @@ class Zip:
     def pread(self, length, offset):
         return os.pread(self.file.fileno(), min(length, self.size), offset)
 
+    @cached_property
+    def places(self):
+        """{name: place of its entry}, of a directory that is too large to search for each name."""
+        places, at = {}, 0
+        while at + self.ENTRY.size <= len(self.directory):
+            entry = self.ENTRY.unpack_from(self.directory, at)
+            if entry[0] != b"PK\1\2":
+                break
+            start = at + self.ENTRY.size
+            places.setdefault(self.directory[start : start + entry[10]], at)
+            at = start + sum(entry[10:13])
+        return places
+
     def find(self, name):
         """The directory's entry of a member; `name` in bytes. Raises KeyError if absent."""
+        if len(self.directory) > LARGE:
+            if name not in self.places:
+                raise KeyError(f"there is no item named {name.decode()!r} in the archive")
+            return self.ENTRY.unpack_from(self.directory, self.places[name])
         at = -1
         while (at := self.directory.find(name, at + 1)) >= 0:
             if at >= self.ENTRY.size:

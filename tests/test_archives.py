@@ -44,3 +44,18 @@ def test_folders_that_are_called_as_archives_are(tmp_path):
         archives.read_file(tmp_path, "a.tar/b.zip/3.jpg")
     files = [os.path.relpath(archives.file_of(str(tmp_path / name)), tmp_path) for name in names]
     assert files == ["a.tar/b.zip/1.jpg", "a.tar/b.zip/c.zip", "a.tar/t.tar"]
+
+
+@pytest.mark.parametrize("number", [1000, 6000])
+def test_a_zip_of_many_images(tmp_path, number):
+    """The directory of a large one is parsed once: to search it for each name took squared time."""
+    with zipfile.ZipFile(tmp_path / "i.zip", "w") as archive:
+        for i in range(number):
+            archive.writestr(f"folder/{i}.jpg", str(i))
+    reader = archives.Zip(tmp_path / "i.zip")
+    assert (len(reader.directory) > archives.LARGE) == (number == 6000)
+    for i in (0, 1, number // 2, number - 1):
+        assert archives.read_file(tmp_path, f"i.zip/folder/{i}.jpg") == str(i).encode()
+    with pytest.raises(InputError, match="no item named 'folder/x.jpg'"):
+        archives.read_file(tmp_path, "i.zip/folder/x.jpg")
+    assert not archives.has_file(tmp_path, "i.zip/1.jpg")  # the end of a name

@@ -157,9 +157,11 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, reader, make):
     """A pipe that nobody writes to, a folder, a device without an end."""
     path = tmp_path / ("x.zip" if reader == "archive" else f"x.{reader}")
     make(path)
+    is_folder = reader == "archive" and make is os.mkdir  # a folder may have such a name
+    match = "1.jpg: No such file" if is_folder else "no regular file|is absent"
     signal.alarm(10)  # to wait is a failure
     try:
-        with pytest.raises(InputError, match="no regular file|is absent") as error:
+        with pytest.raises(InputError, match=match) as error:
             READERS[reader](path)
     finally:
         signal.alarm(0)
