@@ -274,11 +274,10 @@ def train_one_epoch(training, loader, run, print_freq=10, max_bad_fraction=0.01)
     t, k, state, log = training, training.update_freq, run.state, run.log
     updates, batch_size = len(loader) // k, loader.batch_size * k * get_world_size()
     state.start_epoch(updates, batch_size)
-    is_whole = state.step == updates  # the run was stopped after it, in validation
-    started, waited, first = (
-        time.perf_counter() - state.elapsed,
-        state.waited,
+    first, waited, started = (
         state.epoch * updates,
+        state.waited,
+        time.perf_counter() - state.elapsed,
     )
 
     def read_metrics():
@@ -287,7 +286,8 @@ def train_one_epoch(training, loader, run, print_freq=10, max_bad_fraction=0.01)
         if not np.isfinite(state.meters.window).all():
             raise InputError(describe_fault(rows["loss"], sources, first + state.step - 1, run))
 
-    loaded = iter(()) if is_whole else loader.start(state.epoch, state.step * k)
+    is_trained = state.step == updates  # the run was stopped after it, in validation
+    loaded = iter(()) if is_trained else loader.start(state.epoch, state.step * k)
     batches = Batches(loaded, t, run, before_save=read_metrics)
     t.model.train()
     with log.progress(updates, f"epoch {state.epoch}", state.step) as report:

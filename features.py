@@ -147,8 +147,6 @@ def knn_rankings(train, train_labels, test, test_labels, classes, ks, temperatur
 # Logistic regression (CLIP, arXiv:2103.00020, appendix A.3)
 
 GRID = [10 ** (-6 + i / 8) for i in range(97)]  # values of C: 8 a decade
-
-
 KEPT = 2**30  # bytes of features that a fit may keep on the CPU; on CUDA half of the free memory
 
 

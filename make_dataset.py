@@ -93,7 +93,7 @@ def decode_some(read, number, count=10):
 
 
 def describe_order(agreed, silent):
-    """A text on the order of class folders, from catalog.check_order's result."""
+    """A text on the order of class folders, from classes.check_order's result."""
     if not agreed:
         return "order not told by folder names"
     of = f" of {len(agreed) + len(silent)}" if silent else ""
