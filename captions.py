@@ -366,7 +366,12 @@ def cache_path(dataset, metadata, columns):
     key = json.dumps([2, dataset, columns, Files([metadata]).signature()])
     name = f"{os.path.basename(metadata)}.{hashlib.sha256(key.encode()).hexdigest()[:12]}.arrow"
     beside = Path(metadata).absolute().parent
-    return (beside if os.access(beside, os.W_OK) else Path.home() / ".cache/slip") / name
+    if os.access(beside, os.W_OK):
+        return beside / name
+    try:
+        return utils.make_folder(os.path.expanduser("~/.cache/slip")) / name
+    except InputError as error:
+        raise InputError(f"metadata {metadata} is in a read-only folder: {error} HOME") from error
 
 
 def load_captions(dataset, metadata, columns=("filepath", "title")):
@@ -385,7 +390,6 @@ def load_captions(dataset, metadata, columns=("filepath", "title")):
     if path.suffix != ".arrow":
         path = cache_path(dataset, metadata, columns)
         if not path.exists():
-            utils.make_folder(path.parent)
             counts = write_captions(path, SOURCES[dataset](metadata, columns), reuse=True)
             if counts.total() > counts[KEPT]:
                 print(f"{path}: {describe(counts)}", flush=True)

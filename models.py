@@ -87,8 +87,18 @@ class Method(nn.Module):
         self.image_size, self.mean, self.std = input_size(self.visual), tower.mean, tower.std
         self.num_features = self.embed_dim = output_width(self.visual)
         self.is_convolutional = is_convolutional(self.visual)
+
+    def to(self, *args, **options):
+        """As of any module; convolutions on CUDA take the layout in memory that is fastest there.
+
+        On the CPU PyTorch's kernels for it end the process at some towers (timm's fastvit_t8).
+        """
+        super().to(*args, **options)
         if self.is_convolutional:
-            self.visual.to(memory_format=torch.channels_last)
+            is_cuda = next(self.parameters()).is_cuda
+            layout = torch.channels_last if is_cuda else torch.contiguous_format
+            self.visual.to(memory_format=layout)
+        return self
 
     def forward(self, **views):
         return self.forward_head(self.forward_features(**views))

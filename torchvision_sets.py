@@ -6,6 +6,7 @@ partner is an error, on either side.
 """
 
 import os
+import re
 from dataclasses import dataclass
 
 import torchvision.datasets as tv
@@ -253,6 +254,21 @@ class Labelled(Dataset):
         return self.transform(image), self.numbers[number]
 
 
+# torchvision's errors name an argument of Python.
+PYTHONS_ADVICE = r"You (can|may) (use|set) download=True to download( and prepare)? it\.?"
+
+
+def build(row, root, split, download):
+    """torchvision's dataset; FER2013, which it cannot download, says where it is to be had."""
+    if download:
+        try:
+            return row.build(root, split, download=True)
+        except TypeError as error:
+            if "'download'" not in str(error):
+                raise
+    return row.build(root, split)
+
+
 def open_torchvision(name, entry, split, transform, labels, download=False):
     """Opens a set of the catalog's type `torchvision` as a Labelled dataset.
 
@@ -282,10 +298,11 @@ def open_torchvision(name, entry, split, transform, labels, download=False):
             "and correct the catalog"
         )
     try:
-        dataset = row.build(entry["path"], split, **({"download": True} if download else {}))
+        dataset = build(row, entry["path"], split, download)
     except Exception as error:  # a damaged file can raise anything
         is_told = isinstance(error, (RuntimeError, OSError, ValueError, TypeError))
         reason = str(error).partition("\n")[0] if is_told else f"it is damaged: {error!r}."
+        reason = re.sub(PYTHONS_ADVICE, "make_dataset.py can download it.", reason)
         raise InputError(f"{name}: {reason} Looked in {entry['path']}") from error
     numbers = match_classes(name, row.names(dataset), labels, row.unseen)
     return Labelled(name, dataset, numbers, transform, entry.get("pixels") == "archived")

@@ -77,9 +77,26 @@ def regular_file(path, flags):
     raise OSError(errno.EINVAL, "it is no regular file", path)
 
 
+def foreign_kind(path):
+    """Words for a file that often lies in another's place, None for all others."""
+    with open(path, "rb", opener=regular_file) as file:
+        head = file.read(512)
+        size = os.fstat(file.fileno()).st_size
+    text = head.lstrip().lower()
+    if text.startswith(b"version https://git-lfs"):
+        return "is a pointer of git-lfs; fetch the file itself by git lfs pull"
+    if text.startswith((b"<!doctype html", b"<html")):
+        return "is a web page; download the file that the page shows or links to"
+    if head[8:9] == b"{" and 1 < int.from_bytes(head[:8], "little") <= size - 8:
+        return "is a safetensors file; it holds weights alone, so take the file of the training run"
+    return None
+
+
 def read_json(path, kind):
     """The parsed JSON file; `kind` names it in errors. Raises InputError if absent or malformed."""
     try:
+        if foreign := foreign_kind(path):
+            raise InputError(f"{kind} {path} {foreign}")
         with open(path, encoding="utf-8-sig", opener=regular_file) as file:  # a BOM is no matter
             return json.load(file)
     except OSError as error:

@@ -187,7 +187,8 @@ class Texts:
 def read_batches(path):
     """The record batches of an Arrow file, mapped. Raises InputError if they are damaged."""
     try:
-        open(path, "rb", opener=utils.regular_file).close()
+        if foreign := utils.foreign_kind(path):
+            raise InputError(f"metadata {path} {foreign}")
         reader = pa.ipc.open_file(pa.memory_map(os.fspath(path)))
         if not reader.schema.equals(SCHEMA):
             raise InputError(f"metadata {path}: its columns are not {', '.join(SCHEMA.names)}")

@@ -121,6 +121,29 @@ def check_flags(state, facts, names, path):
             )
 
 
+# Flags that say where a run finds things and how fast it is, not what it learns.
+NEUTRAL = {"output_dir", "resume", "root", "metadata", "catalog", "allow_outside_root", "device"}
+NEUTRAL |= {"dist_url", "workers", "print_freq", "save_every_minutes", "keep_last", "evaluate"}
+NEUTRAL |= {"max_bad_fraction", "skip_nonfinite", "deterministic", "compile", "grad_checkpointing"}
+
+
+def describe_changes(state, facts):
+    """[a note on flags that a resumed run's checkpoint was not trained with], or []."""
+
+    def spell(value):
+        return repr(list(value) if isinstance(value, tuple) else value)[:80]
+
+    old, new = vars(state["args"]), facts["args"]
+    changes = [
+        f"--{name.replace('_', '-')} {spell(new[name])} (was {spell(old[name])})"
+        for name in new
+        if name in old and name not in NEUTRAL and spell(old[name]) != spell(new[name])
+    ]
+    if not changes:
+        return []
+    return [f"note: it was trained with other flags, those given now apply: {', '.join(changes)}"]
+
+
 def restore_optimizer(optimizer, saved, path, check):
     """Loads moments, step counts and rates; weight decay, betas and eps stay those of the flags.
 
@@ -216,6 +239,8 @@ def check_members(members, size):
 
 def check_content(path):
     """Raises InputError if a checkpoint names or claims things that none can hold."""
+    if foreign := utils.foreign_kind(path):
+        raise InputError(foreign)
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         is_zip = file.read(4) == b"PK\3\4"  # by which torch.load knows it
@@ -240,6 +265,8 @@ def distrusted(path):
             yield
     except InputError as error:
         raise InputError(f"checkpoint {path} {error}") from error
+    except PermissionError as error:
+        raise InputError(f"checkpoint {path}: {error.strerror}; make it readable") from error
     except pickle.UnpicklingError as error:
         # PyTorch wraps the reason in advice to load the file unsafely; the reason is the context.
         reason = first_line(error.__context__ or error).split(" was not an allowed")[0]
@@ -270,8 +297,13 @@ def check_kinds(state, path):
             raise InputError(f"checkpoint {path} is refused: {claim}")
 
 
+def plain_key(key):
+    """A weight's name without the words of wrappers: DDP's first one, torch.compile's anywhere."""
+    return re.sub(r"(^|(?<=\.))_orig_mod\.", "", key).removeprefix("module.")
+
+
 def load(path):
-    """The checkpoint's dict on the CPU, args as a Namespace, keys without "module.".
+    """The checkpoint's dict on the CPU, args as a Namespace, keys by plain_key.
 
     Raises InputError if the file is absent, is no checkpoint, or holds anything but plain data.
     """
@@ -290,7 +322,10 @@ def load(path):
     is_named = all(d is not None and all(isinstance(k, str) for k in d) for d in (args, weights))
     if not is_named or not all(map(torch.is_tensor, weights.values())):
         raise InputError(f"checkpoint {path}: its state_dict or args is of another kind")
-    weights = {key.removeprefix("module."): value for key, value in weights.items()}
+    names = {key: plain_key(key) for key in weights}
+    if len(set(names.values())) < len(names):
+        raise InputError(f"checkpoint {path}: it holds weights twice, with and without module.")
+    weights = {names[key]: value for key, value in weights.items()}
     namespace = argparse.Namespace()
     vars(namespace).update(args)  # which may be named as Namespace's own parameters
     state |= {"args": namespace, "state_dict": weights}

@@ -128,7 +128,8 @@ class CheckpointManager:
         if path == self.latest:
             self.number = s.updates
         at = f" and {s.step} updates" if s.step else ""
-        return [*notes, f"resumed {path or other} after {s.epoch} epochs{at}"]
+        notes.append(f"resumed {path or other} after {s.epoch} epochs{at}")
+        return notes + checkpoint.describe_changes(state, self.facts)
 
     def restore_random(self, states, path):
         """Ranks that the saved run did not have keep the random state they were seeded with."""

@@ -14,7 +14,7 @@ from itertools import count, islice
 import ijson
 
 from infra.untrusted import BAD_INPUT, first_line
-from utils import InputError, regular_file
+from utils import InputError, foreign_kind, regular_file
 
 # Raised for a single row of another form than its file's others.
 BAD_ROW = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
@@ -46,6 +46,8 @@ class Files:
         """Each file, opened as bytes; .gz and .bz2 are decompressed."""
         for path in self.paths:
             self.path = path
+            if foreign := foreign_kind(path):
+                raise InputError(f"metadata {path} {foreign}")
             with open(path, "rb", opener=regular_file) as self.raw:
                 opener = OPENERS.get(os.path.splitext(path)[1])
                 yield opener(self.raw, "rb") if opener else self.raw

@@ -10,6 +10,7 @@ import os
 import select
 import signal
 import sys
+import tempfile
 import threading
 import time
 from contextlib import ExitStack
@@ -17,11 +18,14 @@ from contextlib import ExitStack
 import torch
 import torch.distributed as dist
 
+from utils import InputError
+
 NOTHING, SAVE = -1, 0  # wishes; a larger one is the number of a signal: save and stop
 STOPPING = (signal.SIGTERM, signal.SIGUSR2)
 TERMINAL = (signal.SIGINT, signal.SIGHUP)  # nohup and shells' background have them ignored
 USER_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 SAME = 1.0  # seconds within which two signals are one: launchers pass on what all ranks get
+SOCKET_FOLDER = 107 - len("/pymp-12345678/listener-12345678")  # bytes of multiprocessing's sockets
 PATIENCE = 2.0  # seconds after a signal in which a batch may still arrive
 
 
@@ -150,11 +154,28 @@ def shield_worker(_=None):
     A worker that SIGTERM ends would take the run with it, in mid-update. SIGTERM from its parent
     ends it: so a loader closes the workers that it no longer needs.
     """
+    choose_socket_folder()
     signal.set_wakeup_fd(-1)
     for signum in (*USER_SIGNALS, *TERMINAL):
         signal.signal(signum, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     threading.Thread(target=obey_parent, daemon=True).start()
+
+
+def choose_socket_folder():
+    """Tensors leave a worker by a socket in a temporary folder, whose path may only be short.
+
+    Without it the worker's batches would be lost and the run wait for them for ever.
+    """
+    own = os.environ.get("TMPDIR", "")
+    for folder in (own, "/tmp", "/var/tmp", "/dev/shm"):
+        if 0 < len(os.fsencode(folder)) <= SOCKET_FOLDER and os.access(folder, os.W_OK | os.X_OK):
+            tempfile.tempdir = folder
+            return
+    raise InputError(
+        f"TMPDIR {own!r} and /tmp: loader workers need a folder that they can write to, with a "
+        f"path of {SOCKET_FOLDER} bytes at most; set TMPDIR"
+    )
 
 
 def obey_parent():

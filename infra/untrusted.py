@@ -19,7 +19,7 @@ import ijson
 import numpy as np
 import pyarrow as pa
 
-from utils import InputError, regular_file
+from utils import InputError, foreign_kind, regular_file
 
 # Raised by parsers of text, tables and archives when a file is damaged or of another format.
 BAD_INPUT = (ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError)
@@ -143,6 +143,8 @@ def first_line(error):
 def read_metadata(path, parse):
     """The result of parse(binary file); every failure is an InputError that names the file."""
     try:
+        if foreign := foreign_kind(path):
+            raise InputError(foreign)
         with open(path, "rb", opener=regular_file) as file:
             return parse(file)
     except OSError as error:

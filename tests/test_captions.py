@@ -139,6 +139,19 @@ def test_bad_metadata_is_one_line_that_names_file_and_row(tmp_path, name, conten
     assert "\n" not in str(error.value)
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize("content, kind", [(LFS, "pointer of git-lfs"), (b"<html>", "web page")])
+@pytest.mark.parametrize("name", ["m.arrow", "m.csv", "m.npy", "m.pkl", "m.json", "m.tsv"])
+def test_metadata_that_are_another_file(tmp_path, name, content, kind):
+    """Every reader says so; "not plain data" would tell nobody what it is."""
+    dataset = {"m.npy": "cc3m", "m.pkl": "yfcc15m", "m.json": "coco"}.get(name, "csv")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"{name} is a {kind}; "):
+        load_captions(dataset, tmp_path / name)
+
+
 # --- the cache ----------------------------------------------------------------------------------
 
 
@@ -181,6 +194,17 @@ def test_a_read_only_folder_has_its_cache_at_home(tmp_path, monkeypatch):
     assert len(load_captions("yfcc15m", tmp_path / "m.pkl")) == 3
     assert list((tmp_path / "home/.cache/slip").glob("m.pkl.*.arrow"))
     assert not list(tmp_path.glob("*.arrow"))
+
+
+def test_a_home_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
+    write_rows(tmp_path / "m.pkl", 3)
+    (tmp_path / "home").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with pytest.raises(
+        InputError, match="in a read-only folder: .*home/.cache/slip: .*another HOME"
+    ):
+        load_captions("yfcc15m", tmp_path / "m.pkl")
 
 
 def test_parquet_tables(tmp_path):

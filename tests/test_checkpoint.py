@@ -108,10 +108,17 @@ def test_a_packed_checkpoint_is_refused(tmp_path):
         checkpoint.load(tmp_path / "bomb.pt")
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+SAFETENSORS = (2).to_bytes(8, "little") + b"{}"
+
+
 @pytest.mark.parametrize(
     "content, match",
     [
         (b"", "damaged"),
+        (LFS, "c.pt is a pointer of git-lfs; fetch the file itself by git lfs pull"),
+        (b"\n<!DOCTYPE html>\n<html>", "c.pt is a web page; download the file that the page shows"),
+        (SAFETENSORS, "c.pt is a safetensors file; it holds weights alone, so take the file of "),
         (b"no checkpoint at all", "refused|damaged"),
         (pickle.dumps({"a": 1}), "refused|damaged|no checkpoint"),
     ],
@@ -121,6 +128,38 @@ def test_a_file_that_is_no_checkpoint(tmp_path, content, match):
     with pytest.raises(InputError, match=match) as error:
         checkpoint.load(tmp_path / "c.pt")
     assert "c.pt" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_names_that_wrappers_gave_are_taken_off(tmp_path):
+    """torch.compile's and DDP's, in any order, and of modules compiled one by one."""
+    model = save_released(tmp_path / "c.pt", "")
+    state = torch.load(tmp_path / "c.pt", weights_only=False)
+    sound = state["state_dict"]
+
+    def within(key):
+        return key.replace("visual.", "visual._orig_mod.", 1)
+
+    for wrap in ("_orig_mod.{}", "module._orig_mod.{}", "_orig_mod.module.{}"):
+        for change in (str, within):
+            weights = {wrap.format(change(key)): value for key, value in sound.items()}
+            torch.save(state | {"state_dict": weights}, tmp_path / "c.pt")
+            assert checkpoint.load(tmp_path / "c.pt")["state_dict"].keys() == sound.keys()
+    assert sound.keys() == model.state_dict().keys()
+    assert checkpoint.plain_key("a_orig_mod.module.b") == "a_orig_mod.module.b"
+    weights = {**sound, "module.logit_scale": sound["logit_scale"]}
+    torch.save(state | {"state_dict": weights}, tmp_path / "c.pt")
+    with pytest.raises(InputError, match="c.pt: it holds weights twice"):
+        checkpoint.load(tmp_path / "c.pt")
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_damaged(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "c.pt").touch()
+    monkeypatch.setattr(checkpoint, "check_content", refuse)
+    with pytest.raises(InputError, match="c.pt: Permission denied; make it readable"):
+        checkpoint.load(tmp_path / "c.pt")
 
 
 def test_a_truncated_checkpoint_is_damaged(tmp_path):

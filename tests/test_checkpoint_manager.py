@@ -175,6 +175,18 @@ def test_two_runs_do_not_share_a_folder(tiny, tmp_path, monkeypatch):
     train(tiny, tmp_path / "run", **SMALL)  # the lock went with its process
 
 
+def test_flags_that_changed_are_told_when_a_run_resumes(tiny, tmp_path, capsys):
+    train(tiny, tmp_path, **SMALL)
+    again = ["--workers", 1, "--betas", 0.9, 0.98, "--keep-last", 3]
+    train(tiny, tmp_path, *again, **SMALL)
+    assert "other flags" not in capsys.readouterr().out
+    train(tiny, tmp_path, "--lr", 0.01, "--seed", 3, "--batch-size", 8, **SMALL, epochs=2)
+    assert (
+        "note: it was trained with other flags, those given now apply: --epochs 2 (was 1), "
+        "--batch-size 8 (was 4), --lr 0.01 (was 0.001), --seed 3 (was 0)\n"
+    ) in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "change, match",
     [

@@ -1,6 +1,7 @@
 """Launchers' environments, errors of scripts, and the gathers that all ranks share."""
 
 import os
+import re
 
 import pytest
 import torch
@@ -31,8 +32,34 @@ def test_a_full_disk_is_one_line(capsys, monkeypatch, tmp_path, number):
     with pytest.raises(SystemExit) as stop:
         distributed.run_script(lambda: utils.update_json(tmp_path / "results.json", {}))
     assert stop.value.code == 2 and not list(tmp_path.iterdir())
-    text = f"error: {tmp_path}/results.json: {os.strerror(number)}; free space, or choose another"
-    assert capsys.readouterr().err.startswith(text)
+    told = re.escape(f"error: {tmp_path}/results.json: {os.strerror(number)}; ")
+    told += "(free space|allow writing there), or choose another folder\n"
+    assert re.fullmatch(told, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        ("unable to allocate shared memory(shm) for file </x>: No space", "0 workers, .*shm-size"),
+        (
+            "DataLoader worker (pid 3) is killed by signal: Bus error. It is",
+            "0 workers, .*shm-size",
+        ),
+        (
+            "DataLoader worker (pid 3) is killed by signal: Killed.",
+            "memory ran out; take fewer workers",
+        ),
+        ("received 0 items of ancdata", "ulimit -n"),
+    ],
+)
+def test_a_machine_too_small_for_the_loader_is_one_line(capsys, words, told):
+    def fail():
+        raise RuntimeError(f"Caught RuntimeError in DataLoader worker process 0.\nTrace\n{words}")
+
+    with pytest.raises(SystemExit) as stop:
+        distributed.run_script(fail)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and re.search(told, error)
 
 
 def test_a_bug_keeps_its_traceback():

@@ -1,17 +1,21 @@
 """Signals that stop a run, and the shield of loader workers."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from multiprocessing import connection
 
 import pytest
 from launch import REPOSITORY
 
 from infra import distributed, signals
 from infra.signals import NOTHING, SAVE, SignalHandler, Stopped
+from utils import InputError
 
 
 def test_signals_are_noted_until_asked_for_and_handlers_come_back():
@@ -85,6 +89,24 @@ def test_a_script_without_a_run_ends_at_ctrl_c_in_one_line(capsys):
     with pytest.raises(Stopped) as stopped:
         distributed.run_script(script)
     assert stopped.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("length", [75, 76, 200])
+def test_sockets_of_workers_have_short_paths(tmp_path, monkeypatch, length):
+    """In a long TMPDIR they could not be made, and the run would wait for batches for ever."""
+    folder = f"/tmp/{tmp_path.name}-".ljust(length, "x")
+    os.makedirs(folder, exist_ok=True)
+    monkeypatch.setenv("TMPDIR", folder)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    try:
+        signals.choose_socket_folder()
+        assert tempfile.gettempdir() == (folder if length <= 75 else "/tmp")
+        connection.Listener(f"{tempfile.mkdtemp(prefix='pymp-')}/listener-12345678").close()
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+        with pytest.raises(InputError, match="a path of 75 bytes at most; set TMPDIR"):
+            signals.choose_socket_folder()
+    finally:
+        shutil.rmtree(folder)
 
 
 WORKER = """

@@ -179,3 +179,16 @@ def test_downloading_asks_torchvision(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tv.EuroSAT, "download", fail)
     with pytest.raises(InputError, match="eurosat: no network"):
         call("eurosat")
+
+
+def test_messages_name_no_argument_of_python(tmp_path):
+    """FER2013 can only be had from its publisher, and torchvision's constructor says where."""
+    for name in SETS:
+        for download in (False, True) if name == "fer2013" else (False,):
+            entry, split = {"path": str(tmp_path)}, next(iter(SETS[name].splits))
+            with pytest.raises(InputError) as error:
+                torchvision_sets.open_torchvision(name, entry, split, None, LABELS[name], download)
+            text = str(error.value)
+            assert "download=" not in text and "keyword argument" not in text, text
+            is_advised = "make_dataset.py can download it." in text or "http" in text
+            assert is_advised or name == "cars"  # which nobody offers any more
