@@ -34,13 +34,15 @@ class Evaluation:
     poll: callable = lambda wait=lambda: None: wait()
 
 
-def sharded_batches(dataset, evaluation):
-    """This rank's batches of a labelled set: (row numbers, images and labels on the device).
+def split_rows(n):
+    """The row numbers of each rank: neighbours, in rank order, every row once."""
+    return torch.arange(n).tensor_split(get_world_size())
 
-    Rank r of N has the rows r, r + N, ...: each is seen once, whatever N.
-    """
+
+def sharded_batches(dataset, evaluation):
+    """This rank's batches of a labelled set: (row numbers, images and labels on the device)."""
     e, device = evaluation, evaluation.precision.device
-    mine = torch.arange(get_rank(), len(dataset), get_world_size())
+    mine = split_rows(len(dataset))[get_rank()]
     loader = DataLoader(
         Subset(dataset, mine.tolist()),
         e.batch_size,

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize
+from threadpoolctl import threadpool_limits
 
 import utils
-from evaluation import check_finite, collect_ranking, rank_classes, sharded_batches
+from evaluation import check_finite, collect_ranking, rank_classes, sharded_batches, split_rows
 from infra import distributed
 from utils import InputError
 
@@ -35,8 +36,7 @@ def cache_key(*facts):
 def extract(tower, width, dataset, path, evaluation):
     """The features of a labelled set, computed once and mapped from disk.
 
-    If the files are absent or damaged they are made: each rank writes its own rows, so all ranks
-    must see the folder.
+    If the files are absent or damaged they are made. All ranks must see their folder.
 
     Args:
         tower: (B, 3, S, S) uint8 images on the device -> (B, W).
@@ -49,28 +49,59 @@ def extract(tower, width, dataset, path, evaluation):
     """
     n = len(dataset)
     files = {f"{path}.npy": (np.float32, (n, width)), f"{path}-labels.npy": (np.int64, (n,))}
-    if not distributed.broadcast_object(all(is_whole(file, *kind) for file, kind in files.items())):
+    is_main = distributed.is_main_process()
+    if not distributed.broadcast_object(is_main and all(is_whole(f, *files[f]) for f in files)):
+        utils.make_folder(os.path.dirname(path))
         with ExitStack() as stack:
             names = [stack.enter_context(utils.temporary_name(file)) for file in files]
-            names = distributed.broadcast_object(names)
-            if distributed.is_main_process():
-                utils.make_folder(os.path.dirname(path))
-                reserve(dict(zip(names, files.values(), strict=True)))
-            distributed.barrier()
-            features, labels = (np.load(name, mmap_mode="r+") for name in names)
-            for rows, images, classes in sharded_batches(dataset, evaluation):
-                with evaluation.precision.autocast():
-                    features[rows] = check_finite(tower(images).float().cpu())
-                labels[rows] = classes.cpu()
-            features.flush()
-            labels.flush()
-            distributed.barrier()
-            if distributed.is_main_process():
+            write_share(tower, dataset, dict(zip(names, files.values(), strict=True)), evaluation)
+            all_names = distributed.all_gather_object([names])
+            if is_main:
+                join_shares(all_names)
                 for name, file in zip(names, files, strict=True):
                     os.replace(name, file)
             distributed.barrier()
     features, labels = (np.load(file, mmap_mode="c") for file in files)  # copied when written to
     return torch.from_numpy(features), torch.from_numpy(labels)
+
+
+def write_share(tower, dataset, files, evaluation):
+    """Writes this rank's rows to files of its own; rank 0's have room for all ranks' rows.
+
+    Machines that wrote to one map would undo each other's writes on network storage, where whole
+    pages are written back.
+
+    Args:
+        tower, dataset, evaluation: see extract.
+        files: {path: (dtype, shape with all rows)}, of features and of labels.
+    """
+    mine = split_rows(len(dataset))[distributed.get_rank()]
+    if not distributed.is_main_process():
+        files = {f: (dtype, (len(mine), *shape[1:])) for f, (dtype, shape) in files.items()}
+    reserve(files)
+    features, labels = (np.load(file, mmap_mode="r+") for file in files)
+    for rows, images, classes in sharded_batches(dataset, evaluation):
+        with evaluation.precision.autocast():
+            features[rows - mine[0]] = check_finite(tower(images).float().cpu())
+        labels[rows - mine[0]] = classes.cpu()
+    features.flush()
+    labels.flush()
+
+
+def join_shares(names):
+    """Copies the rows of all ranks into rank 0's files; names: each rank's list of files."""
+    for whole, *parts in zip(*names, strict=True):
+        array = np.load(whole, mmap_mode="r+")
+        rows = split_rows(len(array))
+        for rank, part in enumerate(parts, start=1):
+            try:
+                array[rows[rank].numpy()] = np.load(part, mmap_mode="r")
+            except FileNotFoundError as error:
+                raise InputError(
+                    f"features of rank {rank}, {part}: rank 0 does not see them; choose an output "
+                    "folder that all machines share"
+                ) from error
+        array.flush()
 
 
 def reserve(files):
@@ -216,12 +247,10 @@ class LogisticRegression:
         """
         own, gradient, total = weights.to(self.dtype), torch.zeros_like(weights), 0.0
         for part, labels in self.rows:
-            logits = linear(part, own)
-            normalizers = logits.logsumexp(1, keepdim=True)
-            mine = labels[:, None]
-            total = total + (normalizers - logits.gather(1, mine)).sum(dtype=torch.float64)
-            errors = logits.sub_(normalizers).exp_()  # probabilities minus one-hot labels
-            errors.scatter_add_(1, mine, torch.full_like(normalizers, -1))
+            logs, mine = linear(part, own).log_softmax(1), labels[:, None]
+            total = total - logs.gather(1, mine).sum(dtype=torch.float64)
+            errors = logs.exp_()  # probabilities minus one-hot labels
+            errors.scatter_add_(1, mine, errors.new_full(mine.shape, -1))
             gradient[:, :-1] += errors.T @ part
             gradient[:, -1] += errors.sum(0)
         return total.item() / self.rows.number, gradient / self.rows.number
@@ -258,9 +287,11 @@ class LogisticRegression:
             "ftol": self.ftol,
         }
         options["maxls"] = 10  # steps of a line search; at float32's limit they are in vain
-        found = minimize(
-            objective, np.zeros(shape).ravel(), jac=True, method="L-BFGS-B", options=options
-        )
+        # SciPy's threads, for its few sums over variables, and PyTorch's would hold each other up.
+        with threadpool_limits(1, user_api="blas"):
+            found = minimize(
+                objective, np.zeros(shape).ravel(), jac=True, method="L-BFGS-B", options=options
+            )
         return weights_of(found.x).to(self.dtype)
 
 

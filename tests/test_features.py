@@ -12,6 +12,7 @@ from sklearn.neighbors import KNeighborsClassifier
 import evaluation
 import features
 from infra import checkpoint, devices
+from utils import InputError
 
 CPU = torch.device("cpu")
 FP32 = devices.Precision("fp32", CPU)
@@ -104,6 +105,34 @@ def test_two_ranks_write_what_one_process_does(two_ranks):
     for rank in ("rank0", "rank1"):
         got, labels = two_ranks[rank]["features"]
         assert torch.equal(got, one) and labels.tolist() == [i % 3 for i in range(11)]
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 9])
+def test_ranks_write_files_of_their_own(ranks, tmp_path, monkeypatch):
+    """Machines that wrote to one map would lose rows on network storage; 9 ranks have 7 rows."""
+    names = []
+    for rank in range(ranks):
+        monkeypatch.setattr(evaluation, "get_world_size", lambda: ranks)
+        for module in (evaluation, features.distributed):
+            monkeypatch.setattr(module, "get_rank", lambda rank=rank: rank)
+        kinds = {tmp_path / f"x{rank}": (np.float32, (7, 4)), tmp_path / f"y{rank}": (int, (7,))}
+        features.write_share(
+            lambda images: images.flatten(1)[:, :4],
+            Tiny(),
+            kinds,
+            evaluation.Evaluation(FP32, 2, 0),
+        )
+        names.append(list(kinds))
+    sizes = [np.load(x, mmap_mode="r").shape[0] for x, _ in names]
+    assert sizes[0] == 7 and sum(sizes[1:]) == 7 - len(evaluation.split_rows(7)[0])
+    features.join_shares(names)
+    assert np.load(tmp_path / "x0").tolist() == [[float(i)] * 4 for i in range(7)]
+    assert np.load(tmp_path / "y0").tolist() == [i % 3 for i in range(7)]
+
+    if ranks > 1:
+        (tmp_path / "x1").unlink()
+        with pytest.raises(InputError, match="rank 1, .*x1: rank 0 does not see them; choose"):
+            features.join_shares(names)
 
 
 def test_votes_equal_a_plain_loop(monkeypatch):
