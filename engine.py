@@ -183,7 +183,8 @@ def optimizer_step(training):
     if t.clip_grad_norm:
         t.precision.scaler.unscale_(t.optimizer)
         norm = nn.utils.clip_grad_norm_(t.model.parameters(), t.clip_grad_norm)
-        metrics["grad_norm"] = norm
+        # The scaler leaves out an update whose gradient it scaled too far: that is no fault.
+        metrics["grad_norm"] = norm.nan_to_num(0, 0) if t.precision.scaler.is_enabled() else norm
     t.precision.scaler.step(t.optimizer)
     t.precision.scaler.update()
     t.after_update()

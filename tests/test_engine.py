@@ -228,6 +228,16 @@ def test_every_precision_trains_on_cuda(precision):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("clip_grad_norm", [0.0, 1.0])
+def test_a_gradient_that_fp16_scaled_too_far_does_not_end_the_run(clip_grad_norm):
+    """Its update is left out, at half the scale the next one is tried; clipped or not."""
+    t = training("fp16", clip_grad_norm=clip_grad_norm)
+    before, data = t.model.weight.clone(), 100 * torch.randn(8, 3)
+    means, _ = engine.train_one_epoch(t, loader(data, 4), BareRun(), print_freq=1)
+    assert np.isfinite(list(means.values())).all()
+    assert torch.equal(t.model.weight, before) and t.precision.scaler.get_scale() == 2**14
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("k, exact", [(1, False), (2, False), (2, True)])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
