@@ -110,7 +110,7 @@ class Device(TorchDispatchMode):
         if is_on_cuda(result) and not is_on_cuda(source):
             own = source.untyped_storage()._cdata
             if not is_free or own not in [storage._cdata for storage in self.pinned]:
-                self.wait("copy to the device of memory that is not pinned")
+                self.wait("copy to the device that blocks, or of memory that is not pinned")
         return result
 
     def check_index(self, func, tensor, indices, values=None, *_):
