@@ -8,7 +8,6 @@ forward_head(forward_features(**views)).
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import chain
 
 import numpy as np
 import torch
@@ -184,7 +183,8 @@ def optimizer_step(training):
     if t.clip_grad_norm:
         t.precision.scaler.unscale_(t.optimizer)
         norm = nn.utils.clip_grad_norm_(t.model.parameters(), t.clip_grad_norm)
-        metrics["grad_norm"] = norm
+        # The scaler leaves out an update whose gradient it scaled too far: that is no fault.
+        metrics["grad_norm"] = norm.nan_to_num(0, 0) if t.precision.scaler.is_enabled() else norm
     t.precision.scaler.step(t.optimizer)
     t.precision.scaler.update()
     t.after_update()
@@ -219,7 +219,7 @@ class Batches:
     """A loader's batches without their notes; measures the time spent waiting for them.
 
     Notes are "bad", the reasons why samples had to be replaced, and "sources", the origin of each
-    sample.
+    sample, kept by update.
     """
 
     def __init__(self, batches, training, run, before_save):
@@ -237,9 +237,9 @@ class Batches:
             if i:
                 batch = self.wait(lambda: self.undo(*kept), is_whole=False)
             bad += batch.pop("bad", [])
-            sources.append(batch.pop("sources", []))
+            sources += batch.pop("sources", [])
             yield batch
-        self.bad, self.sources = self.bad + bad, self.sources + sources
+        self.bad, self.sources = self.bad + bad, [*self.sources, sources]
 
     def wait(self, before_save, is_whole=True):
         asked = time.perf_counter()
@@ -252,10 +252,11 @@ class Batches:
         restore_buffers(self.training.model, buffers)
         self.before_save()
 
-    def notes(self):
-        """(bad, sources) of the updates since the last call; sources has a list a batch."""
-        notes, self.bad, self.sources = (self.bad, self.sources), [], []
-        return notes
+    def notes(self, updates):
+        """(bad since the last call, sources of each of the `updates` after those asked for)."""
+        bad, sources = self.bad, self.sources[:updates]
+        self.bad, self.sources = [], self.sources[updates:]
+        return bad, sources
 
 
 def train_one_epoch(training, loader, run, print_freq=10, max_bad_fraction=0.01):
@@ -265,58 +266,61 @@ def train_one_epoch(training, loader, run, print_freq=10, max_bad_fraction=0.01)
         training: the Training.
         loader: has start(epoch, batch), a length in micro-batches and a batch_size.
         run: an infra.run.Run, which waits for each batch: it may save before an update, or stop.
-        print_freq: updates between readings of metrics, which stay on the device until then.
+        print_freq: updates between readings of metrics. Each waits until the device has the next
+            update, so that it is never without work.
         max_bad_fraction: of the epoch's samples that may be unreadable.
 
     Returns (means of the metrics over ranks and updates, speed and size of the epoch). Raises
     InputError, on all ranks at once, if a loss is not finite or too many samples are unreadable.
     """
-    t, k, state, log = training, training.update_freq, run.state, run.log
+    t, k, state = training, training.update_freq, run.state
     updates, batch_size = len(loader) // k, loader.batch_size * k * get_world_size()
     state.start_epoch(updates, batch_size)
-    first, waited, started = (
-        state.epoch * updates,
-        state.waited,
-        time.perf_counter() - state.elapsed,
-    )
+    first, waited = state.epoch * updates, state.waited
+    started = time.perf_counter() - state.elapsed
 
     def read_metrics():
-        rows, (bad, sources) = state.meters.read(), batches.notes()
-        count_bad(bad, run, updates * batch_size, max_bad_fraction, t.precision.device)
+        rows = state.meters.read()
+        bad, sources = batches.notes(len(rows.get("loss", ())))
+        count_bad(bad, run, updates * batch_size, max_bad_fraction)
         if not np.isfinite(state.meters.window).all():
             raise InputError(describe_fault(rows["loss"], sources, first + state.step - 1, run))
+
+    def log_means(report):
+        read_metrics()
+        means, speed = state.meters.means(), state.speed()
+        report(state.step, means, {**speed, "elapsed": state.elapsed})
+        update = first + state.step - 1
+        values = {**means, **speed, "lr": t.schedule[update]}
+        run.log.scalars({f"train/{key}": x for key, x in values.items()}, update)
 
     is_trained = state.step == updates  # the run was stopped after it, in validation
     loaded = iter(()) if is_trained else loader.start(state.epoch, state.step * k)
     batches = Batches(loaded, t, run, before_save=read_metrics)
     t.model.train()
-    with log.progress(updates, f"epoch {state.epoch}", state.step) as report:
+    with run.log.progress(updates, f"epoch {state.epoch}", state.step) as report:
         for step in range(state.step, updates):
             # get batches, here the run may save or stop; forward, backward and optimizer step
             if t.skip_nonfinite:
                 metrics, is_taken = update_if_finite(t, batches.take(k), first + step)
             else:
                 metrics, is_taken = update(t, batches.take(k), first + step), True
+
+            # now and then: the means up to the update before, while the device works on this one
+            if step and step % print_freq == 0:
+                log_means(report)
             if is_taken:
                 state.meters.update(metrics)
             else:
-                skip_update(t, metrics, batches.sources, first + step, run)
+                skip_update(t, metrics, batches.sources.pop(), first + step, run)
             state.advance(time.perf_counter() - started, waited + batches.waited)
-
-            # now and then: read the metrics, which waits for the device, and log their means
-            is_due = state.step % print_freq == 0 or state.step == updates
-            if is_due or t.skip_nonfinite:
-                read_metrics()
-            if is_due:
-                means, speed = state.meters.means(), state.speed()
-                report(state.step, means, {**speed, "elapsed": state.elapsed})
-                values = {**means, **speed, "lr": t.schedule[first + step]}
-                log.scalars({f"train/{key}": x for key, x in values.items()}, first + step)
+        if not is_trained:
+            log_means(report)
     size = {"pairs": state.step * batch_size, "bad_samples": state.bad}
     return state.meters.averages(), state.speed() | size
 
 
-def count_bad(reasons, run, samples, fraction, device):
+def count_bad(reasons, run, samples, fraction):
     """Counts and names the samples that had to be replaced, on all ranks together.
 
     Args:
@@ -324,11 +328,10 @@ def count_bad(reasons, run, samples, fraction, device):
         run: whose state counts them.
         samples: of the epoch, on all ranks.
         fraction: of these that may be replaced.
-        device: for the sum over ranks.
 
     Raises InputError, on every rank at once, above that fraction.
     """
-    if not all_reduce(torch.tensor(len(reasons), device=device)):
+    if not all_reduce(torch.tensor(len(reasons))):
         return
     reasons = all_gather_object(reasons)
     for reason in reasons:
@@ -345,7 +348,7 @@ def skip_update(training, metrics, sources, update, run):
     """Counts and names an update that was not taken. Raises InputError if it is one too many."""
     limit, state = training.skip_nonfinite, run.state
     state.skipped += 1
-    fault = describe_fault([metrics["loss"].item()], sources, update, run)
+    fault = describe_fault([metrics["loss"].item()], [sources], update, run)
     if state.skipped > limit:
         raise InputError(f"more than {limit} updates of the run would be skipped: {fault}")
     run.log.info(f"skipped, {state.skipped} of {limit}: {fault}")
@@ -356,7 +359,7 @@ def describe_fault(losses, sources, update, run):
 
     Args:
         losses: this rank's losses of its latest updates.
-        sources: the samples of each micro-batch of these.
+        sources: the samples of each of these.
         update: the number of the last of them.
         run: whose log takes the file.
 
@@ -367,9 +370,7 @@ def describe_fault(losses, sources, update, run):
     i, rank, loss = min(faults, default=(len(losses) - 1, 0, None))
     fault = "gradient is not finite" if loss is None else f"loss is {loss}"
     update, epoch = update + i + 1 - len(losses), run.state.epoch
-    k = len(sources) // len(losses)
-    mine = chain.from_iterable(sources[i * k : (i + 1) * k])
-    samples = all_gather_object([{"rank": get_rank(), **source} for source in mine])
+    samples = all_gather_object([{"rank": get_rank(), **source} for source in sources[i]])
     facts = {"update": update, "epoch": epoch, "rank": rank, "loss": str(loss)}
     path = run.log.dump(f"nonfinite-{update}.json", {**facts, "samples": samples})
     return (

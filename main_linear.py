@@ -158,7 +158,12 @@ def create_training(probe, precision, updates, args):
         model=distributed.wrap_ddp(probe, precision.device),
         criterion=probe_loss,
         optimizer=torch.optim.SGD(
-            probe.head.parameters(), lr, momentum=args.momentum, weight_decay=args.wd
+            probe.head.parameters(),
+            lr,
+            momentum=args.momentum,
+            weight_decay=args.wd,
+            # With a scaler, the other kernels wait for the device in every update.
+            fused=precision.scaler.is_enabled() or None,
         ),
         schedule=np.repeat(lr * cosine, updates),
         precision=precision,

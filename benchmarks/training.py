@@ -26,6 +26,7 @@ import models
 import utils
 from benchmarks import archived
 from benchmarks.data import machine, write_pictures
+from benchmarks.limits import copy_rate, matrix_rates, synchronize
 from infra import devices, distributed
 from infra.run import Meters
 from tokenizer import SimpleTokenizer
@@ -35,41 +36,6 @@ from towers import CONTEXT_LENGTH
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 PHASES = ("data", "forward", "backward", "optimizer")
 UPDATES = 1000  # of an epoch, for the schedule of the learning rate
-
-# ---------------------------------------------------------------------------------------------
-# Limits of the machine
-
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def best_rate(run, work, device, rounds=8):
-    """The highest work / seconds of several calls of run()."""
-    best = 0.0
-    for _ in range(rounds + 2):
-        synchronize(device)
-        started = time.perf_counter()
-        run()
-        synchronize(device)
-        best = max(best, work / (time.perf_counter() - started))
-    return best
-
-
-def matrix_rate(precision):
-    """TFLOP/s of products of square matrices in a precision."""
-    device, n = precision.device, 8192 if precision.device.type == "cuda" else 2048
-    a, b, out = (torch.randn(n, n, device=device).to(precision.dtype) for _ in range(3))
-    return best_rate(lambda: torch.matmul(a, b, out=out), 2 * n**3, device) / 1e12
-
-
-def copy_rate(device):
-    """GB/s, read and written, of a copy within the device's memory."""
-    size = 2**30 if device.type == "cuda" else 2**28
-    a, b = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
-    return best_rate(lambda: a.copy_(b), 2 * size, device) / 1e9
-
 
 # ---------------------------------------------------------------------------------------------
 # A measured training
@@ -137,7 +103,7 @@ class MeasuredTraining:
         precision = devices.Precision(args.precision, self.device)
         self.training = main_script.create_training(self.model, precision, UPDATES, args)
         self.gflop = self.gflop_per_sample()
-        self.limits = {"matrices": matrix_rate(precision), "copy": copy_rate(self.device)}
+        self.limits = {**matrix_rates(precision), "copy": copy_rate(self.device)}
         if variant.is_archived:
             archived.as_archived(self.training, args)
         if variant.is_archived or not variant.from_files:
@@ -148,6 +114,7 @@ class MeasuredTraining:
             self.notes.append(self.compile())
         self.watch, self.meters = Watch(self.device), Meters()
         self.time_phases()
+        self.free()
 
     def random_views(self, number):
         """{view: (number, ...) tensor} of noise on the device."""
@@ -210,21 +177,34 @@ class MeasuredTraining:
             self.watch.mark("data")
             yield batch
 
+    def update(self):
+        metrics = engine.update(self.training, self.take(), self.step % UPDATES)
+        if self.step % self.args.print_freq == 0:
+            self.meters.read()
+        self.meters.update(metrics)
+        self.step += 1
+        if self.variant.is_archived:  # it waits for the metrics of every update
+            self.meters.read()
+
     def round(self, updates):
-        """{phase: seconds per update}, and "samples/s"."""
-        synchronize(self.device)
+        """{phase: seconds per update}, and "samples/s"; one more update at the start allocates."""
+        self.update()
+        self.watch.seconds()
         started = time.perf_counter()
         self.watch.mark("start")
-        for i in range(updates):
-            self.meters.update(engine.update(self.training, self.take(), self.step % UPDATES))
-            self.step += 1
-            # The archived code waits for the metrics of every update.
-            if self.variant.is_archived or (i + 1) % self.args.print_freq == 0:
-                self.meters.read()
+        for _ in range(updates):
+            self.update()
         phases = self.watch.seconds()
         seconds = time.perf_counter() - started
+        self.free()
         samples = updates * self.args.batch_size * self.training.update_freq
         return {k: v / updates for k, v in phases.items()} | {"samples/s": samples / seconds}
+
+    def free(self):
+        """Leaves the GPU's memory to the other variants, but for weights and moments."""
+        self.training.optimizer.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def memory(self):
         """Peak GB, allocated on a GPU, otherwise of the process."""
@@ -301,11 +281,12 @@ def environment(variables):
 
 
 def summarize(rounds, facts):
-    """Medians of the rounds, the facts, and the rate of arithmetic that follows from both."""
+    """Medians of the rounds, the facts, and the rate of arithmetic that follows from both, also in
+    percent of that of products of matrices."""
     result = {key: median(r[key] for r in rounds) for key in rounds[0]}
     rate = result["samples/s"] * facts["gflop"] / 1e3  # TFLOP/s
-    percent = 100 * rate / facts["matrices"]
-    return {**result, **facts, "TFLOP/s": rate, "percent of matrices": percent}
+    percents = {f"percent of {key}": 100 * rate / facts[key] for key in ("matrices", "sustained")}
+    return {**result, **facts, "TFLOP/s": rate, **percents}
 
 
 def print_training(results, options, flags):
@@ -314,19 +295,22 @@ def print_training(results, options, flags):
     print(f"{options.command}: {args.model}, {args.batch_size} x {args.update_freq} {images}")
     print(f"{machine()}")
     print(f"captions of {options.caption_tokens} tokens; median of {options.rounds} rounds\n")
-    head = ["samples/s", "ratio", "ms/update", *PHASES, "GFLOP", "TFLOP/s", "%rate", "GB"]
+    head = ["samples/s", "ratio", "ms/update", *PHASES, "GFLOP", "TFLOP/s"]
+    head += ["%rate", "%lasting", "GB"]
     width = max(map(len, results))
     print(" " * width + "".join(f"{name:>10}" for name in head))
     for name, r in results.items():
         ms = [1e3 * r[phase] for phase in PHASES]
         row = [r["samples/s"], first["samples/s"] / r["samples/s"], sum(ms), *ms]
-        row += [r["gflop"], r["TFLOP/s"], r["percent of matrices"], r["GB"]]
-        digits = [2, 2, *[0] * 5, 1, 3, 1, 2]
+        row += [r["gflop"], r["TFLOP/s"], r["percent of matrices"]]
+        row += [r["percent of sustained"], r["GB"]]
+        digits = [2, 2, *[0] * 5, 1, 3, 1, 1, 2]
         print(f"{name:{width}}" + "".join(f"{x:10.{d}f}" for x, d in zip(row, digits, strict=True)))
     print()
     for name, r in results.items():
         print(f"{name}: {', '.join(r['notes'])}; this machine multiplies matrices in that")
-        print(f"  precision at {r['matrices']:.3f} TFLOP/s and copies at {r['copy']:.1f} GB/s")
+        print(f"  precision at {r['matrices']:.3f} TFLOP/s, lasting at {r['sustained']:.3f}, and")
+        print(f"  copies at {r['copy']:.1f} GB/s")
 
 
 def draw(results, path):

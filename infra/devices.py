@@ -69,7 +69,8 @@ class Prefetcher:
         if self.stream is None:
             return self.prepare(to_device(batch, self.device))
         main = torch.cuda.current_stream(self.device)
-        self.steps.append(main.record_event())
+        # A blocking event leaves the core to the loader's workers while the program waits for it.
+        self.steps.append(main.record_event(torch.cuda.Event(blocking=True)))
         if len(self.steps) > 1:
             self.steps.popleft().synchronize()
         with torch.cuda.stream(self.stream):

@@ -25,7 +25,7 @@ from utils import make_folder, seed_everything, set_rng_state
 
 
 class Meters:
-    """Means of metrics that stay on their device until read, so that no step waits.
+    """Means of metrics, which are copied to the CPU while the device works on.
 
     `update` takes a dict of scalar tensors, equal keys every time. No mean depends, in any bit, on
     how often it is read, nor on an interruption between (`state_dict`).
@@ -34,20 +34,27 @@ class Meters:
     STATE = ("keys", "window", "totals", "steps")
 
     def __init__(self):
-        self.keys, self.pending = [], []  # (keys,) of each update on this rank
+        self.keys, self.pending = [], []  # (keys,) on the CPU of each update on this rank
+        self.copied = None  # the event after the latest copy from a GPU
         self.window, self.totals, self.steps = [], [], 0
 
     def update(self, metrics):
         self.keys = list(metrics)
-        self.pending.append(torch.stack([value.detach().double() for value in metrics.values()]))
+        row = torch.stack([value.detach().double() for value in metrics.values()])
+        self.pending.append(row.to("cpu", non_blocking=True))  # into pinned memory
+        if row.is_cuda:
+            self.copied = torch.cuda.Event(blocking=True)
+            self.copied.record()
 
     def read(self):
-        """Fetches the updates since the last call, on all ranks together.
+        """Takes in the updates since the last call, on all ranks together; waits for the latest.
 
         Returns {key: the values of each of them on this rank}.
         """
         if not self.pending:
             return {key: [] for key in self.keys}
+        if self.copied:
+            self.copied.synchronize()
         own, self.pending = torch.stack(self.pending), []  # (updates, keys)
         mean = distributed.all_reduce(own.clone()) / distributed.get_world_size()
         for row in mean.tolist():

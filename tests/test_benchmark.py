@@ -8,13 +8,14 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from fake_cuda import CUDA, fake_cuda
 from helpers import train_flags
 from launch import forking
 
 import benchmark
 import captions
 import engine
-from benchmarks import archived, data, training
+from benchmarks import archived, data, limits, training
 from infra import distributed
 from tokenizer import SimpleTokenizer
 from utils import InputError
@@ -68,6 +69,21 @@ def test_phases_add_up_to_the_time(tiny, from_files, is_archived, flags, unlimit
     )
 
 
+def test_a_round_on_a_gpu_leaves_its_memory_to_the_other_variants(tiny, unlimited, monkeypatch):
+    """And begins with an update that is not measured, but allocates."""
+    monkeypatch.setattr(distributed, "init_distributed", lambda *flags: CUDA)
+    with fake_cuda() as device:
+        run, made = measured(tiny, "--no-compile"), Mock(wraps=engine.update)
+        monkeypatch.setattr(engine, "update", made)
+        freed = Mock()
+        monkeypatch.setattr(torch.cuda, "empty_cache", freed)
+        run.round(2)
+        assert (made.call_count, freed.call_count) == (3, 1)
+        assert all(p.grad is None for p in run.model.parameters())
+        with device.no_wait():
+            run.update()
+
+
 def test_the_archived_loader_shuffles_whole_batches(tiny):
     pairs = captions.load_captions("coco", tiny / "captions.json")
     views = ("image", "text", "aug1", "aug2")
@@ -85,13 +101,15 @@ def test_the_archived_loader_shuffles_whole_batches(tiny):
 @pytest.fixture
 def unlimited(monkeypatch):
     """Skips the measurement of the machine's limits."""
-    monkeypatch.setattr(training, "matrix_rate", lambda precision: 1.0)
+    rates = {"matrices": 1.0, "sustained": 0.5}
+    monkeypatch.setattr(training, "matrix_rates", lambda precision: rates)
     monkeypatch.setattr(training, "copy_rate", lambda device: 1.0)
 
 
 @pytest.fixture
 def quick(monkeypatch):
     """Forks the measured processes from one that has imported everything."""
+    monkeypatch.setattr(limits, "SUSTAINED", 0.01)
     monkeypatch.setattr(training, "get_context", lambda method: forking())
 
 
@@ -106,7 +124,9 @@ def test_both_ways_are_compared_and_figures_are_written(quick, tmp_path, capsys)
     for row in results.values():
         rate = row["samples/s"] * row["gflop"] / 1e3
         assert row["TFLOP/s"] == pytest.approx(rate)
-        assert row["percent of matrices"] == pytest.approx(100 * rate / row["matrices"])
+        for limit in ("matrices", "sustained"):
+            assert row[f"percent of {limit}"] == pytest.approx(100 * rate / row[limit])
+            assert f"{row[limit]:.3f}" in out
         assert row["copy"] > 0 and row["GB"] > 0
         assert f"{row['samples/s']:10.2f}" in out
     assert (tmp_path / "figures/step.png").read_bytes().startswith(b"\x89PNG")

@@ -13,6 +13,7 @@ import engine
 import main
 import models
 from infra import devices
+from infra.logger import SilentLog
 from utils import InputError
 
 CPU = torch.device("cpu")
@@ -96,6 +97,83 @@ def test_a_loss_that_is_not_finite_stops_with_its_step():
         engine.train_one_epoch(t, loader(data, 2), BareRun(epoch=2), print_freq=2)
 
 
+class Scalars(SilentLog):
+    """A log of {update: the mean loss that is logged at it}, and of the updates made by then."""
+
+    def __init__(self, training):
+        self.training, self.means, self.made = training, {}, []
+
+    def scalars(self, values, step):
+        self.means[step] = values["train/loss"]
+        self.made.append(self.training.made)
+
+
+def counted_training(**options):
+    """A training that counts its updates; its loss is the mean of the batch."""
+    t = training(**options)
+    t.made, t.model.forward = 0, lambda x: x + 0 * t.model.weight.sum()
+    t.criterion = lambda outputs: {"loss": outputs.mean()}
+
+    def count():
+        t.made += 1
+
+    t.after_update = count
+    return t
+
+
+def test_means_are_read_one_update_later():
+    """The device then has that update to do; the means are those of the updates before it."""
+    t = counted_training()
+    data = torch.arange(1.0, 6).repeat_interleave(2)[:, None]  # the losses of five updates
+    log = Scalars(t)
+    means, _ = engine.train_one_epoch(t, loader(data, 2), BareRun(log), print_freq=2)
+    assert log.means == {1: 1.5, 3: 3.5, 4: 5.0} and means == {"loss": 3.0}
+    assert log.made == [3, 5, 5]
+
+
+class Saving(BareRun):
+    """A run that saves before each update from number `first` on; notes the losses saved."""
+
+    def __init__(self, first, log=None):
+        super().__init__(log)
+        self.first, self.saved = first, []
+
+    def poll(self, wait, before_save, is_whole=True):
+        if is_whole and self.state.step >= self.first:
+            before_save()
+            self.saved.append((self.state.step, [row[0] for row in self.state.meters.window]))
+        return wait()
+
+
+def test_a_save_has_the_metrics_of_all_updates_before_it():
+    t = counted_training()
+    run = Saving(2, Scalars(t))
+    data = torch.arange(1.0, 6).repeat_interleave(2)[:, None]
+    engine.train_one_epoch(t, loader(data, 2), run, print_freq=2)
+    assert run.saved == [(2, [1.0, 2.0]), (3, [3.0]), (4, [3.0, 4.0])]
+    assert run.log.means == {1: 1.5, 3: 3.5, 4: 5.0}  # as without a save
+
+
+@pytest.mark.parametrize("first, noticed", [(2, [2, 2, 3, 4, 5]), (99, [2, 2, 4, 4, 5])])
+@pytest.mark.parametrize("bad", range(5))
+def test_a_loss_that_is_not_finite_is_never_saved(bad, first, noticed):
+    """It is noticed before a save, or else when metrics are read; its own samples are listed."""
+    data = [{"x": torch.ones(1), "sources": {"index": i}} for i in range(20)]
+    data[4 * bad + 3]["x"] *= torch.nan
+    run, listed = Saving(first), {}
+    run.log.dump = lambda name, facts: listed.update(facts) or name
+
+    def collate(items):
+        return {"x": torch.stack([i["x"] for i in items]), "sources": [i["sources"] for i in items]}
+
+    with pytest.raises(InputError, match=rf"loss is nan at update {bad} .*nonfinite-{bad}.json"):
+        t = counted_training(update_freq=2)
+        engine.train_one_epoch(t, InOrder(data, 2, collate), run, print_freq=2)
+    assert run.state.step == noticed[bad]
+    assert [source["index"] for source in listed["samples"]] == [4 * bad + i for i in range(4)]
+    assert np.isfinite([loss for _, saved in run.saved for loss in saved]).all()
+
+
 def test_the_samples_of_a_loss_that_is_not_finite_are_listed(two_ranks):
     """Rank 1's second batch is bad; ranks read their losses at the third and stop together."""
     for rank in ("rank0", "rank1"):
@@ -148,6 +226,16 @@ def test_every_precision_trains_on_cuda(precision):
     data = torch.randn(16, 3)
     losses = [engine.update(t, [{"x": data}], step)["loss"].item() for step in range(10)]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("clip_grad_norm", [0.0, 1.0])
+def test_a_gradient_that_fp16_scaled_too_far_does_not_end_the_run(clip_grad_norm):
+    """Its update is left out, at half the scale the next one is tried; clipped or not."""
+    t = training("fp16", clip_grad_norm=clip_grad_norm)
+    before, data = t.model.weight.clone(), 100 * torch.randn(8, 3)
+    means, _ = engine.train_one_epoch(t, loader(data, 4), BareRun(), print_freq=1)
+    assert np.isfinite(list(means.values())).all()
+    assert torch.equal(t.model.weight, before) and t.precision.scaler.get_scale() == 2**14
 
 
 @pytest.mark.cuda
