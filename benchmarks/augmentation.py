@@ -1,0 +1,68 @@
+"""The command augment of benchmark.py: a view with --augment device, from uint8 to the tower."""
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import transforms
+from benchmarks.data import HEIGHT, SIZE, WIDTH, compare, machine, timed
+from benchmarks.training import synchronize
+from infra import devices, distributed
+
+
+def size_of(tree):
+    return sum(x.numel() * x.element_size() for x in tree_leaves(tree) if torch.is_tensor(x))
+
+
+class KernelCounter(TorchDispatchMode):
+    """Counts the operations that are no views, each a kernel on a GPU, and the bytes they move."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels = self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        aliases = [x.alias_info for x in function._schema.returns]
+        if any(alias is None or alias.is_write for alias in aliases):
+            self.kernels += 1
+            moved = (args, kwargs, result)
+            if function is torch.ops.aten.index.Tensor:  # reads what it takes
+                moved = (args[1], result, result)
+            elif function is torch.ops.aten.index_copy_.default:  # writes what it is given
+                moved = (args[2], args[3], args[3])
+            self.bytes += size_of(moved)
+        return result
+
+
+def draw_view(number, device):
+    """A batch of noise (B, 3, S, S) uint8 and its steps, on the device."""
+    rng = np.random.default_rng(0)
+    pixels = torch.from_numpy(rng.integers(0, 256, (number, 3, SIZE, SIZE), dtype=np.uint8))
+    drawn = [transforms.draw_augmentation(rng, WIDTH, HEIGHT)[1] for _ in range(number)]
+    return devices.to_device([pixels, transforms.group_steps(drawn)], device)
+
+
+def benchmark_augment(args):
+    """Kernels, bytes and time a sample to augment and normalise a view of SimCLR."""
+    torch.set_num_threads(1)
+    device = distributed.init_distributed(args.device)
+    pixels, steps = draw_view(args.batch_size, device)
+    mean, std = transforms.IMAGENET_MEAN, transforms.IMAGENET_STD
+
+    def augment():
+        return transforms.normalize(transforms.to_unit(pixels, steps), mean, std)
+
+    def seconds():
+        synchronize(device)
+        return timed(lambda: (augment(), synchronize(device)))[0] / args.batch_size
+
+    print(f"augment: {args.batch_size} x {SIZE} x {SIZE} on {device.type}; {machine()}\n")
+    with KernelCounter() as counter:
+        augment()
+    time = compare({"eager": seconds}, args.rounds)["eager"]
+    print(
+        f"  eager     {counter.kernels:4} kernels {counter.bytes / args.batch_size / 1e6:8.1f} MB "
+        f"a sample {1e3 * time:8.2f} ms a sample"
+    )
