@@ -122,7 +122,7 @@ def open_loader(model, tokenizer, device, args):
 def picture_of_views(model, loader, columns=8):
     """A grid (3, height, width) of the first samples: a row for each image view."""
     batch = loader.preview(columns)
-    views = [to_unit(batch[v], batch["steps"].get(v, ())) for v in model.views if v != "text"]
+    views = [to_unit(batch[v], batch["steps"].get(v)) for v in model.views if v != "text"]
     return make_grid(torch.cat(views), nrow=columns)
 
 
@@ -142,9 +142,7 @@ def create_training(model, precision, updates, args):
 
     def prepare(batch):  # on the device: images augmented and normalised
         steps = batch.pop("steps")
-        return {
-            v: x if v == "text" else model.normalize(x, steps.get(v, ())) for v, x in batch.items()
-        }
+        return {v: x if v == "text" else model.normalize(x, steps.get(v)) for v, x in batch.items()}
 
     if args.grad_checkpointing:
         model.set_grad_checkpointing()

@@ -113,10 +113,10 @@ class Method(nn.Module):
         features = self.visual(torch.cat(list(images.values())))
         return dict(zip(images, features.chunk(len(images)), strict=True))
 
-    def normalize(self, images, steps=()):
+    def normalize(self, images, steps=None):
         """(B, 3, S, S) uint8 -> float32, with the mean and deviation that the tower expects.
 
-        steps: augmentation still to be done, grouped by transforms.group_steps.
+        steps: augmentation still to be done, (B, 8, 3), as transforms.pack_steps packs it.
         """
         return normalize(to_unit(images, steps), self.mean, self.std)
 

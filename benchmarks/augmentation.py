@@ -27,12 +27,7 @@ class KernelCounter(TorchDispatchMode):
         aliases = [x.alias_info for x in function._schema.returns]
         if any(alias is None or alias.is_write for alias in aliases):
             self.kernels += 1
-            moved = (args, kwargs, result)
-            if function is torch.ops.aten.index.Tensor:  # reads what it takes
-                moved = (args[1], result, result)
-            elif function is torch.ops.aten.index_copy_.default:  # writes what it is given
-                moved = (args[2], args[3], args[3])
-            self.bytes += size_of(moved)
+            self.bytes += size_of((args, kwargs, result))
         return result
 
 
@@ -41,7 +36,7 @@ def draw_view(number, device):
     rng = np.random.default_rng(0)
     pixels = torch.from_numpy(rng.integers(0, 256, (number, 3, SIZE, SIZE), dtype=np.uint8))
     drawn = [transforms.draw_augmentation(rng, WIDTH, HEIGHT)[1] for _ in range(number)]
-    return devices.to_device([pixels, transforms.group_steps(drawn)], device)
+    return devices.to_device([pixels, transforms.pack_steps(drawn)], device)
 
 
 def benchmark_augment(args):
