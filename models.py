@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from infra.distributed import all_reduce_with_grad, get_world_size
+from tokenizer import LENGTHS
 from towers import (
     TOWERS,
     TextTower,
     Tower,
+    blocks_of,
     create_visual,
     input_size,
     is_convolutional,
@@ -125,10 +127,13 @@ class Method(nn.Module):
         size = (batch_size, 3, self.image_size, self.image_size)
         return {view: torch.zeros(size, device=device) for view in self.views}
 
+    def dummy_batches(self, batch_size, device):
+        """The same for every shape of a training batch, the largest first."""
+        return [self.dummy_batch(batch_size, device)]
+
     def blocks(self):
-        """The modules to compile, one by one: blocks that are alike share one compilation."""
-        blocks = getattr(self.visual, "blocks", None)
-        return [self.visual] if self.is_convolutional or blocks is None else list(blocks)
+        """The modules to compile."""
+        return blocks_of(self.visual)
 
     def set_grad_checkpointing(self):
         """Recomputes the towers' activations block by block in backward: less memory, more time.
@@ -180,6 +185,11 @@ class CLIP(TextTower, Method):
     def dummy_batch(self, batch_size, device):
         text = torch.zeros(batch_size, self.context_length, dtype=torch.long, device=device)
         return super().dummy_batch(batch_size, device) | {"text": text}
+
+    def dummy_batches(self, batch_size, device):
+        views = self.dummy_batch(batch_size, device)
+        lengths = (self.context_length, *reversed(LENGTHS))
+        return [views | {"text": views["text"][:, :length]} for length in lengths]
 
     def blocks(self):
         return [*super().blocks(), *self.transformer.resblocks]
