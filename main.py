@@ -6,6 +6,7 @@
 """
 
 import os
+from functools import partial
 
 import torch
 from torchvision.utils import make_grid
@@ -24,7 +25,7 @@ from evaluation import Evaluation
 from infra import checkpoint, devices, distributed
 from infra.run import Run
 from tokenizer import SimpleTokenizer
-from transforms import to_unit
+from transforms import pack_steps, to_unit
 from utils import InputError, natural, not_negative, number, positive, positive_int
 
 MIN_SSL_BATCH = 64  # samples per step below which the SimCLR head's batch statistics mislead
@@ -214,10 +215,19 @@ def advise(log, data_wait, loader):
         )
 
 
-def warm_up(model, training, log, args):
+def prepare_dummy(training, views, augments_on_device):
+    """Prepares a dummy batch as updates prepare the loader's: uint8 images, and steps if any."""
+    raw = {v: x if v == "text" else x.byte() for v, x in views.items()}
+    augmented = [v for v in ("aug1", "aug2") if v in views and augments_on_device]
+    steps = {v: pack_steps([[]] * len(raw[v])).to(raw[v].device) for v in augmented}
+    return training.prepare({**raw, "steps": steps})
+
+
+def warm_up(model, training, log, args, augments_on_device=False):
     modules = [*model.blocks(), *training.criterion.blocks()]
     batches = model.dummy_batches(args.batch_size, training.precision.device)
-    warmup.warm_up(training, modules, batches, log, args)
+    prepare = partial(prepare_dummy, training, augments_on_device=augments_on_device)
+    warmup.warm_up(training, modules, batches, log, args, prepare)
 
 
 def validate(model, task, tokenizer, evaluation):
@@ -263,7 +273,7 @@ def main(args):
         picture = picture_of_views(model, loader) if is_pictured else None
         run.start()
         log_summary(run.log, model, task, loader, training, args)
-        warm_up(model, training, run.log, args)
+        warm_up(model, training, run.log, args, loader.augments_on_device)
         if is_pictured:
             run.log.picture("views", picture)
 

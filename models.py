@@ -22,7 +22,7 @@ from towers import (
     is_convolutional,
     output_width,
 )
-from transforms import normalize, to_unit
+from transforms import Augment, normalize, to_unit
 from utils import InputError
 
 MAX_LOGIT_SCALE = 4.6052  # ln(100)
@@ -89,6 +89,7 @@ class Method(nn.Module):
         self.image_size, self.mean, self.std = input_size(self.visual), tower.mean, tower.std
         self.num_features = self.embed_dim = output_width(self.visual)
         self.is_convolutional = is_convolutional(self.visual)
+        self.augment = Augment()
 
     def to(self, *args, **options):
         """As of any module; convolutions on CUDA take the layout in memory that is fastest there.
@@ -115,12 +116,14 @@ class Method(nn.Module):
         features = self.visual(torch.cat(list(images.values())))
         return dict(zip(images, features.chunk(len(images)), strict=True))
 
+    @torch.no_grad()  # in every pass of an update, so that the augmentation compiles once
     def normalize(self, images, steps=None):
         """(B, 3, S, S) uint8 -> float32, with the mean and deviation that the tower expects.
 
         steps: augmentation still to be done, (B, 8, 3), as transforms.pack_steps packs it.
         """
-        return normalize(to_unit(images, steps), self.mean, self.std)
+        unit = to_unit(images) if steps is None else self.augment(images, steps)
+        return normalize(unit, self.mean, self.std)
 
     def dummy_batch(self, batch_size, device):
         """{view: zeros} in the shapes of a training batch, to warm up with."""
@@ -133,7 +136,7 @@ class Method(nn.Module):
 
     def blocks(self):
         """The modules to compile."""
-        return blocks_of(self.visual)
+        return [self.augment, *blocks_of(self.visual)]
 
     def set_grad_checkpointing(self):
         """Recomputes the towers' activations block by block in backward: less memory, more time.

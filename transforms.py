@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from PIL import Image, ImageFilter
+from torch import nn
 
 from decoding import open_image, read_size, reading, to_rgb
 
@@ -285,6 +286,13 @@ def to_unit(images, steps=None):
     """(B, 3, S, S) uint8 -> float32 in [0, 1]; applies packed steps (B, 8, 3), if there are any."""
     images = images.float() / 255
     return images if steps is None else augment_batch(images, steps)
+
+
+class Augment(nn.Module):
+    """to_unit with steps, as a module, so that it can be compiled."""
+
+    def forward(self, images, steps):
+        return to_unit(images, steps)
 
 
 def normalize(images, mean, std):

@@ -34,7 +34,11 @@ def check_flags(args, device):
         )
 
 
-def warm_up(training, modules, batches, log, args):
+def unchanged(views):
+    return views
+
+
+def warm_up(training, modules, batches, log, args, prepare=unchanged):
     """Compiles if the flags say so, and has DDP arrange its buckets.
 
     Args:
@@ -43,9 +47,10 @@ def warm_up(training, modules, batches, log, args):
         batches: prepared views, a batch in every shape that updates see, the largest first.
         log: takes the reasons if compilation fails.
         args: the flags of add_compile_flags.
+        prepare: of a batch, in the trial; takes the prepared batches.
     """
     if is_compiled(args, training.precision.device):
-        reasons = try_compilation(training, modules, batches, args.activation_budget)
+        reasons = try_compilation(training, modules, batches, args.activation_budget, prepare)
         if reasons:
             log.info(
                 "warning: torch.compile failed, training continues without it on all ranks: "
@@ -54,13 +59,13 @@ def warm_up(training, modules, batches, log, args):
     warmup_ddp(training, batches[0])
 
 
-def try_compilation(training, modules, batches, budget=None):
+def try_compilation(training, modules, batches, budget=None, prepare=unchanged):
     """Compiles modules for all shapes and modes of an update; returns the reasons if that fails.
 
     The trial is the gradient of all batches, on the model without DDP. See warm_up for the rest.
     """
     bare = getattr(training.model, "module", training.model)
-    t = replace(training, model=bare, prepare=lambda views: views)
+    t = replace(training, model=bare, prepare=prepare)
 
     def trial():
         bare.train()

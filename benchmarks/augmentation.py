@@ -1,5 +1,8 @@
 """The command augment of benchmark.py: a view with --augment device, from uint8 to the tower."""
 
+import logging
+from functools import partial
+
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,25 +42,51 @@ def draw_view(number, device):
     return devices.to_device([pixels, transforms.pack_steps(drawn)], device)
 
 
+def count_compiled(augment, *args):
+    """(kernels, bytes) that the compiler makes of the module; on the CPU those of its C++ code."""
+    from torch._dynamo.utils import counters  # importing these takes seconds
+    from torch._inductor import compile_fx, metrics
+
+    log = compile_fx.inductor_metrics_log
+    log.setLevel(logging.INFO)  # otherwise the compiler does not count bytes
+    log.propagate = False
+    torch._inductor.config.force_disable_caches = True
+    metrics.reset()
+    counters.clear()
+    augment.compile(dynamic=False)
+    augment(*args)
+    products = counters["inductor"]["extern_calls"]
+    return metrics.generated_kernel_count + products, metrics.num_bytes_accessed
+
+
 def benchmark_augment(args):
     """Kernels, bytes and time a sample to augment and normalise a view of SimCLR."""
     torch.set_num_threads(1)
     device = distributed.init_distributed(args.device)
     pixels, steps = draw_view(args.batch_size, device)
-    mean, std = transforms.IMAGENET_MEAN, transforms.IMAGENET_STD
+    eager, compiled = transforms.Augment(), transforms.Augment()
 
-    def augment():
-        return transforms.normalize(transforms.to_unit(pixels, steps), mean, std)
+    def normalize(unit):
+        return transforms.normalize(unit, transforms.IMAGENET_MEAN, transforms.IMAGENET_STD)
 
-    def seconds():
+    def seconds(augment):
         synchronize(device)
-        return timed(lambda: (augment(), synchronize(device)))[0] / args.batch_size
+        return timed(lambda: (normalize(augment(pixels, steps)), synchronize(device)))[0]
 
     print(f"augment: {args.batch_size} x {SIZE} x {SIZE} on {device.type}; {machine()}\n")
     with KernelCounter() as counter:
-        augment()
-    time = compare({"eager": seconds}, args.rounds)["eager"]
-    print(
-        f"  eager     {counter.kernels:4} kernels {counter.bytes / args.batch_size / 1e6:8.1f} MB "
-        f"a sample {1e3 * time:8.2f} ms a sample"
-    )
+        unit = eager(pixels, steps)
+    with KernelCounter() as last:
+        normalize(unit)
+    counts = {
+        "eager": (counter.kernels, counter.bytes),
+        "compiled": count_compiled(compiled, pixels, steps),
+    }
+    runs = {"eager": partial(seconds, eager), "compiled": partial(seconds, compiled)}
+    for name, time in compare(runs, args.rounds).items():
+        kernels, size = counts[name]
+        print(
+            f"  {name:8}  {kernels + last.kernels:4} kernels "
+            f"{(size + last.bytes) / args.batch_size / 1e6:8.1f} MB a sample "
+            f"{1e3 * time / args.batch_size:8.2f} ms a sample"
+        )

@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -190,11 +191,14 @@ class MeasuredTraining:
     def compile(self):
         """Compiles as main.py does; returns the outcome in words."""
         args, t = self.args, self.training
-        batches = self.model.dummy_batches(args.batch_size, self.device)
+        batches, prepare = self.model.dummy_batches(args.batch_size, self.device), warmup.unchanged
         if not self.variant.from_files:
             batches = [self.random_views(args.batch_size)]
+        elif not self.variant.is_archived:
+            augments = self.open_loader().augments_on_device
+            prepare = partial(main_script.prepare_dummy, t, augments_on_device=augments)
         modules = [*self.model.blocks(), *t.criterion.blocks()]
-        reasons = warmup.try_compilation(t, modules, batches, args.activation_budget)
+        reasons = warmup.try_compilation(t, modules, batches, args.activation_budget, prepare)
         return f"torch.compile failed: {reasons[0]}" if reasons else "compiled"
 
     def time_phases(self):

@@ -271,6 +271,19 @@ def test_kernels_do_not_grow_with_what_was_drawn():
     assert len(set(counts)) == 1 and counts[0] < 140
 
 
+@pytest.mark.parametrize("device", ["cpu", ON_CUDA])
+def test_compiled_steps_equal_uncompiled_ones(device):
+    rng = np.random.default_rng(5)
+    pixels = torch.from_numpy(rng.integers(0, 256, (8, 3, 24, 24), dtype=np.uint8)).to(device)
+    drawn = [transforms.draw_augmentation(rng, 120, 90)[1] for _ in pixels]
+    module, steps = transforms.Augment(), transforms.pack_steps(drawn).to(device)
+    eager = module(pixels, steps)
+    module.compile(dynamic=False)
+    assert (module(pixels, steps) - eager).abs().max() <= 1e-5
+    neutral = transforms.pack_steps([[]] * 8).to(device)
+    assert torch.equal(module(pixels, neutral), transforms.to_unit(pixels))
+
+
 def test_the_cpus_steps_are_the_devices_to_pillows_rounding():
     rng = np.random.default_rng(4)
     pixels = torch.stack([views(PHOTO, i, lambda crop, _: crop)[1] for i in range(48)])

@@ -79,6 +79,25 @@ def test_a_compiled_run_resumes_at_the_same_bits(tiny, tmp_path, tracing, monkey
         assert_equal(weights(tmp_path / "parts")[key], weights(tmp_path / "whole")[key])
 
 
+@pytest.mark.parametrize("flags", [[], ["--accum", "exact", "--update-freq", 2]])
+def test_the_augmentation_compiles_once_and_before_the_first_update(
+    tiny, tmp_path, tracing, monkeypatch, flags
+):
+    graphs = []
+
+    def compiler(graph, inputs):
+        graphs.append({node.target for node in graph.graph.nodes})
+        return graph.forward
+
+    monkeypatch.setattr(compilation, "BACKEND", compiler)
+    flags = ["--augment", "device", *flags]
+    for choice in ("--no-compile", "--compile"):
+        train(tiny, tmp_path / choice, choice, *flags, model="SIMCLR_NANO8", val="none")
+    assert sum(torch.addcmul in targets for targets in graphs) == 1
+    runs = [tmp_path / choice for choice in ("--no-compile", "--compile")]
+    assert step_losses(runs[1]) == pytest.approx(step_losses(runs[0]), rel=1e-5)
+
+
 def parse(*flags):
     return main.get_args_parser().parse_args(["--batch-size", "2", *flags])
 
