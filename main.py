@@ -6,7 +6,6 @@
 """
 
 import os
-from functools import partial
 
 import torch
 from torchvision.utils import make_grid
@@ -25,7 +24,7 @@ from evaluation import Evaluation
 from infra import checkpoint, devices, distributed
 from infra.run import Run
 from tokenizer import SimpleTokenizer
-from transforms import pack_steps, to_unit
+from transforms import to_unit
 from utils import InputError, natural, not_negative, number, positive, positive_int
 
 MIN_SSL_BATCH = 64  # samples per step below which the SimCLR head's batch statistics mislead
@@ -143,9 +142,12 @@ def create_training(model, precision, updates, args):
         args: the flags.
     """
 
-    def prepare(batch):  # on the device: images augmented and normalised
+    def prepare(batch):  # on the device: augmented, normalised, and rounded as autocast would do
         steps = batch.pop("steps")
-        return {v: x if v == "text" else model.normalize(x, steps.get(v)) for v, x in batch.items()}
+        return {
+            v: x if v == "text" else model.normalize(x, steps.get(v)).to(precision.dtype)
+            for v, x in batch.items()
+        }
 
     warmup.check_flags(args, precision.device)
     if args.grad_checkpointing:
@@ -215,18 +217,13 @@ def advise(log, data_wait, loader):
         )
 
 
-def prepare_dummy(training, views, augments_on_device):
-    """Prepares a dummy batch as updates prepare the loader's: uint8 images, and steps if any."""
-    raw = {v: x if v == "text" else x.byte() for v, x in views.items()}
-    augmented = [v for v in ("aug1", "aug2") if v in views and augments_on_device]
-    steps = {v: pack_steps([[]] * len(raw[v])).to(raw[v].device) for v in augmented}
-    return training.prepare({**raw, "steps": steps})
-
-
 def warm_up(model, training, log, args, augments_on_device=False):
     modules = [*model.blocks(), *training.criterion.blocks()]
     batches = model.dummy_batches(args.batch_size, training.precision.device)
-    prepare = partial(prepare_dummy, training, augments_on_device=augments_on_device)
+
+    def prepare(views):  # as updates do, so that the trial covers the augmentation
+        return training.prepare(model.as_loaded(views, augments_on_device))
+
     warmup.warm_up(training, modules, batches, log, args, prepare)
 
 

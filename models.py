@@ -22,7 +22,7 @@ from towers import (
     is_convolutional,
     output_width,
 )
-from transforms import Augment, normalize, to_unit
+from transforms import Augment, normalize, pack_steps, to_unit
 from utils import InputError
 
 MAX_LOGIT_SCALE = 4.6052  # ln(100)
@@ -133,6 +133,13 @@ class Method(nn.Module):
     def dummy_batches(self, batch_size, device):
         """The same for every shape of a training batch, the largest first."""
         return [self.dummy_batch(batch_size, device)]
+
+    def as_loaded(self, views, augments_on_device):
+        """A dummy batch as the loader would have made it: uint8 images, and steps if any."""
+        raw = {v: x if v == "text" else x.byte() for v, x in views.items()}
+        augmented = [v for v in ("aug1", "aug2") if v in views and augments_on_device]
+        steps = {v: pack_steps([[]] * len(raw[v])).to(raw[v].device) for v in augmented}
+        return {**raw, "steps": steps}
 
     def blocks(self):
         """The modules to compile."""

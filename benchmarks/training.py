@@ -12,7 +12,6 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -196,7 +195,10 @@ class MeasuredTraining:
             batches = [self.random_views(args.batch_size)]
         elif not self.variant.is_archived:
             augments = self.open_loader().augments_on_device
-            prepare = partial(main_script.prepare_dummy, t, augments_on_device=augments)
+
+            def prepare(views):
+                return t.prepare(self.model.as_loaded(views, augments))
+
         modules = [*self.model.blocks(), *t.criterion.blocks()]
         reasons = warmup.try_compilation(t, modules, batches, args.activation_budget, prepare)
         return f"torch.compile failed: {reasons[0]}" if reasons else "compiled"
