@@ -5,6 +5,7 @@
     python benchmark.py memory --model SLIP_VITB16 --batch-size 256  # GB, without a GPU
     python benchmark.py save --model SLIP_VITB16  # time that training waits for a checkpoint
     python benchmark.py data        # samples per second and core: archived code and ours
+    python benchmark.py augment     # kernels, bytes and time of a view with --augment device
     python benchmark.py classifier  # prompts to a zero-shot classifier
     python benchmark.py features    # memory of classifiers on ImageNet-sized features
     python benchmark.py logistic    # time of a fit, and its distance from the optimum
@@ -15,7 +16,7 @@
 code's way to train, on today's libraries; --against "FLAGS" the same run with other flags.
 """
 
-from benchmarks import data, growth, logistic, memory, saving, training
+from benchmarks import augmentation, classifier, data, growth, logistic, memory, saving, training
 from infra.distributed import run_script
 from utils import ArgumentParser, InputError, natural, number, positive, positive_int
 
@@ -46,6 +47,12 @@ def add_data_commands(commands):
     add("--workers", default=0, type=natural, help="loader processes; 0: this process loads")
     add("--rounds", default=5, type=positive_int, help="rounds; their median counts")
 
+    description = "kernels, bytes and time of a view with --augment device"
+    add = add_command(commands, "augment", description, augmentation.benchmark_augment)
+    add("--batch-size", default=64, type=positive_int, help="samples of the view")
+    add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: CUDA if present")
+    add("--rounds", default=5, type=positive_int, help="rounds; their median counts")
+
     add = add_command(commands, "open", "opening of metadata, and memory", data.benchmark_open)
     add("--pairs", default=15_000_000, type=positive_int, help="pairs of image and caption")
     add("--workers", default=2, type=positive_int, help="loader processes")
@@ -60,7 +67,7 @@ def add_data_commands(commands):
 
 def add_classifier_commands(commands):
     description = "speed of prompts to a zero-shot classifier"
-    add = add_command(commands, "classifier", description, data.benchmark_classifier)
+    add = add_command(commands, "classifier", description, classifier.benchmark_classifier)
     add("--model", default="CLIP_VITB16", help="METHOD_TOWER, with text")
     add("--classes", default=1000, type=positive_int, help="classes of ImageNet")
     add("--sample", default=100, type=positive_int, help="classes measured one at a time")

@@ -131,10 +131,10 @@ class LabelledViews(Views):
         return {"image": self.view(image, rng), "label": label}
 
 
-def dummy_batch(size, device):
-    """A prepared batch of LabelledViews, one image of zeros, to warm up with."""
-    label = torch.zeros(1, dtype=torch.long, device=device)
-    return {"image": torch.zeros(1, 3, size, size, device=device), "label": label}
+def dummy_batch(batch_size, size, device):
+    """A prepared batch of LabelledViews, zeros of size x size pixels, to warm up with."""
+    label = torch.zeros(batch_size, dtype=torch.long, device=device)
+    return {"image": torch.zeros(batch_size, 3, size, size, device=device), "label": label}
 
 
 def unchanged(image):

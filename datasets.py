@@ -11,7 +11,7 @@ from infra.archives import read_file
 from infra.distributed import get_rank, get_world_size
 from infra.signals import shield_worker
 from infra.untrusted import check_inside
-from transforms import IMAGE_VIEWS, EncodedImage, augment, group_steps
+from transforms import IMAGE_VIEWS, EncodedImage, augment, pack_steps
 from utils import InputError
 
 TRIES = 20  # samples tried in a row before all images count as absent
@@ -88,16 +88,16 @@ class CaptionDataset(Dataset):
         steps = {view: steps for view, (_, steps) in drawn.items()}
         views = dict(zip(drawn, crops, strict=True))
         if self.augments_on_device:
-            return views | {"steps": steps}
+            return views | {"steps": {view: s for view, s in steps.items() if s is not None}}
         return {view: augment(pixels, steps[view]) for view, pixels in views.items()}
 
 
 class Collate:
     """Collates samples of a CaptionDataset into a batch, a dict.
 
-    Image views become (B, 3, S, S) uint8 and captions (B, L) int64, cut to the longest; "steps" is
-    grouped by view, "bad" and "sources" are lists. Captions are tokenized here because one by one,
-    between images, would take twice the time.
+    Image views become (B, 3, S, S) uint8 and captions (B, L) int64, cut to the longest; "steps" has
+    one tensor (transforms.pack_steps) for each view with steps; "bad" and "sources" are lists.
+    Captions are tokenized here because one by one, between images, would take twice the time.
     """
 
     def __init__(self, tokenizer):
@@ -112,8 +112,8 @@ class Collate:
         steps = columns.pop("steps", [{}])
         text = {"text": self.tokenize(columns.pop("text"))} if "text" in columns else {}
         views = {view: default_collate(images) for view, images in columns.items()}
-        grouped = {view: group_steps([s[view] for s in steps]) for view in steps[0]}
-        return views | text | {"steps": grouped} | notes
+        packed = {view: pack_steps([s[view] for s in steps]) for view in steps[0]}
+        return views | text | {"steps": packed} | notes
 
     def tokenize(self, captions):
         return self.tokenizer.trim(self.tokenizer(captions))

@@ -45,6 +45,7 @@ class Training:
     precision: Precision
     update_freq: int = 1  # micro-batches an update
     exact: bool = False  # the gradient of the whole batch, not the mean of the micro-batches'
+    reduce_dtype: torch.dtype | None = None  # in which ranks sum gradients; None: their own
     clip_grad_norm: float = 0.0  # largest norm of the gradient; 0: any
     skip_nonfinite: int = 0  # updates of a run that may be skipped
     prepare: callable = lambda batch: batch  # on the device; not in autocast
@@ -57,6 +58,11 @@ class Training:
 
 # ---------------------------------------------------------------------------------------------
 # Gradients of several micro-batches
+
+
+def accumulate(training, micro_batches):
+    """Adds the gradient of update_freq micro-batches to the parameters'; returns the metrics."""
+    return (accumulate_exact if training.exact else accumulate_plain)(training, micro_batches)
 
 
 def accumulate_plain(training, micro_batches):
@@ -105,7 +111,7 @@ def accumulate_exact(training, micro_batches):
         with t.precision.autocast():
             part = t.model.forward_features(**views)
         torch.autograd.backward(list(part.values()), [next(gradients[view]) for view in part])
-    average_gradients(t.model)
+    average_gradients(t.model, t.reduce_dtype)
     return {key: value.detach() for key, value in metrics.items()}
 
 
@@ -129,33 +135,6 @@ def restore_buffers(model, copies):
         buffer.copy_(kept)
 
 
-@contextmanager
-def rehearsal(model, device):
-    """Undoes all changes within of a model's buffers and gradients, and of random states."""
-    state = get_rng_state(device)
-    try:
-        with kept_buffers(model):
-            yield
-    finally:
-        model.zero_grad()
-        set_rng_state(state, device)
-
-
-def warmup_ddp(training, views):
-    """Has DDP arrange its buckets of gradients, which takes one backward pass, of any views.
-
-    From then on a sum over ranks adds in the same order at every update. Otherwise the first update
-    of a resumed run would differ, in the last bits, from the same one of an undisturbed run.
-    """
-    t = training
-    if not isinstance(t.model, DistributedDataParallel):
-        return
-    with rehearsal(t.model, t.precision.device):
-        with t.precision.autocast():
-            outputs = t.model(**views)
-        sum(x.float().sum() for x in outputs.values() if x.requires_grad).backward()
-
-
 # ---------------------------------------------------------------------------------------------
 # One update
 
@@ -175,7 +154,7 @@ def compute_gradients(training, micro_batches, step):
         # A NumPy float would be no plain data in a checkpoint. Layer decay scales the rate.
         group["lr"] = float(t.schedule[step]) * group.get("lr_scale", 1.0)
     t.optimizer.zero_grad(set_to_none=True)
-    return (accumulate_exact if t.exact else accumulate_plain)(t, micro_batches)
+    return accumulate(t, micro_batches)
 
 
 def optimizer_step(training):

@@ -6,7 +6,6 @@
 """
 
 import os
-from argparse import BooleanOptionalAction
 
 import torch
 from torchvision.utils import make_grid
@@ -20,6 +19,7 @@ import losses
 import models
 import towers
 import utils
+import warmup
 from evaluation import Evaluation
 from infra import checkpoint, devices, distributed
 from infra.run import Run
@@ -72,9 +72,11 @@ def get_args_parser():
 
     add = devices.add_system_flags(parser)
     add("--disable-amp", action="store_true", help="the same as --precision fp32")
-    add("--compile", action=BooleanOptionalAction, help="torch.compile; by default on CUDA")
     add("--grad-checkpointing", action="store_true", help="less memory for a third more time")
+    text = "sum gradients over ranks in bf16: half the traffic, rounded to 8 bits"
+    add("--bf16-gradients", action="store_true", help=text)
     engine.add_training_flags(add)
+    warmup.add_compile_flags(add)
     add("--eval-freq", default=1, type=positive_int, help="epochs between two validations")
     add("--evaluate", action="store_true", help="validate the checkpoint and stop")
     add("--seed", default=0, type=natural)
@@ -122,7 +124,7 @@ def open_loader(model, tokenizer, device, args):
 def picture_of_views(model, loader, columns=8):
     """A grid (3, height, width) of the first samples: a row for each image view."""
     batch = loader.preview(columns)
-    views = [to_unit(batch[v], batch["steps"].get(v, ())) for v in model.views if v != "text"]
+    views = [to_unit(batch[v], batch["steps"].get(v)) for v in model.views if v != "text"]
     return make_grid(torch.cat(views), nrow=columns)
 
 
@@ -140,19 +142,23 @@ def create_training(model, precision, updates, args):
         args: the flags.
     """
 
-    def prepare(batch):  # on the device: images augmented and normalised
+    def prepare(batch):  # on the device: augmented, normalised, and rounded as autocast would do
         steps = batch.pop("steps")
         return {
-            v: x if v == "text" else model.normalize(x, steps.get(v, ())) for v, x in batch.items()
+            v: x if v == "text" else model.normalize(x, steps.get(v)).to(precision.dtype)
+            for v, x in batch.items()
         }
 
+    warmup.check_flags(args, precision.device)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     # Of a single micro-batch both gradients are the same, and the plain one is faster.
     exact = args.accum == "exact" and args.update_freq > 1
     with_grad = args.gather_with_grad or args.accum == "exact"
+    reduce_dtype = torch.bfloat16 if args.bf16_gradients else None
+    distributed.broadcast_model(model)
     return engine.Training(
-        model=model if exact else distributed.wrap_ddp(model, precision.device),
+        model=model if exact else distributed.wrap_ddp(model, precision.device, reduce_dtype),
         criterion=losses.create_loss(model.loss, args.ssl_temp, args.ssl_scale, with_grad),
         optimizer=torch.optim.AdamW(
             utils.param_groups(model, args.wd), args.lr, args.betas, args.eps, fused=True
@@ -164,22 +170,11 @@ def create_training(model, precision, updates, args):
         update_freq=args.update_freq,
         skip_nonfinite=args.skip_nonfinite,
         exact=exact,
+        reduce_dtype=reduce_dtype,
         clip_grad_norm=args.clip_grad_norm,
         prepare=prepare,
         after_update=getattr(model, "clamp_logit_scale", lambda: None),
     )
-
-
-def compile_training(model, training, views):
-    """Compiles the blocks of the towers and the loss; returns the reason if that fails."""
-
-    def trial():
-        with engine.rehearsal(model, training.precision.device):
-            with training.precision.autocast():
-                features = model.forward_features(**views)
-            sum(x.float().sum() for x in features.values()).backward()
-
-    return devices.compile_modules([*model.blocks(), *training.criterion.blocks()], trial)
 
 
 def log_summary(log, model, task, loader, training, args):
@@ -222,18 +217,18 @@ def advise(log, data_wait, loader):
         )
 
 
-def warm_up(model, training, log, args):
-    """Compiles, and has DDP arrange its buckets, with a batch of zeros."""
-    device = training.precision.device
-    views = model.dummy_batch(args.batch_size, device)
-    is_compiled = args.compile if args.compile is not None else device.type == "cuda"
-    if is_compiled and (reason := compile_training(model, training, views)):
-        log.info(f"warning: torch.compile failed, training continues without it: {reason}")
-    engine.warmup_ddp(training, views)
+def warm_up(model, training, log, args, augments_on_device=False):
+    modules = [*model.blocks(), *training.criterion.blocks()]
+    batches = model.dummy_batches(args.batch_size, training.precision.device)
+
+    def prepare(views):  # as updates do, so that the trial covers the augmentation
+        return training.prepare(model.as_loaded(views, augments_on_device))
+
+    warmup.warm_up(training, modules, batches, log, args, prepare)
 
 
 def validate(model, task, tokenizer, evaluation):
-    with torch.compiler.set_stance("force_eager"):  # its many shapes are not worth compiling
+    with torch.compiler.set_stance("force_eager"):  # as --evaluate
         ranking = eval_zeroshot.rank_images(model, task, tokenizer, evaluation)
     return eval_zeroshot.summarize_task(task, ranking)
 
@@ -275,7 +270,7 @@ def main(args):
         picture = picture_of_views(model, loader) if is_pictured else None
         run.start()
         log_summary(run.log, model, task, loader, training, args)
-        warm_up(model, training, run.log, args)
+        warm_up(model, training, run.log, args, loader.augments_on_device)
         if is_pictured:
             run.log.picture("views", picture)
 

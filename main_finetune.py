@@ -21,12 +21,13 @@ from torch import nn
 import datasets
 import engine
 import utils
+import warmup
 from catalog import LabelledViews, Views, add_set_flags, dummy_batch, open_splits
 from evaluation import Evaluation, check_results, display_names, rank_set, report_score, top1
 from infra import checkpoint, devices, distributed
 from infra.run import Run
 from pretrained import load_vit
-from towers import input_size
+from towers import blocks_of, input_size
 from transforms import CenterCrop, normalize, to_unit
 from utils import InputError, natural, not_negative, positive, positive_int
 
@@ -91,6 +92,7 @@ def get_args_parser():
 
     add = devices.add_system_flags(parser)
     engine.add_training_flags(add)
+    warmup.add_compile_flags(add)
     add("--eval-freq", default=1, type=positive_int, help="epochs between two scorings")
     add("--evaluate", action="store_true", help="score the checkpoint in --output-dir and stop")
     add("--seed", default=0, type=natural)
@@ -122,7 +124,8 @@ class Classifier(nn.Module):
         def classify(images):
             return vit(normalize(to_unit(images), self.tower.mean, self.tower.std))
 
-        return rank_set(classify, self.vit.num_classes, test, evaluation)
+        with torch.compiler.set_stance("force_eager"):  # as --evaluate
+            return rank_set(classify, self.vit.num_classes, test, evaluation)
 
 
 def layer_of(name, depth):
@@ -224,6 +227,7 @@ def create_training(model, precision, updates, args):
 
     Returns (engine.Training, timm's ModelEmaV3 or None).
     """
+    warmup.check_flags(args, precision.device)
     vit, ema = model.vit, None
     prepare, criterion = create_criterion(args, vit.num_classes)
     if args.model_ema:
@@ -272,7 +276,12 @@ def train(run, training, loader, score, args):
     updates, batch = len(loader) // args.update_freq, run.facts["effective_batch"]
     run.log.info(f"{args.dataset}: {loader.images} images, {updates} updates an epoch of {batch}")
     model = getattr(training.model, "module", training.model)
-    engine.warmup_ddp(training, dummy_batch(model.image_size, training.precision.device))
+    size, device = model.image_size, training.precision.device
+    batch = dummy_batch(args.batch_size, size, device)
+    batch["label"] = torch.zeros(
+        args.batch_size, model.vit.num_classes, device=device
+    )  # as Mixup's
+    warmup.warm_up(training, blocks_of(model.vit), [batch], run.log, args)
     for epoch in run.epochs(args.epochs):
         means, speed = engine.train_one_epoch(training, loader, run, args.print_freq)
         stats = {f"train_{key}": value for key, value in means.items()} | speed

@@ -20,6 +20,7 @@ import engine
 import features
 import pretrained
 import utils
+import warmup
 from catalog import (
     LabelledViews,
     Views,
@@ -41,6 +42,7 @@ from evaluation import (
 )
 from infra import checkpoint, devices, distributed
 from infra.run import Run
+from towers import blocks_of
 from transforms import CenterCrop, CropAndFlip
 from utils import InputError, natural, not_negative, positive, positive_int
 
@@ -70,6 +72,7 @@ def get_args_parser():
 
     add = devices.add_system_flags(parser)
     engine.add_training_flags(add)
+    warmup.add_compile_flags(add)
     add("--evaluate", action="store_true", help="linear: score the probe in --output-dir and stop")
     add("--seed", default=0, type=natural)
     return parser
@@ -123,12 +126,13 @@ class Probe(nn.Module):
     def score(self, test, evaluation):
         """The evaluation.Ranking of a labelled set."""
         self.eval()
-        return rank_set(
-            lambda images: self.classify(self.normalize(images)),
-            self.head.out_features,
-            test,
-            evaluation,
-        )
+        with torch.compiler.set_stance("force_eager"):  # as --evaluate
+            return rank_set(
+                lambda images: self.classify(self.normalize(images)),
+                self.head.out_features,
+                test,
+                evaluation,
+            )
 
 
 def probe_loss(outputs):
@@ -146,6 +150,7 @@ def create_training(probe, precision, updates, args):
         updates: of an epoch.
         args: the flags.
     """
+    warmup.check_flags(args, precision.device)
     world_size = distributed.get_world_size()
     lr = LR_SCALINGS[args.lr_scaling](args, world_size)
     if not lr:
@@ -217,7 +222,8 @@ def train_probe(model, splits, precision, args):
             f"{args.dataset}: {len(train)} images of {len(names)} classes, {len(loader)} updates "
             f"an epoch; learning rate {lr:g} by the {args.lr_scaling} rule"
         )
-        engine.warmup_ddp(training, dummy_batch(size, precision.device))
+        batch = dummy_batch(args.batch_size, size, precision.device)
+        warmup.warm_up(training, blocks_of(probe.tower), [batch], run.log, args)
         is_done = run.state.epoch >= args.epochs
         ranking = probe.score(test, evaluation) if is_done else None
         for _ in run.epochs(args.epochs):

@@ -11,16 +11,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from infra.distributed import all_reduce_with_grad, get_world_size
+from tokenizer import LENGTHS
 from towers import (
     TOWERS,
     TextTower,
     Tower,
+    blocks_of,
     create_visual,
     input_size,
     is_convolutional,
     output_width,
 )
-from transforms import normalize, to_unit
+from transforms import Augment, normalize, pack_steps, to_unit
 from utils import InputError
 
 MAX_LOGIT_SCALE = 4.6052  # ln(100)
@@ -87,6 +89,7 @@ class Method(nn.Module):
         self.image_size, self.mean, self.std = input_size(self.visual), tower.mean, tower.std
         self.num_features = self.embed_dim = output_width(self.visual)
         self.is_convolutional = is_convolutional(self.visual)
+        self.augment = Augment()
 
     def to(self, *args, **options):
         """As of any module; convolutions on CUDA take the layout in memory that is fastest there.
@@ -113,22 +116,34 @@ class Method(nn.Module):
         features = self.visual(torch.cat(list(images.values())))
         return dict(zip(images, features.chunk(len(images)), strict=True))
 
-    def normalize(self, images, steps=()):
+    @torch.no_grad()  # in every pass of an update, so that the augmentation compiles once
+    def normalize(self, images, steps=None):
         """(B, 3, S, S) uint8 -> float32, with the mean and deviation that the tower expects.
 
-        steps: augmentation still to be done, grouped by transforms.group_steps.
+        steps: augmentation still to be done, (B, 8, 3), as transforms.pack_steps packs it.
         """
-        return normalize(to_unit(images, steps), self.mean, self.std)
+        unit = to_unit(images) if steps is None else self.augment(images, steps)
+        return normalize(unit, self.mean, self.std)
 
     def dummy_batch(self, batch_size, device):
         """{view: zeros} in the shapes of a training batch, to warm up with."""
         size = (batch_size, 3, self.image_size, self.image_size)
         return {view: torch.zeros(size, device=device) for view in self.views}
 
+    def dummy_batches(self, batch_size, device):
+        """The same for every shape of a training batch, the largest first."""
+        return [self.dummy_batch(batch_size, device)]
+
+    def as_loaded(self, views, augments_on_device):
+        """A dummy batch as the loader would have made it: uint8 images, and steps if any."""
+        raw = {v: x if v == "text" else x.byte() for v, x in views.items()}
+        augmented = [v for v in ("aug1", "aug2") if v in views and augments_on_device]
+        steps = {v: pack_steps([[]] * len(raw[v])).to(raw[v].device) for v in augmented}
+        return {**raw, "steps": steps}
+
     def blocks(self):
-        """The modules to compile, one by one: blocks that are alike share one compilation."""
-        blocks = getattr(self.visual, "blocks", None)
-        return [self.visual] if self.is_convolutional or blocks is None else list(blocks)
+        """The modules to compile."""
+        return [self.augment, *blocks_of(self.visual)]
 
     def set_grad_checkpointing(self):
         """Recomputes the towers' activations block by block in backward: less memory, more time.
@@ -180,6 +195,11 @@ class CLIP(TextTower, Method):
     def dummy_batch(self, batch_size, device):
         text = torch.zeros(batch_size, self.context_length, dtype=torch.long, device=device)
         return super().dummy_batch(batch_size, device) | {"text": text}
+
+    def dummy_batches(self, batch_size, device):
+        views = self.dummy_batch(batch_size, device)
+        lengths = (self.context_length, *reversed(LENGTHS))
+        return [views | {"text": views["text"][:, :length]} for length in lengths]
 
     def blocks(self):
         return [*super().blocks(), *self.transformer.resblocks]

@@ -17,6 +17,7 @@ VOCABULARY = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
 MERGES = 49152 - 256 - 2  # the file holds more than CLIP's vocabulary uses
 WORD_END = "</w>"
 START, END = "<|startoftext|>", "<|endoftext|>"
+LENGTHS = (16, 32, 48, 64)  # tokens that a batch is cut to; see trim
 PIECES = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
     regex.IGNORECASE,
@@ -121,7 +122,7 @@ class SimpleTokenizer:
         """(n, L) ids -> (n,): the tokens of each text, start and end included."""
         return (tokens == self.end).int().argmax(-1) + 1
 
-    def trim(self, tokens, buckets=(16, 32, 48, 64)):
+    def trim(self, tokens, buckets=LENGTHS):
         """Rows of ids (n, L) cut to the longest text, rounded up to one of few lengths.
 
         The text tower is causal and pools at the end token, so embeddings stay the same. Few

@@ -74,6 +74,12 @@ def is_convolutional(visual):
     return convolutions > 1 or has_batch_norm(visual)
 
 
+def blocks_of(visual):
+    """The modules of a tower to compile, one by one: those alike share one compilation."""
+    parts = getattr(visual, "blocks", None)
+    return [visual] if parts is None or is_convolutional(visual) else list(parts)
+
+
 def has_batch_norm(visual):
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in visual.modules())
 

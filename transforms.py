@@ -9,7 +9,6 @@ Shapes: B batch, S side of a view.
 
 import io
 import math
-from collections import defaultdict
 from functools import lru_cache
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from PIL import Image, ImageFilter
+from torch import nn
 
 from decoding import open_image, read_size, reading, to_rgb
 
@@ -124,8 +124,8 @@ def draw_crop(rng, width, height, scale):
 
 
 def draw_image(rng, width, height):
-    """The image view of CLIP and SLIP: a crop of most of the picture, and no steps."""
-    return draw_crop(rng, width, height, (0.5, 1.0)), []
+    """The image view of CLIP and SLIP: a crop of most of the picture, without steps."""
+    return draw_crop(rng, width, height, (0.5, 1.0)), None
 
 
 def draw_augmentation(rng, width, height):
@@ -184,31 +184,48 @@ def augment(pixels, steps):
 
 # ---------------------------------------------------------------------------------------------
 # The steps on the device: (B, 3, S, S) in [0, 1], a value a sample (B, 1, 1, 1)
+#
+# Each operation takes the whole batch, so that kernels are few and shapes do not depend on the
+# draw. A sample that lacks a step has its neutral value, which leaves the pixels as they are.
+
+BLENDS = {  # factor -> weights of the image, of its mean luminance, and of its luminance
+    "brightness": lambda factor: (factor, 0, 0),
+    "contrast": lambda factor: (factor, 1 - factor, 0),
+    "saturation": lambda factor: (factor, 0, 1 - factor),
+    "grayscale": lambda _: (0, 0, 1),
+}
+VALUES = {"hue": 0, "blur": 1, "flip": 2}  # column of the last row of packed steps
 
 
-def blend(images, other, factor):
-    return (factor * images + (1 - factor) * other).clamp(0, 1)
+def pack_steps(drawn):
+    """The steps of B samples -> (B, 8, 3) float32, a row for each of the device's operations.
+
+    Rows 0 to 2 blend before the hue is turned, rows 3 to 6 after it: weights as in BLENDS. Row 7
+    has the turn of the hue, the blur's deviation, and 1 for a flip.
+    """
+    packed = np.zeros((len(drawn), 8, 3), np.float32)
+    packed[:, :7] = BLENDS["brightness"](1)  # neutral
+    for rows, steps in zip(packed, drawn, strict=True):
+        is_turned = False
+        for slot, name, value in steps:
+            if name in BLENDS:
+                rows[slot + 2 * is_turned] = BLENDS[name](value)
+            else:
+                rows[7, VALUES[name]] = 1 if name == "flip" else value
+            is_turned |= name == "hue"
+    return torch.from_numpy(packed)
 
 
-def luminance(images):
-    """ITU-R 601's, (B, 1, S, S)."""
-    red, green, blue = images.unbind(1)
-    return (0.2989 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
+def blend(images, weights):
+    """weights: (B, 3), of the image, of its mean luminance, and of its luminance."""
+    own, mean, gray = weights.view(-1, 3, 1, 1, 1).unbind(1)
+    red, green, blue = images.split(1, dim=1)
+    luminance = (0.2989 * red).add(green, alpha=0.587).add(blue, alpha=0.114)  # ITU-R 601
+    other = torch.addcmul(mean * luminance.mean((2, 3), keepdim=True), gray, luminance)
+    return torch.addcmul(other, own, images).clamp_(0, 1)
 
 
-def adjust_brightness(images, factor):
-    return (factor * images).clamp(0, 1)
-
-
-def adjust_contrast(images, factor):
-    return blend(images, luminance(images).mean((2, 3), keepdim=True), factor)
-
-
-def adjust_saturation(images, factor):
-    return blend(images, luminance(images), factor)
-
-
-def adjust_hue(images, shift):
+def turn_hue(images, shift):
     """Turns the hue by `shift` of a full circle, in HSV."""
     red, green, blue = images.unbind(1)
     value, minimum = images.amax(1), images.amin(1)
@@ -219,10 +236,12 @@ def adjust_hue(images, shift):
         (green - blue) / span,
         torch.where(value == green, 2 + (blue - red) / span, 4 + (red - green) / span),
     )
-    hue = (hue + 6 * shift[:, 0]).remainder(6)
     # Channel n is the value, less the chroma times a trapezoid of the hue.
-    ramps = [(n + hue).remainder(6) for n in (5, 3, 1)]
-    return torch.stack([value - chroma * torch.minimum(k, 4 - k).clamp(0, 1) for k in ramps], 1)
+    channels = torch.arange(5, 0, -2, device=images.device).view(3, 1, 1)
+    ramp = (channels + (hue + 6 * shift[:, 0]).unsqueeze(1)).remainder(6)
+    trapezoid = torch.minimum(ramp, 4 - ramp).clamp(0, 1)
+    turned = value.unsqueeze(1) - chroma.unsqueeze(1) * trapezoid
+    return torch.where(shift == 0, images, turned)
 
 
 def blur(images, sigma):
@@ -231,8 +250,9 @@ def blur(images, sigma):
     i = torch.arange(size, device=images.device, dtype=images.dtype)
     inner = (i > 0) & (i < size - 1)  # columns that have a mirror image beyond each edge
     there, here = i[None], i[:, None]
+    deviation = sigma[:, 0].clamp(min=0.1)  # which blurs nothing
     weights = sum(
-        torch.exp(-0.5 * (distance / sigma[:, 0]) ** 2) * is_there
+        torch.exp(-0.5 * (distance / deviation) ** 2) * is_there
         for distance, is_there in (
             (here - there, 1),
             (here + there, inner | (i == size - 1)),
@@ -240,31 +260,20 @@ def blur(images, sigma):
         )
     )
     weights = (weights / weights.sum(-1, keepdim=True))[:, None]  # (B, 1, S, S)
-    return weights @ images @ weights.mT
+    return torch.where(sigma == 0, images, weights @ images @ weights.mT)
 
 
-DEVICE_STEPS = {
-    "brightness": adjust_brightness,
-    "contrast": adjust_contrast,
-    "saturation": adjust_saturation,
-    "hue": adjust_hue,
-    "grayscale": lambda images, _: luminance(images).expand_as(images),
-    "blur": blur,
-    "flip": lambda images, _: images.flip(-1),
-}
-
-
-def group_steps(drawn):
-    """The steps of B samples -> for each operation in turn (its name, sample numbers, values)."""
-    groups = defaultdict(list)
-    for sample, steps in enumerate(drawn):
-        for slot, name, value in steps:
-            groups[slot, name].append((sample, value))
-    return [
-        (name, torch.tensor(samples), torch.tensor(values, dtype=torch.float32))
-        for (_, name), pairs in sorted(groups.items())
-        for samples, values in [zip(*pairs, strict=True)]
-    ]
+def augment_batch(images, steps):
+    """Applies packed steps to (B, 3, S, S) in [0, 1]."""
+    *blends, values = steps.unbind(1)
+    shift, sigma, is_flipped = values.view(-1, 3, 1, 1, 1).unbind(1)
+    for weights in blends[:3]:
+        images = blend(images, weights)
+    images = turn_hue(images, shift)
+    for weights in blends[3:]:
+        images = blend(images, weights)
+    images = blur(images, sigma)
+    return torch.where(is_flipped == 1, images.flip(-1), images)
 
 
 @lru_cache
@@ -273,13 +282,17 @@ def per_channel(values, device):
     return torch.tensor(values, device=device).view(3, 1, 1)
 
 
-def to_unit(images, steps=()):
-    """(B, 3, S, S) uint8 -> float32 in [0, 1], grouped steps applied."""
+def to_unit(images, steps=None):
+    """(B, 3, S, S) uint8 -> float32 in [0, 1]; applies packed steps (B, 8, 3), if there are any."""
     images = images.float() / 255
-    for name, samples, values in steps:
-        changed = DEVICE_STEPS[name](images[samples], values.view(-1, 1, 1, 1))
-        images.index_copy_(0, samples, changed)
-    return images
+    return images if steps is None else augment_batch(images, steps)
+
+
+class Augment(nn.Module):
+    """to_unit with steps, as a module, so that it can be compiled."""
+
+    def forward(self, images, steps):
+        return to_unit(images, steps)
 
 
 def normalize(images, mean, std):

@@ -1,4 +1,4 @@
-"""The commands data, open, features and classifier of benchmark.py: reading and evaluation."""
+"""The commands data, open and features of benchmark.py: reading, and features."""
 
 import multiprocessing
 import os
@@ -23,16 +23,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 import captions
-import catalog
 import datasets
-import eval_zeroshot
 import features
 import models
-import utils
-from benchmarks.archived import ArchivedDataset, ArchivedLoader, build_one_by_one, read_archived
+from benchmarks.archived import ArchivedDataset, ArchivedLoader, read_archived
 from decoding import decode_image
-from evaluation import Evaluation
-from infra import devices
 from infra.archives import open_archive, read_file
 from tokenizer import SimpleTokenizer
 
@@ -167,8 +162,7 @@ def images_per_second(read, root, names):
     return len(names) / seconds
 
 
-def compare_loaders(root, args):
-    pairs = captions.load_captions("csv", root / "pairs.csv")
+def compare_loaders(pairs, root, args):
     for method in (models.CLIP, models.SIMCLR, models.SLIP):
         loaders = open_loaders(pairs, root, method.views, args.workers)
         runs = {name: partial(samples_per_second, loader) for name, loader in loaders.items()}
@@ -176,6 +170,49 @@ def compare_loaders(root, args):
         print_rates(compare(runs, args.rounds), "archived", "samples/s")
         for name, loader in loaders.items() if args.workers else ():
             print(f"  {name:16}  {worker_memory(loader):8.0f} MB of its own in a worker")
+
+
+class Ready(Dataset):
+    """Samples that are in memory already, over and over."""
+
+    def __init__(self, samples, number):
+        self.samples, self.number = samples, number
+
+    def __len__(self):
+        return self.number
+
+    def __getitem__(self, index):
+        return self.samples[index % len(self.samples)]
+
+
+def seconds_a_batch(dataset, workers, collate):
+    batches = iter(DataLoader(dataset, BATCH, num_workers=workers, collate_fn=collate))
+    next(batches)  # its worker has started
+    seconds, number = timed(lambda: sum(1 for _ in batches))
+    return seconds / number
+
+
+def compare_hand_over(pairs, root, args):
+    """The time to make a SLIP batch, and to hand it over: from a worker, less its collation."""
+    collate = datasets.Collate(SimpleTokenizer())
+    print(f"A SLIP batch of {BATCH}, handed over by a worker")
+    for augment in ("cpu", "device"):
+        dataset = datasets.CaptionDataset(pairs, root, models.SLIP.views, SIZE, augment=augment)
+        ready = Ready([dataset[0, [i]] for i in range(BATCH)], 16 * BATCH)
+        made = datasets.open_loader(dataset, BATCH, 0, CPU, collate_fn=collate)
+        seconds = compare(
+            {
+                "make": lambda made=made: BATCH / samples_per_second(made),
+                "collate": partial(seconds_a_batch, ready, 0, collate),
+                "receive": partial(seconds_a_batch, ready, 1, collate),
+            },
+            args.rounds,
+        )
+        made, handed = seconds["make"], seconds["receive"] - seconds["collate"]
+        print(
+            f"  --augment {augment:6}  {1e3 * handed:8.1f} ms, {handed / made:.1%} of the "
+            f"{1e3 * made:.1f} ms that making it takes"
+        )
 
 
 def compare_zips(root, args):
@@ -199,9 +236,12 @@ def benchmark_data(args):
     print(f"data: {WIDTH} x {HEIGHT} JPEGs, {processes}, median of {args.rounds} rounds")
     print(f"{machine()}\n")
     with tempfile.TemporaryDirectory() as folder:
-        write_pictures(Path(folder), args.samples)
-        compare_loaders(Path(folder), args)
-        compare_zips(Path(folder), args)
+        root = Path(folder)
+        write_pictures(root, args.samples)
+        pairs = captions.load_captions("csv", root / "pairs.csv")
+        compare_loaders(pairs, root, args)
+        compare_hand_over(pairs, root, args)
+        compare_zips(root, args)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -337,40 +377,3 @@ def benchmark_features(args):
                 f"  {name:20}  {seconds:8.1f} s for {number} {unit}, at most {memory:.2f} GB of "
                 "memory, mapped file included"
             )
-
-
-# ---------------------------------------------------------------------------------------------
-# classifier: prompts to a zero-shot classifier
-
-
-def classes_per_second(build, model, classes, templates):
-    seconds, _ = timed(lambda: build(model, SimpleTokenizer(), classes, templates))
-    return len(classes) / seconds
-
-
-def benchmark_classifier(args):
-    """Classes per second of the archived way and of ours.
-
-    The archived way takes the same time for every class, so a sample of them gives its rate.
-    """
-    labels, templates = (
-        utils.read_json(path, path)["imagenet"] for path in (catalog.LABELS, catalog.TEMPLATES)
-    )
-    draw = random.Random(0).sample
-    classes = draw(labels, min(args.classes, len(labels)))
-    sample = draw(classes, min(args.sample, len(classes)))
-    print(f"classifier: {len(classes)} classes x {len(templates)} prompts, fp32 on the CPU;")
-    print(f"one at a time {len(sample)} of them; {machine()}, median of {args.rounds} rounds\n")
-    model = models.create_model(args.model).eval()
-    evaluation = Evaluation(devices.Precision("fp32", CPU))
-    build = partial(eval_zeroshot.build_classifier, evaluation=evaluation)
-    runs = {"one class at a time": (build_one_by_one, sample), "this code": (build, classes)}
-    for function, _ in runs.values():  # warms up
-        classes_per_second(function, model, sample[:4], templates)
-    calls = {
-        name: partial(classes_per_second, function, model, names, templates)
-        for name, (function, names) in runs.items()
-    }
-    rates = compare(calls, args.rounds, warm_up=0)
-    print_rates(rates, "one class at a time", "classes/s")
-    return rates

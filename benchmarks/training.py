@@ -24,6 +24,7 @@ import engine
 import main as main_script
 import models
 import utils
+import warmup
 from benchmarks import archived
 from benchmarks.data import machine, write_pictures
 from benchmarks.limits import copy_rate, matrix_rates, synchronize
@@ -110,7 +111,7 @@ class MeasuredTraining:
             self.training.prefetcher.prepare = lambda batch: batch  # its images are floats already
         self.batches = self.from_files() if variant.from_files else self.synthetic()
         self.notes = [f"{precision.name} on {self.device.type}"]
-        if self.device.type == "cuda" if args.compile is None else args.compile:
+        if warmup.is_compiled(args, self.device):
             self.notes.append(self.compile())
         self.watch, self.meters = Watch(self.device), Meters()
         self.time_phases()
@@ -155,9 +156,19 @@ class MeasuredTraining:
 
     def compile(self):
         """Compiles as main.py does; returns the outcome in words."""
-        views = self.model.dummy_batch(self.args.batch_size, self.device)
-        reason = main_script.compile_training(self.model, self.training, views)
-        return f"torch.compile failed: {reason}" if reason else "compiled"
+        args, t = self.args, self.training
+        batches, prepare = self.model.dummy_batches(args.batch_size, self.device), warmup.unchanged
+        if not self.variant.from_files:
+            batches = [self.random_views(args.batch_size)]
+        elif not self.variant.is_archived:
+            augments = self.open_loader().augments_on_device
+
+            def prepare(views):
+                return t.prepare(self.model.as_loaded(views, augments))
+
+        modules = [*self.model.blocks(), *t.criterion.blocks()]
+        reasons = warmup.try_compilation(t, modules, batches, args.activation_budget, prepare)
+        return f"torch.compile failed: {reasons[0]}" if reasons else "compiled"
 
     def time_phases(self):
         """Has the training mark the watch at the end of each phase."""

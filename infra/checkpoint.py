@@ -125,6 +125,7 @@ def check_flags(state, facts, names, path):
 NEUTRAL = {"output_dir", "resume", "root", "metadata", "catalog", "allow_outside_root", "device"}
 NEUTRAL |= {"dist_url", "workers", "print_freq", "save_every_minutes", "keep_last", "evaluate"}
 NEUTRAL |= {"max_bad_fraction", "skip_nonfinite", "deterministic", "compile", "grad_checkpointing"}
+NEUTRAL |= {"activation_budget"}
 
 
 def describe_changes(state, facts):

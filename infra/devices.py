@@ -1,4 +1,4 @@
-"""Devices: precision, batches on their way to the device, compilation."""
+"""Devices: precision, and batches on their way to the device."""
 
 from collections import deque
 
@@ -79,21 +79,3 @@ class Prefetcher:
         for tensor in batch.values():
             tensor.record_stream(main)
         return batch
-
-
-def compile_modules(modules, trial):
-    """Compiles modules by torch.compile; if trial(), which runs them, fails, all stay uncompiled.
-
-    Returns None, or the reason of the failure. Each shape is compiled anew: a training run has few.
-    """
-    torch._dynamo.config.recompile_limit = 32  # five lengths of text, with and without gradient
-    for module in modules:
-        module.compile(dynamic=False)
-    try:
-        trial()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # compilers fail in many ways
-        torch.compiler.set_stance("force_eager")
-        return str(error).strip().partition("\n")[0] or type(error).__name__
-    return None

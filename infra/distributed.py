@@ -14,6 +14,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from infra.signals import Stopped
@@ -228,12 +229,12 @@ class AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if grad.is_cuda:
+        if grad.is_cuda and not is_alone:
             own = grad.new_empty(len(grad) // get_world_size(), *grad.shape[1:])
             reduce_scatter_single(own, grad.contiguous())
             return own
-        total = grad.clone(memory_format=torch.contiguous_format)  # gloo has no reduce_scatter
-        dist.all_reduce(total)
+        # gloo has no reduce_scatter
+        total = all_reduce(grad.clone(memory_format=torch.contiguous_format))
         return total.chunk(get_world_size())[get_rank()]
 
 
@@ -249,7 +250,26 @@ class AllReduce(torch.autograd.Function):
         return all_reduce(grad.clone(memory_format=torch.contiguous_format))
 
 
+is_alone = False
+
+
+@contextmanager
+def alone():
+    """Within, sums and gathers of tensors take this rank's values in the place of the others'.
+
+    Shapes are those of all ranks, but no rank waits for another: the code may fail on one of them.
+    """
+    global is_alone
+    is_alone = True
+    try:
+        yield
+    finally:
+        is_alone = False
+
+
 def gather_rows(rows):
+    if is_alone:
+        return torch.cat([rows] * get_world_size())
     gathered = rows.new_empty(len(rows) * get_world_size(), *rows.shape[1:])
     all_gather_single(gathered, rows.contiguous())
     return gathered
@@ -268,7 +288,7 @@ def all_gather(rows, with_grad):
 
 def all_reduce(tensor):
     """The sum over all ranks, in place; no gradient."""
-    if get_world_size() > 1:
+    if get_world_size() > 1 and not is_alone:
         dist.all_reduce(tensor)
     return tensor
 
@@ -284,16 +304,35 @@ def broadcast_buffers(model):
             dist.broadcast(buffer, 0)
 
 
-def wrap_ddp(model, device):
-    """The model as the ranks train it together; itself if there is one rank."""
+def broadcast_model(model):
+    """Gives every rank the weights and buffers of rank 0, whatever it built."""
+    if get_world_size() > 1:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            dist.broadcast(tensor.detach(), 0)
+
+
+def wrap_ddp(model, device, reduce_dtype=None):
+    """The model as the ranks train it together; itself if there is one rank.
+
+    Buffers stay those of each rank, see broadcast_buffers. reduce_dtype: torch.bfloat16 to sum
+    gradients in it, half the traffic; None: in their own.
+    """
     if get_world_size() == 1:
         return model
     ids = [torch.cuda.current_device()] if device.type == "cuda" else None
-    return DistributedDataParallel(model, ids, gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(
+        model, ids, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+    if reduce_dtype == torch.bfloat16:
+        wrapped.register_comm_hook(None, bf16_compress_hook)
+    return wrapped
 
 
-def average_gradients(model, bucket=2**25):
-    """Replaces each gradient by its mean over the ranks, `bucket` numbers or more at a time."""
+def average_gradients(model, reduce_dtype=None, bucket=2**25):
+    """Replaces each gradient by its mean over the ranks, `bucket` numbers or more at a time.
+
+    reduce_dtype: of the sums; None: that of the gradients.
+    """
     if get_world_size() == 1:
         return
     waiting = []
@@ -301,7 +340,8 @@ def average_gradients(model, bucket=2**25):
     for i, gradient in enumerate(gradients, start=1):
         waiting.append(gradient)
         if sum(g.numel() for g in waiting) >= bucket or i == len(gradients):
-            flat = all_reduce(torch.cat([g.flatten() for g in waiting]))
+            flat = torch.cat([g.flatten() for g in waiting]).to(dtype=reduce_dtype)
+            flat = all_reduce(flat)
             means = (flat / get_world_size()).split([g.numel() for g in waiting])
             for g, mean in zip(waiting, means, strict=True):
                 g.copy_(mean.view_as(g))

@@ -21,8 +21,9 @@ import features
 import losses
 import models
 import utils
+import warmup
 from evaluation import Evaluation, predict
-from infra import devices, distributed, logger
+from infra import compilation, devices, distributed, logger
 from infra.run import Meters
 
 
@@ -167,6 +168,29 @@ def meters():
     return meter.means()
 
 
+def compiled():
+    """Gradients of a compiled model by DDP, and reasons if rank 1's compiler fails at the loss."""
+    compilation.BACKEND, compilation.AFTERWARDS = "eager", "fail_on_recompile"
+    t = exact_training("SLIP_NANO8", 2, exact=False)
+    model = getattr(t.model, "module", t.model)
+    batches = views_of(model, 16, 2)
+    reasons = warmup.try_compilation(t, [*model.blocks(), *t.criterion.blocks()], batches)
+    warmup.warmup_ddp(t, batches[0])
+    engine.update(t, batches, 0)
+    gradients = {key: p.grad for key, p in model.named_parameters()}
+
+    def compiler(graph, inputs):
+        if distributed.get_rank() == 1:
+            raise RuntimeError("no such kernel")
+        return graph.forward
+
+    compilation.BACKEND = compiler
+    t = exact_training("SLIP_NANO8", 2)
+    fails = warmup.try_compilation(t, t.criterion.blocks(), batches)
+    engine.update(t, batches, 0)
+    return {"reasons": reasons, "gradients": gradients, "fails": fails}
+
+
 def main(folder):
     distributed.init_distributed("cpu")
     simclr = losses.SIMCLRLoss(0.1)
@@ -186,6 +210,8 @@ def main(folder):
         "features": frozen_features(folder),
         "meters": meters(),
     }
+    if distributed.get_world_size() > 1:
+        result["compiled"] = compiled()
     name = f"rank{distributed.get_rank()}" if distributed.get_world_size() > 1 else "one"
     torch.save(result, folder / f"{name}.pt")
 

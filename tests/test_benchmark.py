@@ -15,7 +15,7 @@ from launch import forking
 import benchmark
 import captions
 import engine
-from benchmarks import archived, data, limits, training
+from benchmarks import archived, augmentation, data, limits, training
 from infra import distributed
 from tokenizer import SimpleTokenizer
 from utils import InputError
@@ -140,6 +140,30 @@ def test_classifiers_are_compared(capsys):
     (first, slow, one), (second, fast, ratio) = rates
     assert (first, second, one) == ("one class at a time", "this code", "1.00")
     assert float(ratio) == pytest.approx(float(fast) / float(slow), rel=0.02)
+
+
+def test_handing_over_is_measured(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(data, "BATCH", 4)
+    monkeypatch.setattr(data, "SIZE", 32)
+    pairs = captions.load_captions("coco", tiny / "captions.json")
+    data.compare_hand_over(pairs, str(tiny), Mock(rounds=1))
+    lines = re.findall(
+        r"--augment (\w+) +(-?[\d.]+) ms, (-?[\d.]+)% of the ([\d.]+) ms", capsys.readouterr().out
+    )
+    assert [augment for augment, *_ in lines] == ["cpu", "device"]
+    for _, handed, percent, made in lines:
+        assert float(percent) == pytest.approx(100 * float(handed) / float(made), rel=0.1, abs=1)
+
+
+def test_kernels_and_their_bytes_are_counted():
+    images = torch.ones(2, 3, 4)
+    with augmentation.KernelCounter() as counter:
+        images.unbind(1)[0].unsqueeze(1)
+        assert counter.kernels == 0
+        images[:, :1].add_(1)  # reads and writes 8 numbers
+        assert (counter.kernels, counter.bytes) == (1, 2 * 4 * 8)
+        torch.minimum(images, images[:1])  # reads 24 and 12 numbers, writes 24
+        assert (counter.kernels, counter.bytes) == (2, 4 * (2 * 8 + 24 + 12 + 24))
 
 
 def test_slow_rates_have_decimals(capsys):

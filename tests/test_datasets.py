@@ -58,8 +58,10 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(tiny, augment):
     dataset = open_pairs(tiny, seed=3, augment=augment)
     loader = loader_of(dataset)
     batches = list(loader)
-    assert batches[0]["text"].shape == (4, 16) and bool(batches[0]["steps"]) == (
-        augment == "device"
+    assert batches[0]["text"].shape == (4, 16)
+    with_steps = ["aug1", "aug2"] if augment == "device" else []
+    assert {v: x.shape for v, x in batches[0]["steps"].items()} == dict.fromkeys(
+        with_steps, (4, 8, 3)
     )
     for workers in (2, 4):
         assert all(map(equal, batches, loader_of(dataset, workers)))
@@ -68,6 +70,8 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(tiny, augment):
         for whole, half in zip(batches, halves, strict=True):
             rows = slice(2 * rank, 2 * rank + 2)
             assert equal({v: whole[v][rows] for v in VIEWS}, {v: half[v] for v in VIEWS})
+            steps = {v: x[rows] for v, x in whole["steps"].items()}
+            assert equal(steps, half["steps"])
     for number, (epoch, indices) in enumerate(loader.sampler):
         assert epoch == 5
         expected, batch = dataset[5, indices[:1]], batches[number // 4]

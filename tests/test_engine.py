@@ -268,6 +268,25 @@ def test_batches_prepared_beside_the_step_arrive_whole():
     assert [round(x.item()) for x in totals] == [2 * i for i in range(20)]
 
 
+@pytest.mark.parametrize("name", ["SLIP_NANO8", "SLIP_NANORESNET"])
+def test_images_in_the_precision_of_the_towers_change_no_bit(name):
+    """Autocast would round them at the first convolution."""
+    torch.manual_seed(0)
+    args, device = main.get_args_parser().parse_args([]), torch.device("cpu")
+    model = models.create_model(name, 32, 16)
+    t = main.create_training(model, devices.Precision("bf16", device), 10, args)
+    size = (8, 3, model.image_size, model.image_size)
+    batch = {v: torch.randint(256, size, dtype=torch.uint8) for v in ("image", "aug1", "aug2")}
+    text = torch.randint(1, 400, (8, 16))
+    rounded = t.prefetcher({**batch, "text": text, "steps": {}})
+    assert {rounded[v].dtype for v in batch} == {torch.bfloat16}
+    exact = {v: model.normalize(x) for v, x in batch.items()}
+    with t.precision.autocast(), engine.kept_buffers(model):
+        outputs = [model(**{**images, "text": text}) for images in (rounded, exact)]
+    for key, x in outputs[0].items():
+        assert torch.equal(x, outputs[1][key]), key
+
+
 class Batched(nn.Module):
     """A model with parameters and batch statistics."""
 

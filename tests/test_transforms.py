@@ -13,6 +13,7 @@ from torchvision import transforms as tv
 
 import decoding
 import transforms
+from benchmarks.augmentation import KernelCounter
 from utils import InputError
 
 PICTURE = Image.fromarray(
@@ -169,16 +170,28 @@ def test_augmentation_is_drawn_with_the_papers_probabilities():
     assert all(a[0] < b[0] for steps in drawn for a, b in itertools.pairwise(steps))
 
 
+def unpack(rows):
+    """What pack_steps says of a sample, in the order that the device applies it: names, values."""
+    names = ("contrast", "saturation")
+    *blends, (shift, sigma, is_flipped) = rows.tolist()
+    for place, (own, *others) in enumerate(blends):
+        if place == 3 and shift:
+            yield "hue", shift
+        if any(others):
+            assert own + sum(others) == pytest.approx(1)
+            yield ("grayscale", 0.0) if not own else (names[others.index(sum(others))], own)
+        elif own != 1:
+            yield "brightness", own
+    yield from [("blur", sigma)] * (sigma > 0) + [("flip", 0.0)] * (is_flipped == 1)
+
+
 def test_batches_apply_the_same_steps_to_the_same_samples():
-    """What group_steps hands to the device is what was drawn, over 20,000 samples."""
+    """The device is handed what was drawn, over 20,000 samples."""
     rng = np.random.default_rng(1)
     drawn = [transforms.draw_augmentation(rng, 64, 48)[1] for _ in range(20_000)]
-    grouped = [[] for _ in drawn]
-    for name, samples, values in transforms.group_steps(drawn):
-        for sample, value in zip(samples.tolist(), values.tolist(), strict=True):
-            grouped[sample].append((name, value))
-    check_statistics(grouped, lambda steps: steps)
-    for ours, steps in zip(grouped, drawn, strict=True):
+    packed = [[*unpack(rows)] for rows in transforms.pack_steps(drawn)]
+    check_statistics(packed, lambda steps: steps)
+    for ours, steps in zip(packed, drawn, strict=True):
         assert [name for name, _ in ours] == [name for _, name, _ in steps]
         assert [v for _, v in ours] == pytest.approx([v for *_, v in steps])
 
@@ -196,19 +209,26 @@ VALUES = {"hue": (-0.1, -0.03, 0.0, 0.1), "blur": (0.1, 0.7, 1.3, 2.0)}
 
 
 ON_CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
+SLOTS = {"grayscale": 4, "blur": 5, "flip": 6}
+
+
+def on_device(pixels, drawn):
+    """What the device makes of a batch, (B, 3, S, S) in [0, 1]."""
+    return transforms.augment_batch(pixels, transforms.pack_steps(drawn).to(pixels.device))
 
 
 @pytest.mark.parametrize("device", ["cpu", ON_CUDA])
-@pytest.mark.parametrize("name", transforms.DEVICE_STEPS)
+@pytest.mark.parametrize("name", TORCHVISION)
 def test_each_step_on_the_device_equals_torchvisions(name, device):
+    """In every slot that it may have, to float32's rounding and the ends of torchvision's blur."""
     values = VALUES.get(name, (0.6, 0.9, 1.0, 1.4))
     images = torch.rand(4, 3, 40, 40, generator=torch.Generator().manual_seed(0))
     images[1] = images[1, :1]  # gray: no hue
     images[2, :, :20], images[3, 0] = 0.0, 1.0
     expected = [TORCHVISION[name](x, v) for x, v in zip(images, values, strict=True)]
-    factors = torch.tensor(values, device=device).view(-1, 1, 1, 1)
-    ours = transforms.DEVICE_STEPS[name](images.to(device), factors).cpu()
-    assert (ours - torch.stack(expected)).abs().max() <= 1 / 255
+    for slot in [SLOTS[name]] if name in SLOTS else range(4):
+        ours = on_device(images.to(device), [[(slot, name, v)] for v in values]).cpu()
+        assert (ours - torch.stack(expected)).abs().max() <= 1e-5
 
 
 def test_a_batch_on_the_device_equals_its_samples_by_torchvision():
@@ -218,12 +238,50 @@ def test_a_batch_on_the_device_equals_its_samples_by_torchvision():
         [views(photograph(120, 90), i, lambda crop, _: crop)[1] for i in range(24)]
     )
     drawn = [transforms.draw_augmentation(rng, 120, 90)[1] for _ in pixels]
-    ours = transforms.to_unit(pixels, transforms.group_steps(drawn))
+    ours = transforms.to_unit(pixels, transforms.pack_steps(drawn))
     for image, steps, result in zip(pixels, drawn, ours, strict=True):
         image = image.float() / 255
         for _, name, value in steps:
             image = TORCHVISION[name](image, value)
-        assert (result - image).abs().max() <= 1 / 255
+        assert (result - image).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_CUDA])
+def test_samples_without_steps_keep_every_bit(device):
+    """Alone, and beside samples that have all of them."""
+    images = torch.rand(6, 3, 40, 40, generator=torch.Generator().manual_seed(0)).to(device)
+    steps = [(slot, name, VALUES.get(name, [1.3])[0]) for slot, name in enumerate(TORCHVISION)]
+    assert torch.equal(on_device(images, [[]] * 6), images)
+    mixed = on_device(images, [[], steps, [], steps[-1:], steps[3:4], []])
+    for i in (0, 2, 5):
+        assert torch.equal(mixed[i], images[i])
+    assert torch.equal(mixed[3], images[3].flip(-1))
+    assert not torch.equal(mixed[1], images[1]) and not torch.equal(mixed[4], images[4])
+
+
+def test_kernels_do_not_grow_with_what_was_drawn():
+    rng = np.random.default_rng(0)
+    counts = []
+    for size in (2, 8, 64):
+        drawn = [transforms.draw_augmentation(rng, 120, 90)[1] for _ in range(size)]
+        for steps in (drawn, [[]] * size):
+            with KernelCounter() as counter:
+                on_device(torch.rand(size, 3, 16, 16), steps)
+            counts.append(counter.kernels)
+    assert len(set(counts)) == 1 and counts[0] < 140
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_CUDA])
+def test_compiled_steps_equal_uncompiled_ones(device):
+    rng = np.random.default_rng(5)
+    pixels = torch.from_numpy(rng.integers(0, 256, (8, 3, 24, 24), dtype=np.uint8)).to(device)
+    drawn = [transforms.draw_augmentation(rng, 120, 90)[1] for _ in pixels]
+    module, steps = transforms.Augment(), transforms.pack_steps(drawn).to(device)
+    eager = module(pixels, steps)
+    module.compile(dynamic=False)
+    assert (module(pixels, steps) - eager).abs().max() <= 1e-5
+    neutral = transforms.pack_steps([[]] * 8).to(device)
+    assert torch.equal(module(pixels, neutral), transforms.to_unit(pixels))
 
 
 def test_the_cpus_steps_are_the_devices_to_pillows_rounding():
@@ -232,7 +290,7 @@ def test_the_cpus_steps_are_the_devices_to_pillows_rounding():
     drawn = [transforms.draw_augmentation(rng, 120, 90)[1] for _ in pixels]
     for left_out, bound in (({"blur", "hue"}, 4), ({"blur"}, 20)):  # Pillow's hue has 8 bits
         steps = [[step for step in s if step[1] not in left_out] for s in drawn]
-        device = transforms.to_unit(pixels, transforms.group_steps(steps)) * 255
+        device = transforms.to_unit(pixels, transforms.pack_steps(steps)) * 255
         cpu = torch.stack([transforms.augment(x, s) for x, s in zip(pixels, steps, strict=True)])
         difference = (device - cpu).abs()
         assert difference.max() <= bound and difference.mean() < 1.5
@@ -243,7 +301,7 @@ def test_views_on_the_device_are_brighter_than_pillows():
     rng = np.random.default_rng(4)
     pixels = torch.stack([views(PHOTO, i, lambda crop, _: crop)[1] for i in range(200)])
     drawn = [transforms.draw_augmentation(rng, 120, 90)[1] for _ in pixels]
-    device = transforms.to_unit(pixels, transforms.group_steps(drawn)) * 255
+    device = transforms.to_unit(pixels, transforms.pack_steps(drawn)) * 255
     cpu = torch.stack([transforms.augment(x, s) for x, s in zip(pixels, drawn, strict=True)])
     brighter = (device - cpu).mean().item()
     print(f"\nviews on the device are {brighter:.2f}/255 brighter on average")
@@ -258,7 +316,7 @@ def test_pillows_blur_is_an_approximation(top, expected):
     worst = 0.0
     for sigma in np.linspace(0.1, 2.0, 39):
         steps = [(5, "blur", float(sigma))]
-        device = transforms.to_unit(edge[None], transforms.group_steps([steps]))[0] * 255
+        device = transforms.to_unit(edge[None], transforms.pack_steps([steps]))[0] * 255
         worst = max(worst, (device - transforms.augment(edge, steps)).abs().max().item())
     assert worst == pytest.approx(expected, abs=1)
 

@@ -1,0 +1,104 @@
+"""Before the first update: torch.compile tries all that updates do, and DDP arranges its buckets.
+
+Both leave no trace: gradients, batch statistics and random states are those from before.
+"""
+
+from argparse import BooleanOptionalAction
+from contextlib import contextmanager
+from dataclasses import replace
+
+from torch.nn.parallel import DistributedDataParallel
+
+import engine
+from infra.compilation import compile_modules
+from utils import InputError, get_rng_state, number, set_rng_state
+
+
+def add_compile_flags(add):
+    """Adds the flags of every script that trains, with add_argument of their group."""
+    add("--compile", action=BooleanOptionalAction, help="torch.compile; by default on CUDA")
+    text = "share of activations, below 1, that compiled blocks keep for backward; by default all"
+    add("--activation-budget", type=number(float, 0, 1), metavar="F", help=text)
+
+
+def is_compiled(args, device):
+    return device.type == "cuda" if args.compile is None else args.compile
+
+
+def check_flags(args, device):
+    """Raises InputError if there is a budget for compiled blocks, but none are compiled."""
+    if args.activation_budget is not None and not is_compiled(args, device):
+        raise InputError(
+            f"activation budget {args.activation_budget:g}: it acts in compiled blocks only; "
+            "compile, or omit it"
+        )
+
+
+def unchanged(views):
+    return views
+
+
+def warm_up(training, modules, batches, log, args, prepare=unchanged):
+    """Compiles if the flags say so, and has DDP arrange its buckets.
+
+    Args:
+        training: an engine.Training.
+        modules: of its model and criterion, to compile.
+        batches: prepared views, a batch in every shape that updates see, the largest first.
+        log: takes the reasons if compilation fails.
+        args: the flags of add_compile_flags.
+        prepare: of a batch, in the trial; takes the prepared batches.
+    """
+    if is_compiled(args, training.precision.device):
+        reasons = try_compilation(training, modules, batches, args.activation_budget, prepare)
+        if reasons:
+            log.info(
+                "warning: torch.compile failed, training continues without it on all ranks: "
+                + "; ".join(reasons)
+            )
+    warmup_ddp(training, batches[0])
+
+
+def try_compilation(training, modules, batches, budget=None, prepare=unchanged):
+    """Compiles modules for all shapes and modes of an update; returns the reasons if that fails.
+
+    The trial is the gradient of all batches, on the model without DDP. See warm_up for the rest.
+    """
+    bare = getattr(training.model, "module", training.model)
+    t = replace(training, model=bare, prepare=prepare)
+
+    def trial():
+        bare.train()
+        with rehearsal(bare, t.precision.device):
+            for i in range(0, len(batches), t.update_freq):
+                taken = range(i, i + t.update_freq)
+                engine.accumulate(t, [batches[j % len(batches)] for j in taken])
+
+    return compile_modules(modules, trial, budget)
+
+
+def warmup_ddp(training, views):
+    """Has DDP arrange its buckets of gradients, which takes one backward pass, of any views.
+
+    From then on a sum over ranks adds in the same order at every update. Otherwise the first update
+    of a resumed run would differ, in the last bits, from the same one of an undisturbed run.
+    """
+    t = training
+    if not isinstance(t.model, DistributedDataParallel):
+        return
+    with rehearsal(t.model, t.precision.device):
+        with t.precision.autocast():
+            outputs = t.model(**views)
+        sum(x.float().sum() for x in outputs.values() if x.requires_grad).backward()
+
+
+@contextmanager
+def rehearsal(model, device):
+    """Undoes all changes within of a model's buffers and gradients, and of random states."""
+    state = get_rng_state(device)
+    try:
+        with engine.kept_buffers(model):
+            yield
+    finally:
+        model.zero_grad()
+        set_rng_state(state, device)
