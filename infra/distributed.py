@@ -4,6 +4,7 @@ Shapes: B rows of this rank, N rows of all ranks, D columns.
 """
 
 import errno
+import inspect
 import os
 import re
 import signal
@@ -25,6 +26,9 @@ from utils import InputError, one_line
 # Their names since torch 2.14, and before.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+KEEP_BUFFERS = {"broadcast_buffers": False}
+if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters:
+    KEEP_BUFFERS = {"forward_sync_buffers": False}
 
 # Converting the metadata of 15 million pairs may take ten minutes, while the other ranks wait.
 PATIENCE = timedelta(minutes=30)
@@ -320,9 +324,7 @@ def wrap_ddp(model, device, reduce_dtype=None):
     if get_world_size() == 1:
         return model
     ids = [torch.cuda.current_device()] if device.type == "cuda" else None
-    wrapped = DistributedDataParallel(
-        model, ids, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    wrapped = DistributedDataParallel(model, ids, gradient_as_bucket_view=True, **KEEP_BUFFERS)
     if reduce_dtype == torch.bfloat16:
         wrapped.register_comm_hook(None, bf16_compress_hook)
     return wrapped
