@@ -30,9 +30,9 @@ from infra.arrow import KEPT, Captions, Source, describe, write_captions
 from infra.rows import (
     Dropped,
     Files,
-    Malformed,
     caption_texts,
     is_missing,
+    kept_rows,
     parse_rows,
     path_text,
     plain_text,
@@ -80,28 +80,13 @@ def coco_rows(files, folder):
         (text,), _ = caption_texts(row.get("caption"))
         return coco_id(row["image_id"]), text
 
-    def parsed(prefix, parse, reasons):
-        """Yields parse(row) of the elements below the prefix; counts why others are dropped."""
-
-        def attempt(row):
-            try:
-                return parse(row)
-            except Dropped as error:
-                return str(error)
-
-        for row in parse_rows(files, files.json_rows(prefix), attempt, 0, Malformed()):
-            if isinstance(row, str):
-                reasons[row] += 1
-            else:
-                yield row
-
     database = sqlite3.connect("")  # a temporary file
     database.execute("create table images (image text primary key, name text)")
     database.execute("create table captions (image text, caption text)")
     # An image without a usable name is named by its number, as one that is not listed.
-    names = parsed("images.item", name, Counter())
+    names = kept_rows(files, files.json_rows("images.item"), name, Counter())
     database.executemany("insert or replace into images values (?, ?)", names)
-    rows = parsed("annotations.item", annotation, dropped)
+    rows = kept_rows(files, files.json_rows("annotations.item"), annotation, dropped)
     database.executemany("insert into captions values (?, ?)", rows)
     database.execute("create index by_image on captions (image)")
     grouped = """

@@ -72,7 +72,11 @@ def scale_to_8_bits(image):
         top = 1.0 if image.mode == "F" and high <= 1 else 255.0
     if not 0 <= low <= high <= top:
         raise ValueError(f"its values run from {low:g} to {high:g}; convert it to 8 bits")
-    return Image.fromarray((values * (255 / top) + 0.5).astype(np.uint8))
+    scaled = Image.fromarray((values * (255 / top) + 0.5).astype(np.uint8))
+    clear = image.info.get("transparency")  # of PNG: the value that is transparent
+    if clear is not None:
+        scaled.putalpha(Image.fromarray((values != clear).astype(np.uint8) * 255))
+    return scaled
 
 
 def to_rgb(image, archived=False):

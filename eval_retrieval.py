@@ -9,6 +9,8 @@ any of the five is among the k best texts. Shapes: n images, m captions, D joint
 """
 
 import os
+from collections import Counter
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ import utils
 from captions import coco_id
 from evaluation import Evaluation, check_finite, check_results, predict
 from infra import devices, distributed
-from infra.rows import Dropped, caption_texts, path_text
+from infra.rows import Dropped, Files, caption_texts, kept_rows, plain_text
 from infra.untrusted import check_inside
 from pretrained import load_model
 from tokenizer import SimpleTokenizer
@@ -50,43 +52,48 @@ def get_args_parser():
 # Caption files
 
 
-def read_karpathy(table, split):
+def read_karpathy(table, split, kept):
     """[(path below the root, captions)] of a split; "train" takes in "restval" as well."""
-    splits = {row["split"] for row in table["images"]}
+
+    def pick(row):
+        path = os.path.join(row.get("filepath") or "", plain_text(row["filename"], "an image path"))
+        texts = [s.get("raw") if isinstance(s, dict) else s for s in row.get("sentences") or []]
+        return row["split"], path, texts
+
+    rows = list(kept(table["images"], pick))
+    splits = {split for split, _, _ in rows}
     if split not in splits:
         raise InputError(f"split {split!r} is absent; choose from {', '.join(sorted(splits))}")
     wanted = {"train", "restval"} if split == "train" else {split}
-    return [
-        (
-            os.path.join(row.get("filepath", ""), row["filename"]),
-            [s.get("raw") for s in row["sentences"]],
-        )
-        for row in table["images"]
-        if row["split"] in wanted
-    ]
+    return [(path, list(kept(texts, only_text))) for own, path, texts in rows if own in wanted]
 
 
-def read_coco(table, split):
-    """Without a list of images these are named after their number, as in COCO."""
-    if "images" in table:
-        paths = {coco_id(row["id"]): row["file_name"] for row in table["images"]}
-    else:
-        numbers = [coco_id(row["image_id"]) for row in table["annotations"]]
-        paths = {number: f"{int(number):012d}.jpg" for number in numbers}
-    texts = {number: [] for number in paths}
-    for row in table["annotations"]:
-        if (number := coco_id(row["image_id"])) not in texts:
+def read_coco(table, split, kept):
+    """An image without a file name is named after its number, as COCO's are."""
+
+    def image(row):
+        name = row.get("file_name")
+        return coco_id(row["id"]), name if isinstance(name, str) else None
+
+    def annotation(row):
+        number = coco_id(row["image_id"])
+        if number not in paths and "images" in table:
             raise InputError(f"a caption names image {number}, which is not listed")
-        texts[number].append(row.get("caption"))
-    return [(path, texts[number]) for number, path in paths.items()]
+        if not paths.get(number) and not number.isdecimal():
+            raise Dropped("of an image that has no file name and no number")
+        return number, only_text(row.get("caption"))
+
+    paths = dict(kept(table.get("images", []), image))
+    texts = {number: [] for number in paths}
+    for number, text in kept(table["annotations"], annotation):
+        texts.setdefault(number, []).append(text)
+    return [(paths.get(number) or f"{number:0>12}.jpg", own) for number, own in texts.items()]
 
 
-def is_usable(text):
-    """Whether a caption is a text, and not blank: another would be scored as its spelling."""
-    try:
-        return isinstance(text, str) and bool(caption_texts(text))
-    except Dropped:
-        return False
+def only_text(value):
+    """A caption. Raises Dropped for anything else: it would be scored as its spelling."""
+    (text,), _ = caption_texts(value)
+    return text
 
 
 def read_captions(path, split, per_image):
@@ -97,26 +104,25 @@ def read_captions(path, split, per_image):
         split: of Karpathy's file.
         per_image: the first so many captions of an image are taken.
 
-    Returns ([(image path, captions)], number of captions left out). Raises InputError for another
-    file.
+    Returns ([(image path, captions)], Counter of the reasons why others were left out). Raises
+    InputError for another file.
     """
-    table = utils.read_json(path, "captions")
+    table, left_out, files = utils.read_json(path, "captions"), Counter(), Files([path])
     reader = read_coco if isinstance(table, dict) and "annotations" in table else read_karpathy
-    rows, left_out = [], 0
+    kept = partial(kept_rows, files, dropped=left_out)
     try:
-        for image, texts in reader(table, split):
-            usable = [text for text in texts if is_usable(text)]
-            left_out += len(texts) - len(usable)
-            if usable:
-                rows.append((path_text(image), usable[:per_image]))
-    except (InputError, Dropped) as error:
+        images = reader(table, split, kept)
+    except InputError as error:
         raise InputError(f"{path}: {error}; correct the file") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(
             f"{path} is neither Karpathy's nor COCO's: {error!r}; see --help"
         ) from error
+    rows = [(image, texts[:per_image]) for image, texts in images if texts]
     if not rows:
         raise InputError(f"{path} has no image with captions in split {split!r}")
+    if len(rows) < len(images):
+        left_out["images without any caption"] = len(images) - len(rows)
     return rows, left_out
 
 
@@ -219,6 +225,9 @@ def main(args):
     paths = [path for path, _ in rows]
     options = args.allow_outside_root, args.archived_pixels
     dataset = Images(args.root, paths, model.image_size, *options)
+    if left_out and distributed.is_main_process():
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in left_out.most_common())
+        print(f"{args.captions}: left out: {reasons}", flush=True)
     captions = [text for _, texts in rows for text in texts]
     owners = torch.tensor([i for i, (_, texts) in enumerate(rows) for _ in texts], device=device)
 
@@ -231,8 +240,6 @@ def main(args):
         name = args.name or os.path.splitext(os.path.basename(args.captions))[0]
         utils.make_folder(args.output_dir)
         utils.update_json(os.path.join(args.output_dir, "retrieval.json"), {name: result})
-        if left_out:
-            print(f"{args.captions}: {left_out} captions are no text or blank, and left out")
         print(f"{name}: {len(rows)} images, {len(captions)} captions; recall at 1, 5, 10")
         for direction in ("image_to_text", "text_to_image"):
             numbers = "  ".join(f"{result[f'{direction}_recall{k}']:6.2f}" for k in (1, 5, 10))

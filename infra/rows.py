@@ -236,6 +236,26 @@ class Malformed:
         return self.reason
 
 
+def kept_rows(files, rows, parse, dropped):
+    """Yields parse(row) of the rows that have one; counts in `dropped` why others have none.
+
+    See parse_rows. A row of another form than the others is counted as malformed.
+    """
+
+    def attempt(row):
+        try:
+            return parse(row)
+        except Dropped as error:
+            return error
+
+    reason = Malformed()
+    for row in parse_rows(files, rows, attempt, replace=lambda *fault: Dropped(reason(*fault))):
+        if isinstance(row, Dropped):
+            dropped[str(row)] += 1
+        else:
+            yield row
+
+
 def is_missing(value):
     """Whether it is null or NaN, as tables and JSON spell an absent value."""
     return value is None or (isinstance(value, float) and value != value)

@@ -59,6 +59,15 @@ def test_more_than_8_bits_are_scaled(name):
     assert torch.equal(crop, torch.from_numpy(SHADES).expand(3, -1, -1))
 
 
+def test_the_transparent_value_of_16_bits_is_white():
+    values = np.full((8, 8), 40000, np.uint16)
+    values[0] = 5
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, "PNG", transparency=5)
+    pixels = np.array(decoding.decode_image(file.getvalue(), "x"))
+    assert (pixels[0] == 255).all() and (pixels[1:] == 156).all()
+
+
 def test_12_bits_of_a_tiff_are_scaled():
     data = bytearray(encode(Image.fromarray(SHADES.astype(np.uint16) * 257), "TIFF"))
     image = Image.open(io.BytesIO(data))

@@ -114,9 +114,35 @@ def test_the_command_on_one_and_two_ranks(retrieval, tmp_path, capsys):
     assert both["coco"]["images"] == 9 and both["karpathy"] == one["karpathy"]
 
 
-def test_a_coco_file_without_a_list_of_images():
+def test_a_coco_file_without_a_list_of_images(tmp_path):
     table = {"annotations": [{"image_id": 7, "caption": "a"}, {"image_id": 7, "caption": "b"}]}
-    assert eval_retrieval.read_coco(table, "test") == [("000000000007.jpg", ["a", "b"])]
+    (tmp_path / "c.json").write_text(json.dumps(table))
+    found = eval_retrieval.read_captions(tmp_path / "c.json", "test", 5)
+    assert found == ([("000000000007.jpg", ["a", "b"])], {})
+
+
+def test_bad_rows_are_counted_and_not_the_end(tmp_path):
+    good = {"filename": "a.jpg", "split": "test", "sentences": [{"raw": "a"}, "b", {"raw": 7}]}
+    rows = [good, None, {"split": "test"}, {**good, "filename": None, "sentences": [{"raw": "c"}]}]
+    rows += [{"filename": "b.jpg", "split": "test", "sentences": None, "filepath": None}]
+    (tmp_path / "k.json").write_text(json.dumps({"images": rows}))
+    found, left_out = eval_retrieval.read_captions(tmp_path / "k.json", "test", 5)
+    assert found == [("a.jpg", ["a", "b"])]
+    assert left_out == {
+        f"malformed, the first in {tmp_path}/k.json, row 1: 'NoneType' object has no attribute "
+        "'get'": 2,
+        "without an image path": 1,
+        "with a caption that is no text": 1,
+        "images without any caption": 1,
+    }
+
+    captions = [{"image_id": 7, "caption": "a"}, {"image_id": None, "caption": "b"}, 3]
+    captions += [{"image_id": "x", "caption": "c"}]
+    (tmp_path / "c.json").write_text(json.dumps({"annotations": captions}))
+    found, left_out = eval_retrieval.read_captions(tmp_path / "c.json", "test", 5)
+    assert found == [("000000000007.jpg", ["a"])]
+    assert list(left_out.values()) == [1, 1, 1] and "without an image path" in left_out
+    assert "of an image that has no file name and no number" in left_out
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])

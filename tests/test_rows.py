@@ -273,26 +273,29 @@ def test_nan_does_not_repeat_rows(tmp_path):
 # --- retrieval ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [value for value, _ in BAD] + [["a"]])
-def test_retrieval_scores_no_caption_that_is_no_text(tmp_path, value):
+@pytest.mark.parametrize("value, reason", [*BAD, (["a", "b"], "malformed")])
+def test_retrieval_scores_no_caption_that_is_no_text(tmp_path, value, reason):
     texts = ["a", value, "b", "c", "d", "e", "f"]
     table = {"images": [{"id": 1, "file_name": "1.jpg"}, {"id": 2, "file_name": "2.jpg"}]}
     table |= coco([*((1, text) for text in texts), (2, value)])
     write_json(tmp_path / "coco.json", table)
-    assert read_captions(tmp_path / "coco.json", "test", 5) == ([("1.jpg", list("abcde"))], 2)
     images = [
         {"filename": name, "split": "test", "sentences": [{"raw": text} for text in own]}
         for name, own in (("1.jpg", texts), ("2.jpg", [value]))
     ]
     write_json(tmp_path / "karpathy.json", {"images": images})
-    assert read_captions(tmp_path / "karpathy.json", "test", 5) == ([("1.jpg", list("abcde"))], 2)
+    for name in ("coco.json", "karpathy.json"):
+        found, left_out = read_captions(tmp_path / name, "test", 5)
+        assert found == [("1.jpg", list("abcde"))]
+        assert left_out.pop("images without any caption") == 1
+        assert left_out.total() == 2 and all(text.startswith(reason) for text in left_out)
 
 
-def test_retrieval_needs_a_path_for_each_image(tmp_path):
+def test_an_image_without_a_path_is_named_after_its_number(tmp_path):
     table = coco([(1, "a")], images=[{"id": 1, "file_name": None}])
     write_json(tmp_path / "coco.json", table)
-    with pytest.raises(InputError, match="coco.json: without an image path; correct the file"):
-        read_captions(tmp_path / "coco.json", "test", 5)
+    found, _ = read_captions(tmp_path / "coco.json", "test", 5)
+    assert found == [("000000000001.jpg", ["a"])]
 
 
 # --- rows that do not parse ---------------------------------------------------------------------
