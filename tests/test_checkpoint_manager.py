@@ -70,6 +70,8 @@ def test_never_two_writers(kept, monkeypatch):
     k.seconds, going, write = 1e-9, threading.Event(), k.write
     monkeypatch.setattr(k, "write", lambda *args: (going.wait(10), write(*args)))
     k.save()
+    run.signals.hold()
+    run.fetch(lambda: None)
     assert run.due() == NOTHING
     threads = threading.active_count()
     threading.Timer(0.2, going.set).start()
