@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from infra import network
 from infra.signals import Stopped
 from infra.streams import tolerant_streams
 from infra.watchdog import Watchdog
@@ -96,7 +97,7 @@ def report_errors():
             yield
     except BaseException as error:
         if watchdog := Watchdog.current():
-            report_error(watchdog, f"rank {get_rank()}", error)
+            report_error(watchdog, f"rank {watchdog.rank}", error)
         raise
     cleanup_distributed()
 
@@ -183,16 +184,38 @@ def join_ranks(dist_url, rank, world_size, device):
         ) from error
     # torchrun's store outlives the ranks that it starts again: older entries would mislead them.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"ranks{attempt}", store),
-        timeout=PATIENCE,
-        world_size=world_size,
-        rank=rank,
-    )
     # A connection of its own: the other one blocks while ranks wait for each other.
     own = dist.PrefixStore(f"watchdog{attempt}", store.clone())
     Watchdog(own, rank, world_size).start()
+    store = dist.PrefixStore(f"ranks{attempt}", store)
+    if host := network.meeting_host(dist_url):
+        interface = network.choose_interface(host, rank, world_size, store)
+        if interface:
+            os.environ.setdefault(network.VARIABLE, interface)
+    with gloo_faults():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            timeout=PATIENCE,
+            world_size=world_size,
+            rank=rank,
+        )
+
+
+@contextmanager
+def gloo_faults():
+    """Errors within that are gloo's become InputErrors."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error).lower():
+            raise
+        reason = re.sub(r"\[[^]]*gloo[^]]*\] ?", "", str(error)).strip().partition("\n")[0]
+        chosen = os.environ.get(network.VARIABLE, "")
+        raise InputError(
+            f"gloo cannot connect the ranks by {network.VARIABLE}={chosen}: {reason}; set it, on "
+            "each machine, to the name of the interface that leads to the others (ip address)"
+        ) from error
 
 
 def cleanup_distributed():
