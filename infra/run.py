@@ -263,7 +263,7 @@ class Run(ExitStack):
             return
         before_save()
         self.log.flush()
-        self.checkpoints.save()
+        self.checkpoints.save(is_hurried=order != SAVE)  # launchers kill soon after a signal
         if order != SAVE:
             self.stop(order)
 
