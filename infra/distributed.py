@@ -160,6 +160,8 @@ def choose_device(name, deterministic):
         if not torch.cuda.is_available():
             raise InputError("device cuda: this machine has no usable CUDA device; use cpu")
         local_rank, gpus = env_int("LOCAL_RANK", 0), torch.cuda.device_count()
+        if gpus == 1:
+            local_rank = 0  # a launcher gave each rank one of its own; check_gpus compares them
         if local_rank >= gpus:
             raise InputError(
                 f"this node has {gpus} GPUs; start no more than {gpus} processes on it"
@@ -192,7 +194,7 @@ def join_ranks(dist_url, rank, world_size, device):
         interface = network.choose_interface(host, rank, world_size, store)
         if interface:
             os.environ.setdefault(network.VARIABLE, interface)
-    with gloo_faults():
+    with network.gloo_faults():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=store,
@@ -200,22 +202,21 @@ def join_ranks(dist_url, rank, world_size, device):
             world_size=world_size,
             rank=rank,
         )
+    if device.type == "cuda":
+        check_gpus()
 
 
-@contextmanager
-def gloo_faults():
-    """Errors within that are gloo's become InputErrors."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "gloo" not in str(error).lower():
-            raise
-        reason = re.sub(r"\[[^]]*gloo[^]]*\] ?", "", str(error)).strip().partition("\n")[0]
-        chosen = os.environ.get(network.VARIABLE, "")
-        raise InputError(
-            f"gloo cannot connect the ranks by {network.VARIABLE}={chosen}: {reason}; set it, on "
-            "each machine, to the name of the interface that leads to the others (ip address)"
-        ) from error
+def check_gpus():
+    """Raises InputError, on every rank, if two ranks have one GPU."""
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    owners = {}
+    for rank, uuid in enumerate(all_gather_object([str(gpu.uuid)])):
+        if uuid in owners:
+            raise InputError(
+                f"ranks {owners[uuid]} and {rank} have the same GPU {uuid}; start no more "
+                "processes on a machine than it has GPUs, or show each a GPU of its own"
+            )
+        owners[uuid] = rank
 
 
 def cleanup_distributed():

@@ -6,10 +6,13 @@ Left alone, gloo takes the address of the host's name, which is loopback on some
 import fcntl
 import ipaddress
 import os
+import re
 import socket
 import struct
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from urllib.parse import urlparse
+
+from utils import InputError
 
 SIOCGIFADDR = 0x8915  # Linux: the address of an interface
 VARIABLE = "GLOO_SOCKET_IFNAME"
@@ -76,3 +79,19 @@ def choose_interface(host, rank, world_size, store):
         elsewhere = next((a for a in others if a and not is_loopback(a)), None)
         own = (elsewhere and address_towards(elsewhere)) or own
     return interface_of(own)
+
+
+@contextmanager
+def gloo_faults():
+    """Errors within that are gloo's become InputErrors."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error).lower():
+            raise
+        reason = re.sub(r"\[[^]]*gloo[^]]*\] ?", "", str(error)).strip().partition("\n")[0]
+        chosen = os.environ.get(VARIABLE, "")
+        raise InputError(
+            f"gloo cannot connect the ranks by {VARIABLE}={chosen}: {reason}; set it, on "
+            "each machine, to the name of the interface that leads to the others (ip address)"
+        ) from error
