@@ -4,6 +4,7 @@
     python benchmark.py train --model SLIP_VITB16 --workers 14 --paper     # from JPEG files
     python benchmark.py memory --model SLIP_VITB16 --batch-size 256  # GB, without a GPU
     python benchmark.py save --model SLIP_VITB16  # time that training waits for a checkpoint
+    torchrun --nproc-per-node 2 benchmark.py agreement  # time that ranks spend on agreeing
     python benchmark.py data        # samples per second and core: archived code and ours
     python benchmark.py augment     # kernels, bytes and time of a view with --augment device
     python benchmark.py classifier  # prompts to a zero-shot classifier
@@ -16,7 +17,17 @@
 code's way to train, on today's libraries; --against "FLAGS" the same run with other flags.
 """
 
-from benchmarks import augmentation, classifier, data, growth, logistic, memory, saving, training
+from benchmarks import (
+    agreement,
+    augmentation,
+    classifier,
+    data,
+    growth,
+    logistic,
+    memory,
+    saving,
+    training,
+)
 from infra.distributed import run_script
 from utils import ArgumentParser, InputError, natural, number, positive, positive_int
 
@@ -107,6 +118,11 @@ def get_args_parser():
     add("--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: CUDA if present")
     add("--rounds", default=3, type=positive_int, help="checkpoints to save")
     add("--folder", help="for the checkpoints; by default the system's temporary folder")
+
+    description = "microseconds that ranks spend on agreeing on signals"
+    add = add_command(commands, "agreement", description, agreement.benchmark_agreement)
+    add("--micro-batches", default=160, type=number(int, 16), help="per round")
+    add("--rounds", default=5, type=positive_int, help="rounds; their median counts")
 
     add_data_commands(commands)
     add_classifier_commands(commands)

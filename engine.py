@@ -197,14 +197,17 @@ def update_if_finite(training, micro_batches, step):
 class Batches:
     """A loader's batches without their notes; measures the time spent waiting for them.
 
+    Each is fetched before the training on the one ahead of it: meanwhile the ranks agree on
+    signals, and none waits for it. If a rank cannot get the batch, all stop before it.
+
     Notes are "bad", the reasons why samples had to be replaced, and "sources", the origin of each
     sample, kept by update.
     """
 
-    def __init__(self, batches, training, run, before_save):
-        self.batches, self.training, self.run = batches, training, run
-        self.before_save = before_save
-        self.waited, self.bad, self.sources = 0.0, [], []
+    def __init__(self, batches, number, training, run, before_save):
+        self.batches, self.left = batches, number  # left to fetch
+        self.training, self.run, self.before_save = training, run, before_save
+        self.fetched, self.waited, self.bad, self.sources = [], 0.0, [], []
 
     def take(self, number):
         """Yields the micro-batches of an update. All ranks may stop before each of them."""
@@ -221,10 +224,20 @@ class Batches:
         self.bad, self.sources = self.bad + bad, [*self.sources, sources]
 
     def wait(self, before_save, is_whole=True):
+        """The next batch; fetches the one after it."""
         asked = time.perf_counter()
-        batch = self.run.poll(lambda: next(self.batches), before_save, is_whole)
+        if not self.fetched:
+            self.fetch()
+        self.run.obey(before_save, is_whole)
+        batch = self.fetched.pop()
+        if self.left:  # no agreement outlives the epoch
+            self.fetch()
         self.waited += time.perf_counter() - asked
         return batch
+
+    def fetch(self):
+        self.left -= 1
+        self.fetched.append(self.run.fetch(lambda: next(self.batches)))
 
     def undo(self, random, buffers):
         set_rng_state(random, self.training.precision.device)
@@ -244,7 +257,7 @@ def train_one_epoch(training, loader, run, print_freq=10, max_bad_fraction=0.01)
     Args:
         training: the Training.
         loader: has start(epoch, batch), a length in micro-batches and a batch_size.
-        run: an infra.run.Run, which waits for each batch: it may save before an update, or stop.
+        run: an infra.run.Run, which fetches each batch: it may save before an update, or stop.
         print_freq: updates between readings of metrics. Each waits until the device has the next
             update, so that it is never without work.
         max_bad_fraction: of the epoch's samples that may be unreadable.
@@ -275,7 +288,7 @@ def train_one_epoch(training, loader, run, print_freq=10, max_bad_fraction=0.01)
 
     is_trained = state.step == updates  # the run was stopped after it, in validation
     loaded = iter(()) if is_trained else loader.start(state.epoch, state.step * k)
-    batches = Batches(loaded, t, run, before_save=read_metrics)
+    batches = Batches(loaded, (updates - state.step) * k, t, run, before_save=read_metrics)
     t.model.train()
     with run.log.progress(updates, f"epoch {state.epoch}", state.step) as report:
         for step in range(state.step, updates):

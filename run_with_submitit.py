@@ -24,6 +24,9 @@ from infra.distributed import run_script
 
 REPOSITORY = str(Path(__file__).resolve().parent)
 
+# Cores beside the loader's workers: training, autograd, pinning of batches, gloo and NCCL.
+THREADS = 4
+
 MAX_TIMEOUTS = 30  # of a job, as in the archived code; preemptions do not count
 
 # Options of sbatch that have a flag here, as srun or submitit needs them too, or that are fixed.
@@ -51,7 +54,7 @@ def get_args_parser():
     add("--ngpus", default=8, type=utils.natural, help="GPUs per node; 0 if there are none")
     add("--nodes", default=8, type=utils.positive_int, help="machines")
     add("--tasks-per-node", type=utils.positive_int, help="ranks; by default one per GPU, or 1")
-    add("--cpus", default=10, type=utils.positive_int, help="CPU cores per task")
+    add("--cpus", type=utils.positive_int, help=f"cores per task; by default workers + {THREADS}")
     add("--mem", type=utils.positive, help="memory in GB per node; by default the cluster's")
     add("-t", "--timeout", default=4320, type=utils.positive_int, help="minutes")
     add("--partition", help="Slurm's partition; by default the cluster's")
@@ -133,10 +136,12 @@ def main(args, argv):
         raise utils.InputError(f"--script {args.script}: no such script; give a name such as main")
     job_dir = args.job_dir or f"{args.shared_dir}/%j"
 
-    parse(importlib.import_module(args.script), job_dir, argv)  # wrong flags stop before queueing
+    # Wrong flags stop before queueing.
+    options = parse(importlib.import_module(args.script), job_dir, argv)
+    cpus = args.cpus or options.workers + THREADS
 
     try:
-        executor = open_executor(job_dir, args)
+        executor = open_executor(job_dir, cpus, args)
         job = executor.submit(Job(args.script, argv, str(Path(job_dir).absolute())))
     except (ValueError, RuntimeError) as error:  # submitit's, with Slurm's message
         raise utils.InputError(f"the job was not submitted: {error}") from error
@@ -144,7 +149,7 @@ def main(args, argv):
     return job
 
 
-def open_executor(job_dir, args):
+def open_executor(job_dir, cpus, args):
     executor = submitit.AutoExecutor(
         folder=job_dir, cluster=args.cluster, slurm_max_num_timeout=MAX_TIMEOUTS
     )
@@ -152,7 +157,7 @@ def open_executor(job_dir, args):
         name=args.script,
         nodes=args.nodes,
         tasks_per_node=args.tasks_per_node or max(args.ngpus, 1),
-        cpus_per_task=args.cpus,
+        cpus_per_task=cpus,
         timeout_min=args.timeout,
     )
     optional = {
@@ -170,7 +175,7 @@ def open_executor(job_dir, args):
         # submitit listens to the signal that the environment names; it must be the job's own.
         slurm_setup=[f"export SUBMITIT_PREEMPT_SIGNAL={SlurmJobEnvironment.USR_SIG}"],
         # srun no longer inherits --cpus-per-task from sbatch. If one task dies, all must end.
-        slurm_srun_args=[f"--cpus-per-task={args.cpus}", "--kill-on-bad-exit=1"],
+        slurm_srun_args=[f"--cpus-per-task={cpus}", "--kill-on-bad-exit=1"],
         # On some clusters Slurm requeues only jobs that ask for it.
         slurm_additional_parameters={"requeue": True, **dict(args.slurm)},
     )

@@ -93,6 +93,7 @@ class CheckpointManager:
         self.keep_last, self.seconds = keep_last, 60 * save_every_minutes
         self.saved, self.number = time.monotonic(), None  # number: updates behind the latest
         self.lock_file = self.writer = self.copies = None
+        self.is_hurried = False  # the latest save
         self.unsaved = self.fault = None  # of the latest save: its state, and why it failed
         self.absent = set()  # parts that the restored checkpoint lacks
 
@@ -178,12 +179,16 @@ class CheckpointManager:
         is_time = self.seconds and time.monotonic() - self.saved > self.seconds
         return bool(is_time) and not (self.writer and self.writer.is_alive())
 
-    def save(self, is_best=False):
-        """Copies the run's state, all ranks together; a thread of rank 0 writes it."""
+    def save(self, is_best=False, is_hurried=False):
+        """Copies the run's state, all ranks together; a thread of rank 0 writes it.
+
+        is_hurried: the file is not read again, if another one stays beside it.
+        """
         states = distributed.all_gather_object([utils.get_rng_state(self.device)])
         if not distributed.is_main_process():
             return
         self.wait()
+        self.is_hurried = is_hurried
         if self.unsaved and self.unsaved[1]:  # no later one makes up for the best
             self.write(*self.unsaved)
         parts = {key: part.state_dict() for key, part in self.parts.items()}
@@ -248,7 +253,8 @@ class CheckpointManager:
 
     def verify(self, temporary, is_best):
         """Reads the new file, copies it if it is the best, and makes way for it as the latest."""
-        checkpoint.verify(temporary)
+        if not self.is_hurried or self.keep_last == 1:
+            checkpoint.verify(temporary)
         if is_best:  # first: the latest names the best's accuracy
             with open(temporary, "rb") as source:
                 utils.write_atomically(self.best, lambda file: shutil.copyfileobj(source, file))

@@ -3,13 +3,11 @@
 Shapes: B rows of this rank, N rows of all ranks, D columns.
 """
 
-import errno
 import inspect
 import os
 import re
 import signal
 import sys
-import traceback
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -18,6 +16,8 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from infra import network
+from infra.faults import machine_faults
 from infra.signals import Stopped
 from infra.streams import tolerant_streams
 from infra.watchdog import Watchdog
@@ -53,46 +53,6 @@ def run_script(script):
             raise Stopped(signal.SIGINT) from None
 
 
-# Errors of any write: the disk is full or may not be written to.
-DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
-
-# PyTorch's words for errors of the loader's workers, and the remedy.
-WORKER_FAULTS = {
-    r"shared memory|Bus error|unable to mmap": "shared memory (/dev/shm) is too small for the "
-    "loader's workers; take 0 workers, or give it more (docker run with shm-size=8g or ipc=host)",
-    r"[Tt]oo many open files|ancdata": "the loader's workers need more open files; raise the limit "
-    "(ulimit -n), or take fewer workers",
-    r"killed by signal: Killed": "a worker of the loader was killed, most likely as memory ran "
-    "out; take fewer workers, or ask for more memory",
-}
-
-
-@contextmanager
-def machine_faults():
-    """Errors within that are the machine's fault become InputErrors."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        if remedy := describe_machine_fault(error):
-            raise InputError(remedy) from error
-        raise
-
-
-def describe_machine_fault(error):
-    """The fault and its remedy in one line; None if it is none of the machine's."""
-    last = traceback.extract_tb(error.__traceback__)[-1].filename
-    if "multiprocessing" in last and getattr(error, "errno", 0) in DISK_FAULTS:
-        return next(iter(WORKER_FAULTS.values()))  # semaphores are in shared memory, too
-    for words, remedy in WORKER_FAULTS.items():
-        if re.search(words, str(error)):
-            return remedy
-    if getattr(error, "errno", 0) not in DISK_FAULTS:
-        return None
-    path = f"{error.filename}: " if error.filename else ""
-    remedy = "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "allow writing there"
-    return f"{path}{error.strerror}; {remedy}, or choose another folder"
-
-
 @contextmanager
 def report_errors():
     """Tells the other ranks, which would wait for this one, of an error that ends it."""
@@ -101,7 +61,7 @@ def report_errors():
             yield
     except BaseException as error:
         if watchdog := Watchdog.current():
-            report_error(watchdog, f"rank {get_rank()}", error)
+            report_error(watchdog, f"rank {watchdog.rank}", error)
         raise
     cleanup_distributed()
 
@@ -164,6 +124,8 @@ def choose_device(name, deterministic):
         if not torch.cuda.is_available():
             raise InputError("device cuda: this machine has no usable CUDA device; use cpu")
         local_rank, gpus = env_int("LOCAL_RANK", 0), torch.cuda.device_count()
+        if gpus == 1:
+            local_rank = 0  # a launcher gave each rank one of its own; check_gpus compares them
         if local_rank >= gpus:
             raise InputError(
                 f"this node has {gpus} GPUs; start no more than {gpus} processes on it"
@@ -188,16 +150,37 @@ def join_ranks(dist_url, rank, world_size, device):
         ) from error
     # torchrun's store outlives the ranks that it starts again: older entries would mislead them.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=dist.PrefixStore(f"ranks{attempt}", store),
-        timeout=PATIENCE,
-        world_size=world_size,
-        rank=rank,
-    )
     # A connection of its own: the other one blocks while ranks wait for each other.
     own = dist.PrefixStore(f"watchdog{attempt}", store.clone())
     Watchdog(own, rank, world_size).start()
+    store = dist.PrefixStore(f"ranks{attempt}", store)
+    if host := network.meeting_host(dist_url):
+        interface = network.choose_interface(host, rank, world_size, store)
+        if interface:
+            os.environ.setdefault(network.VARIABLE, interface)
+    with network.gloo_faults():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            timeout=PATIENCE,
+            world_size=world_size,
+            rank=rank,
+        )
+    if device.type == "cuda":
+        check_gpus()
+
+
+def check_gpus():
+    """Raises InputError, on every rank, if two ranks have one GPU."""
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    owners = {}
+    for rank, uuid in enumerate(all_gather_object([str(gpu.uuid)])):
+        if uuid in owners:
+            raise InputError(
+                f"ranks {owners[uuid]} and {rank} have the same GPU {uuid}; start no more "
+                "processes on a machine than it has GPUs, or show each a GPU of its own"
+            )
+        owners[uuid] = rank
 
 
 def cleanup_distributed():

@@ -6,7 +6,7 @@ The epoch loop stays in each script; a Run does everything around it:
         run.resume(args.resume, check="--model")
         run.start()
         for epoch in run.epochs(args.epochs):
-            stats = ...  # train, getting each batch by run.poll(); validate
+            stats = ...  # train, by run.fetch() and run.obey() for each batch; validate
             run.end_epoch(stats)
 """
 
@@ -148,7 +148,7 @@ class Run(ExitStack):
     """The state, checkpoints, log and signals of a training, for use in a with statement.
 
     Signals stop the run at once before `epochs`, as nothing is lost by it; from then on at the next
-    `poll`, saved, or in the one that waits. Whatever ends the with block, files are closed and
+    `obey` whose `fetch` came after them, saved. Whatever ends the with block, files are closed and
     handlers restored.
     """
 
@@ -233,31 +233,51 @@ class Run(ExitStack):
         self.state.finish_epoch()
         self.checkpoints.save(is_best)
 
-    def due(self):
-        """The order to obey now, the same on all ranks: NOTHING, SAVE or a signal."""
-        is_due = distributed.is_main_process() and self.checkpoints.should_save()
-        return self.signals.agree(SAVE if is_due else NOTHING)
+    def fetch(self, wait):
+        """Waits, then begins the agreement that `obey` ends; all ranks call both in turn.
 
-    def poll(self, wait=lambda: None, before_save=lambda: None, is_whole=True):
-        """Waits, then saves if it is time, or stops at a signal; all ranks call it together.
+        What a rank does between the two costs the agreement no time.
 
         Args:
             wait: function that gets a batch, say; a signal cuts it short.
-            before_save: called first if there is something to save; makes the state whole.
-            is_whole: False if before_save throws work away; then only a signal is obeyed.
 
-        Returns wait(). Raises signals.Stopped to stop. Does no more than wait before `epochs`.
+        Returns wait(), or None if a signal has come. Does no more than wait before `epochs`.
         """
         if not self.signals.is_held:
             return wait()
-        value, order = self.signals.wait(wait), self.due()
+        value = self.signals.wait(wait)
+        is_due = distributed.is_main_process() and self.checkpoints.should_save()
+        self.signals.ask(SAVE if is_due else NOTHING)
+        return value
+
+    def due(self):
+        """The order to obey now, the same on all ranks: NOTHING, SAVE or a signal."""
+        return self.signals.agree()
+
+    def obey(self, before_save=lambda: None, is_whole=True):
+        """Saves if it is time, or stops at a signal.
+
+        Args:
+            before_save: called first if there is something to save; makes the state whole.
+            is_whole: False if before_save throws work away; then only a signal is obeyed.
+
+        Raises signals.Stopped to stop.
+        """
+        if not self.signals.is_held:
+            return
+        order = self.due()
         if order == NOTHING or (order == SAVE and not is_whole):
-            return value
+            return
         before_save()
         self.log.flush()
-        self.checkpoints.save()
+        self.checkpoints.save(is_hurried=order != SAVE)  # launchers kill soon after a signal
         if order != SAVE:
             self.stop(order)
+
+    def poll(self, wait=lambda: None):
+        """Both at once; returns wait()."""
+        value = self.fetch(wait)
+        self.obey()
         return value
 
     def stop(self, signum):

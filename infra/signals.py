@@ -52,6 +52,7 @@ class SignalHandler(ExitStack):
     def __init__(self):
         super().__init__()
         self.signum, self.previous = NOTHING, {}
+        self.wishes = self.work = None  # of the agreement that `ask` began
         self.is_held = self.is_waiting = self.is_overdue = self.is_stopping = False
 
     def __enter__(self):
@@ -124,13 +125,19 @@ class SignalHandler(ExitStack):
         except Interrupted:
             return None
 
-    def agree(self, wish=NOTHING):
-        """The largest wish of all ranks, the same on all of them: call it on every rank alike."""
-        wishes = torch.tensor(max(wish, self.signum))
+    def ask(self, wish=NOTHING):
+        """Begins an agreement: call it on every rank alike, and `agree` after each."""
+        self.wishes = torch.tensor(max(wish, self.signum))
         if dist.is_initialized():
-            dist.all_reduce(wishes, dist.ReduceOp.MAX)
-        self.is_stopping = wishes.item() > SAVE
-        return wishes.item()
+            self.work = dist.all_reduce(self.wishes, dist.ReduceOp.MAX, async_op=True)
+
+    def agree(self):
+        """The largest wish that any rank had at `ask`, the same on all of them."""
+        if self.work:
+            self.work.wait()
+        self.work, order = None, self.wishes.item()
+        self.is_stopping = order > SAVE
+        return order
 
     def stop(self, signum):
         """Hands the signal to the handler that was there before; raises Stopped if that returns."""

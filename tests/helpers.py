@@ -110,8 +110,11 @@ class BareRun:
     def __init__(self, log=None, **state):
         self.state, self.log = TrainState(**state), log or SilentLog()
 
-    def poll(self, wait, before_save, is_whole=True):
+    def fetch(self, wait):
         return wait()
+
+    def obey(self, before_save, is_whole=True):
+        pass
 
 
 class InOrder:

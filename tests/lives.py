@@ -32,6 +32,7 @@ class Stops:
         self.seen, self.calls, self.at = set(), 0, None
 
     def due(self, run):
+        run.signals.agree()  # ends the agreement that was begun
         updates = run.state.updates
         self.calls = self.calls + 1 if self.at == updates else 0
         self.at = updates

@@ -10,7 +10,7 @@ import pytest
 import torch
 from fake_cuda import CUDA, fake_cuda
 from helpers import train_flags
-from launch import forking
+from launch import forking, run_script
 
 import benchmark
 import captions
@@ -204,3 +204,11 @@ def test_logistic_regression_is_compared(capsys):
 def test_wrong_flags_stop_in_one_line(quick, flags, match):
     with pytest.raises(InputError, match=match):
         run_benchmark(flags)
+
+
+def test_ranks_that_agree_are_two_or_more():
+    run = run_script("benchmark.py", "agreement --micro-batches 16 --rounds 1".split(), 2)
+    assert run.returncode == 0, run.stderr
+    assert len(re.findall(r"^ ?\d+ agreements an update, .* [1-9]\d* mic", run.stdout, re.M)) == 4
+    with pytest.raises(InputError, match="one rank has nobody to agree with; start by torchrun"):
+        run_benchmark(["agreement"])

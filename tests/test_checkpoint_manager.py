@@ -4,7 +4,9 @@ import argparse
 import errno
 import json
 import os
+import signal
 import threading
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ import utils
 from infra import checkpoint, checkpoint_manager
 from infra.devices import Precision
 from infra.run import Run
-from infra.signals import NOTHING
+from infra.signals import NOTHING, SAVE, Stopped
 from utils import InputError
 
 SMALL = {"val": "none", "model": "SIMCLR_NANO8"}
@@ -70,6 +72,8 @@ def test_never_two_writers(kept, monkeypatch):
     k.seconds, going, write = 1e-9, threading.Event(), k.write
     monkeypatch.setattr(k, "write", lambda *args: (going.wait(10), write(*args)))
     k.save()
+    run.signals.hold()
+    run.fetch(lambda: None)
     assert run.due() == NOTHING
     threads = threading.active_count()
     threading.Timer(0.2, going.set).start()
@@ -78,6 +82,23 @@ def test_never_two_writers(kept, monkeypatch):
     k.wait()
     assert threading.active_count() <= threads
     assert checkpoint.load(k.latest)["state_dict"]["weight"][0, 0] == 2
+
+
+@pytest.mark.parametrize(
+    "wish, keep_last, readings", [(SAVE, 2, 1), (signal.SIGTERM, 2, 0), (signal.SIGTERM, 1, 1)]
+)
+def test_a_save_at_a_signal_is_not_read_again(kept, monkeypatch, wish, keep_last, readings):
+    """Launchers kill soon after it. But a file that stands alone is read."""
+    run, k, _ = kept
+    k.keep_last, read, verify = keep_last, [], checkpoint.verify
+    monkeypatch.setattr(checkpoint, "verify", lambda path: (read.append(path), verify(path)))
+    run.signals.hold()
+    run.signals.signum = wish
+    run.fetch(lambda: None)
+    with pytest.raises(Stopped) if wish != SAVE else nullcontext():
+        run.obey()
+    k.wait()
+    assert len(read) == readings and checkpoint.load(k.latest)
 
 
 def test_a_state_that_is_not_finite_replaces_no_checkpoint(kept):

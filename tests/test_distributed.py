@@ -2,12 +2,14 @@
 
 import os
 import re
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import utils
-from infra import distributed
+from infra import distributed, faults
 from utils import InputError
 
 
@@ -21,7 +23,7 @@ def test_an_input_error_is_one_line_and_exit_code_2(capsys):
     assert capsys.readouterr().err == "error: image x.jpg\n"
 
 
-@pytest.mark.parametrize("number", distributed.DISK_FAULTS)
+@pytest.mark.parametrize("number", faults.DISK_FAULTS)
 def test_a_full_disk_is_one_line(capsys, monkeypatch, tmp_path, number):
     """Whatever is written: results, features, conversions, reports."""
 
@@ -71,6 +73,34 @@ def test_cuda_asked_for_where_there_is_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="use cpu"):
         distributed.init_distributed("cuda")
+
+
+@pytest.mark.parametrize(
+    "gpus, local_rank, chosen", [(1, 3, 0), (1, 0, 0), (4, 3, 3), (2, 3, None)]
+)
+def test_a_rank_takes_its_gpu_or_the_only_one_it_sees(monkeypatch, gpus, local_rank, chosen):
+    """Slurm's option gpus-per-task shows each rank one GPU."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    if chosen is None:
+        with pytest.raises(InputError, match="this node has 2 GPUs; start no more than 2"):
+            distributed.choose_device("cuda", False)
+    else:
+        assert distributed.choose_device("cuda", False).type == "cuda" and taken == [chosen]
+
+
+@pytest.mark.parametrize("uuids, shared", [("abc", None), ("aba", "0 and 2"), ("abb", "1 and 2")])
+def test_ranks_that_share_a_gpu_are_told(monkeypatch, uuids, shared):
+    own = SimpleNamespace(uuid=uuids[0])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: own)
+    monkeypatch.setattr(distributed, "all_gather_object", lambda values: values + list(uuids[1:]))
+    with pytest.raises(InputError, match=f"ranks {shared} have") if shared else nullcontext():
+        distributed.check_gpus()
 
 
 @pytest.mark.parametrize(

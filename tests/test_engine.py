@@ -45,6 +45,30 @@ def loader(data, batch_size):
     return InOrder(rows, batch_size)
 
 
+def test_ranks_agree_on_a_batch_while_they_train_on_the_one_ahead_of_it():
+    """Never do they begin an agreement and wait for it at once, but for an epoch's first batch."""
+    events = []
+
+    class Recorded(BareRun):
+        def fetch(self, wait):
+            events.append("fetch")
+            return wait()
+
+        def obey(self, before_save, is_whole):
+            events.append("obey" if is_whole else "obey in mid-update")
+
+    rows = loader(torch.arange(4.0).view(4, 1), 1).start(0)
+    batches, taken = engine.Batches(rows, 4, training(update_freq=2), Recorded(), None), []
+    for _ in range(2):
+        for batch in batches.take(2):
+            events.append("train")
+            taken.append(batch["x"].item())
+    assert taken == [0, 1, 2, 3]
+    first, second = ["obey", "fetch", "train"], ["obey in mid-update", "fetch", "train"]
+    last = ["obey in mid-update", "train"]  # and no agreement is left
+    assert events == ["fetch", *first, *second, *first, *last]
+
+
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_micro_batches_add_up_to_the_batch(k):
     data = torch.randn(8, 3, dtype=torch.float64)
@@ -138,11 +162,10 @@ class Saving(BareRun):
         super().__init__(log)
         self.first, self.saved = first, []
 
-    def poll(self, wait, before_save, is_whole=True):
+    def obey(self, before_save, is_whole=True):
         if is_whole and self.state.step >= self.first:
             before_save()
             self.saved.append((self.state.step, [row[0] for row in self.state.meters.window]))
-        return wait()
 
 
 def test_a_save_has_the_metrics_of_all_updates_before_it():

@@ -73,12 +73,12 @@ def sbatch_file(tmp_path, monkeypatch):
 
 def test_the_archived_layout_is_the_default(sbatch_file):
     lines = sbatch_file([])
-    wanted = "nodes=8 gpus-per-node=8 ntasks-per-node=8 cpus-per-task=10 time=4320 job-name=main"
+    wanted = "nodes=8 gpus-per-node=8 ntasks-per-node=8 cpus-per-task=14 time=4320 job-name=main"
     assert {f"#SBATCH --{option}" for option in wanted.split()} <= set(lines)
     # It is requeued even if the cluster's default is not to, and warned two minutes before the end.
     assert {"#SBATCH --requeue", "#SBATCH --signal=USR2@120"} <= set(lines)
     srun = next(line for line in lines if line.startswith("srun"))
-    assert "--kill-on-bad-exit=1" in srun and "--cpus-per-task=10" in srun
+    assert "--kill-on-bad-exit=1" in srun and "--cpus-per-task=14" in srun
     unset = ("mem", "partition", "constraint", "account", "qos", "comment")
     assert not [line for line in lines if line.startswith(tuple(f"#SBATCH --{x}" for x in unset))]
 
@@ -92,6 +92,8 @@ def test_the_archived_layout_is_the_default(sbatch_file):
         ("--mem 320", "mem=320GB"),
         ("--mem 0.5", "mem=512MB"),
         ("--cpus 4", "cpus-per-task=4"),
+        ("--workers 3", "cpus-per-task=7"),
+        ("--workers 0", "cpus-per-task=4"),
         ("--timeout 60", "time=60"),
         ("--partition long", "partition=long"),
         ("--constraint a100&ib", "constraint='a100&ib'"),

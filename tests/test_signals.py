@@ -18,13 +18,18 @@ from infra.signals import NOTHING, SAVE, SignalHandler, Stopped
 from utils import InputError
 
 
+def agreed(held, wish=NOTHING):
+    held.ask(wish)
+    return held.agree()
+
+
 def test_signals_are_noted_until_asked_for_and_handlers_come_back():
     before = [signal.getsignal(s) for s in signals.STOPPING]
     with SignalHandler() as held:
         held.hold()
-        assert held.agree() == NOTHING and held.agree(SAVE) == SAVE
+        assert agreed(held) == NOTHING and agreed(held, SAVE) == SAVE
         os.kill(os.getpid(), signal.SIGTERM)
-        assert held.agree() == held.agree(SAVE) == signal.SIGTERM
+        assert agreed(held) == agreed(held, SAVE) == signal.SIGTERM
         with pytest.raises(Stopped) as stopped:
             held.stop(signal.SIGTERM)
     assert stopped.value.code == 0
@@ -47,9 +52,9 @@ def test_a_launchers_handler_gets_its_signal_when_the_run_is_saved(signum):
             held.hold()
             assert callable(signal.getsignal(signal.SIGUSR1)) == (signum == signal.SIGUSR1)
             os.kill(os.getpid(), signum)
-            assert held.agree() == signum and not calls
+            assert agreed(held) == signum and not calls
             with pytest.raises(Stopped):
-                held.stop(held.agree())
+                held.stop(agreed(held))
         assert calls == [signum]
     finally:
         signal.signal(signum, before)
@@ -61,7 +66,7 @@ def test_signals_that_nohup_ignores_stay_ignored():
         with SignalHandler() as held:
             held.hold()
             os.kill(os.getpid(), signal.SIGHUP)
-            assert held.agree() == NOTHING
+            assert agreed(held) == NOTHING
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -76,7 +81,7 @@ def test_a_wait_is_cut_short():
         assert held.wait(lambda: os.read(os.pipe()[0], 1)) is None
         assert held.wait(lambda: 3) is None
         assert time.monotonic() - began < 5
-        assert held.agree() == signal.SIGHUP
+        assert agreed(held) == signal.SIGHUP
         with pytest.raises(Stopped) as stopped:
             held.stop(signal.SIGINT)
         assert stopped.value.code == 130  # and no KeyboardInterrupt
