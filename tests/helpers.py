@@ -132,13 +132,14 @@ class InOrder:
             yield self.collate([self.rows[i] for i in range(first, last)])
 
 
-def exact_training(name, k, exact=True):
+def exact_training(name, k, exact=True, seed=0, flags=()):
     """A small training in float64 with a learning rate too small to change the weights."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     args = main.get_args_parser().parse_args(
         f"--model {name} --ssl-mlp-dim 32 --ssl-emb-dim 16 --update-freq {k} --lr 1e-12 "
         f"--lr-end 0 --wd 0 --epochs 1 --warmup-epochs 0 --gather-with-grad "
         f"--accum {'exact' if exact else 'plain'}".split()
+        + list(flags)
     )
     model = models.create_model(name, args.ssl_mlp_dim, args.ssl_emb_dim).double()
     t = main.create_training(model, devices.Precision("fp32", torch.device("cpu")), 1, args)

@@ -80,12 +80,12 @@ def slip_gradients():
     return {k: p.grad for k, p in model.named_parameters()}
 
 
-def accumulated(name, k, exact):
+def accumulated(name, k, exact, **options):
     """Gradients, metrics and buffers of one update of 16 samples, in k micro-batches a rank.
 
     Three are of unequal size.
     """
-    t = exact_training(name, k, exact)
+    t = exact_training(name, k, exact, **options)
     model = getattr(t.model, "module", t.model)
     metrics = engine.update(t, views_of(model, 16, k), 0)
     return {
@@ -198,6 +198,14 @@ def main(folder):
     result = {
         "exact": {(name, k): accumulated(name, k, True) for name in names for k in (1, 2, 3, 8)},
         "plain": {("SLIP_NANO8", 2): accumulated("SLIP_NANO8", 2, False)},
+        "other_weights": [
+            accumulated("SLIP_NANO8", 2, exact, seed=distributed.get_rank())
+            for exact in (False, True)
+        ],
+        "bf16": [
+            accumulated("SLIP_NANO8", 2, exact, flags=["--bf16-gradients"])
+            for exact in (False, True)
+        ],
         "clip": loss_and_gradients(losses.CLIPLoss()),
         "simclr": loss_and_gradients(simclr),
         "clip_full": loss_and_gradients(losses.CLIPLoss(gather_with_grad=True), torch.float64),

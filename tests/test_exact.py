@@ -50,6 +50,28 @@ def test_plain_accumulation_is_another_gradient(two_ranks):
     assert (exact - plain).norm() > 0.01 * exact.norm()
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_ranks_that_built_other_weights_train_those_of_rank_0(exact, two_ranks):
+    kind = "exact" if exact else "plain"
+    for rank in ("rank0", "rank1"):
+        got = two_ranks[rank]["other_weights"][exact]["gradients"]
+        for key, value in two_ranks["rank0"][kind]["SLIP_NANO8", 2]["gradients"].items():
+            assert torch.allclose(got[key], value, rtol=1e-9, atol=1e-12), key
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_gradients_summed_in_bf16_are_rounded_and_equal_on_all_ranks(exact, two_ranks):
+    kind = "exact" if exact else "plain"
+    ranks = [two_ranks[rank]["bf16"][exact]["gradients"] for rank in ("rank0", "rank1")]
+    for key, gradient in ranks[0].items():
+        assert torch.equal(gradient, ranks[1][key]), key
+        assert torch.equal(gradient, gradient.bfloat16().double()), key
+    weight = "image_projection"
+    expected = two_ranks["rank0"][kind]["SLIP_NANO8", 2]["gradients"][weight]
+    error = (ranks[0][weight] - expected).norm() / expected.norm()
+    assert 0 < error < 2**-7
+
+
 def test_towers_see_the_same_random_state_twice():
     t = exact_training("SLIP_VITTINY8", 3)
     torch.manual_seed(0)
