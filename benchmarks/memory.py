@@ -130,6 +130,8 @@ def benchmark_memory(options, flags):
     for name, size in parts.items():
         print(f"  {name:12} {size / 1e9:8.2f}")
     print(f"  {'together':12} {sum(parts.values()) / 1e9:8.2f}")
+    if args.activation_budget is not None:
+        print("  the activations are those without --activation-budget, which this ignores")
     print(f"the largest batch of a GPU, {RESERVE:.0%} of its memory left for CUDA and NCCL")
     for size in GPUS:
         print(f"  {size:4} GB {largest_batch(args, (1 - RESERVE) * size * 1e9):8}")

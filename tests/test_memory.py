@@ -38,6 +38,14 @@ def test_half_precision_and_recomputation_take_less():
     assert activations("--grad-checkpointing") < 0.5 * activations("")
 
 
+@pytest.mark.parametrize("flags", [[], ["--activation-budget", "0.8"]])
+def test_a_budget_that_is_ignored_is_said(capsys, flags):
+    memory.benchmark_memory(None, ["--model", "SLIP_NANO8", *flags])
+    assert ("without --activation-budget, which this ignores" in capsys.readouterr().out) == bool(
+        flags
+    )
+
+
 @pytest.mark.parametrize("flags", ["", "--grad-checkpointing"])
 def test_the_largest_batch_fits_and_the_next_does_not(flags):
     args, limit = parse(f"--model SLIP_NANO8 {flags}"), 2e9
