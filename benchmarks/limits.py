@@ -4,6 +4,8 @@ import time
 
 import torch
 
+SIDE = {"cuda": 8192, "cpu": 2048}  # of the matrices
+BYTES = {"cuda": 2**30, "cpu": 2**28}  # of a copy
 SUSTAINED = 3.0  # seconds of products, in which a GPU's clock falls to that which it can keep
 
 
@@ -37,7 +39,7 @@ def sustained_rate(run, work, device):
 
 def matrix_rates(precision):
     """TFLOP/s of products of square matrices in a precision: the best, and that which lasts."""
-    device, n = precision.device, 8192 if precision.device.type == "cuda" else 2048
+    device, n = precision.device, SIDE[precision.device.type]
     a, b, out = (torch.randn(n, n, device=device).to(precision.dtype) for _ in range(3))
     arguments = lambda: torch.matmul(a, b, out=out), 2 * n**3 / 1e12, device
     return {"matrices": best_rate(*arguments), "sustained": sustained_rate(*arguments)}
@@ -45,6 +47,6 @@ def matrix_rates(precision):
 
 def copy_rate(device):
     """GB/s, read and written, of a copy within the device's memory."""
-    size = 2**30 if device.type == "cuda" else 2**28
+    size = BYTES[device.type]
     a, b = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
     return best_rate(lambda: a.copy_(b), 2 * size, device) / 1e9

@@ -92,8 +92,10 @@ def measure(args, batch_size, device=CUDA):
         model.set_grad_checkpointing()
     with FakeTensorMode():
         to_fake(model, device)
+        dtype = PRECISIONS[precision_of(args)]
         views = model.dummy_batch(batch_size, device)
-        with autocast(PRECISIONS[precision_of(args)]), FusedAttention():
+        views = {v: x if v == "text" else x.to(dtype) for v, x in views.items()}
+        with autocast(dtype), FusedAttention():
             loss = losses.create_loss(model.loss, args.ssl_temp, args.ssl_scale)
             saved = saved_activations(model, loss, views)
         params = size_of(model.parameters())
