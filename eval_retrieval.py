@@ -121,9 +121,9 @@ def read_captions(path, split, per_image):
     rows = [(image, texts[:per_image]) for image, texts in images if texts]
     if not rows:
         raise InputError(f"{path} has no image with captions in split {split!r}")
-    if len(rows) < len(images):
-        left_out["images without any caption"] = len(images) - len(rows)
-    return rows, left_out
+    left_out = Counter({f"rows {reason}": number for reason, number in left_out.items()})
+    left_out["images without any caption"] = len(images) - len(rows)
+    return rows, +left_out
 
 
 class Images(Dataset):

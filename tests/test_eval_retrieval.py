@@ -129,10 +129,10 @@ def test_bad_rows_are_counted_and_not_the_end(tmp_path):
     found, left_out = eval_retrieval.read_captions(tmp_path / "k.json", "test", 5)
     assert found == [("a.jpg", ["a", "b"])]
     assert left_out == {
-        f"malformed, the first in {tmp_path}/k.json, row 1: 'NoneType' object has no attribute "
+        f"rows malformed, the first in {tmp_path}/k.json, row 1: 'NoneType' object has no attribute "
         "'get'": 2,
-        "without an image path": 1,
-        "with a caption that is no text": 1,
+        "rows without an image path": 1,
+        "rows with a caption that is no text": 1,
         "images without any caption": 1,
     }
 
@@ -141,8 +141,8 @@ def test_bad_rows_are_counted_and_not_the_end(tmp_path):
     (tmp_path / "c.json").write_text(json.dumps({"annotations": captions}))
     found, left_out = eval_retrieval.read_captions(tmp_path / "c.json", "test", 5)
     assert found == [("000000000007.jpg", ["a"])]
-    assert list(left_out.values()) == [1, 1, 1] and "without an image path" in left_out
-    assert "of an image that has no file name and no number" in left_out
+    assert list(left_out.values()) == [1, 1, 1] and "rows without an image path" in left_out
+    assert "rows of an image that has no file name and no number" in left_out
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])

@@ -288,7 +288,7 @@ def test_retrieval_scores_no_caption_that_is_no_text(tmp_path, value, reason):
         found, left_out = read_captions(tmp_path / name, "test", 5)
         assert found == [("1.jpg", list("abcde"))]
         assert left_out.pop("images without any caption") == 1
-        assert left_out.total() == 2 and all(text.startswith(reason) for text in left_out)
+        assert left_out.total() == 2 and all(text.startswith(f"rows {reason}") for text in left_out)
 
 
 def test_an_image_without_a_path_is_named_after_its_number(tmp_path):
