@@ -129,8 +129,8 @@ def test_bad_rows_are_counted_and_not_the_end(tmp_path):
     found, left_out = eval_retrieval.read_captions(tmp_path / "k.json", "test", 5)
     assert found == [("a.jpg", ["a", "b"])]
     assert left_out == {
-        f"rows malformed, the first in {tmp_path}/k.json, row 1: 'NoneType' object has no attribute "
-        "'get'": 2,
+        f"rows malformed, the first in {tmp_path}/k.json, row 1: 'NoneType' object has no "
+        "attribute 'get'": 2,
         "rows without an image path": 1,
         "rows with a caption that is no text": 1,
         "images without any caption": 1,
