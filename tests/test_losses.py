@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import PeakMemory, seeded_embeddings
+from launch import run_script
 
 import losses
 from losses import CLIPLoss, SIMCLRLoss, SLIPLoss
@@ -46,15 +47,26 @@ def test_two_ranks_equal_the_archived_code(name, rank, reference, two_ranks):
         assert scale.item() == pytest.approx(expected["logit_scale_grad"], rel=1e-4)
 
 
+@pytest.fixture(scope="module")
+def three_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    run = run_script("tests/ranks.py", [folder], ranks=3)
+    assert run.returncode == 0, run.stderr
+    return [torch.load(folder / f"rank{r}.pt") for r in range(3)]
+
+
 @pytest.mark.parametrize("name", ["clip_full", "simclr_full"])
-def test_gathering_with_gradient_equals_one_process(name, two_ranks):
-    one, ranks = two_ranks["one"][name], [two_ranks[key][name] for key in ("rank0", "rank1")]
+@pytest.mark.parametrize("number", [2, 3])
+def test_gathering_with_gradient_equals_one_process(name, number, two_ranks, three_ranks):
+    results = three_ranks if number == 3 else [two_ranks["rank0"], two_ranks["rank1"]]
+    one, ranks = two_ranks["one"][name], [result[name] for result in results]
     for key, value in one["values"].items():
-        assert sum(r["values"][key] for r in ranks) / 2 == pytest.approx(value, rel=1e-6), key
+        mean = sum(r["values"][key] for r in ranks) / number
+        assert mean == pytest.approx(value, rel=1e-6), key
     for key, value in one["gradients"].items():
         if value is None:
             continue
-        parts = [r["gradients"][key] / 2 for r in ranks]  # DDP averages over ranks
+        parts = [r["gradients"][key] / number for r in ranks]  # DDP averages over ranks
         got = sum(parts) if key == "logit_scale" else torch.cat(parts)
         assert torch.allclose(got, value, rtol=1e-12, atol=1e-14), key
 
