@@ -30,9 +30,9 @@ from infra.arrow import KEPT, Captions, Source, describe, write_captions
 from infra.rows import (
     Dropped,
     Files,
-    caption_texts,
     is_missing,
     kept_rows,
+    only_text,
     parse_rows,
     path_text,
     plain_text,
@@ -77,8 +77,7 @@ def coco_rows(files, folder):
         return coco_id(row["id"]), plain_text(row["file_name"])
 
     def annotation(row):
-        (text,), _ = caption_texts(row.get("caption"))
-        return coco_id(row["image_id"]), text
+        return coco_id(row["image_id"]), only_text(row.get("caption"))
 
     database = sqlite3.connect("")  # a temporary file
     database.execute("create table images (image text primary key, name text)")
@@ -96,10 +95,10 @@ def coco_rows(files, folder):
         left join images using (image)
         order by first, captions.rowid"""
     for (image, known), group in groupby(database.execute(grouped), itemgetter(0, 1)):
-        if known or image.isdecimal():
-            yield f"{folder}/{known or f'{int(image):012d}.jpg'}", [row[2] for row in group]
-        else:
-            yield Dropped("of an image that has no file name and no number")
+        try:
+            yield f"{folder}/{coco_file(image, known)}", [row[2] for row in group]
+        except Dropped as error:
+            yield error
     for reason, number in dropped.items():
         yield from (Dropped(reason) for _ in range(number))
 
@@ -107,6 +106,13 @@ def coco_rows(files, folder):
 def coco_id(value):
     """The text of an image's number or name, by which captions find their image."""
     return path_text(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def coco_file(image, name):
+    """The file name of an image, by its coco_id unless it is listed with a name."""
+    if not name and not image.isdecimal():
+        raise Dropped("of an image that has no file name and no number")
+    return name or f"{int(image):012d}.jpg"
 
 
 def open_cc3m(path, columns):

@@ -18,10 +18,10 @@ from torch.utils.data import Dataset
 
 import catalog
 import utils
-from captions import coco_id
+from captions import coco_file, coco_id
 from evaluation import Evaluation, check_finite, check_results, predict
 from infra import devices, distributed
-from infra.rows import Dropped, Files, caption_texts, kept_rows, plain_text
+from infra.rows import Files, kept_rows, only_text, plain_text
 from infra.untrusted import check_inside
 from pretrained import load_model
 from tokenizer import SimpleTokenizer
@@ -79,21 +79,14 @@ def read_coco(table, split, kept):
         number = coco_id(row["image_id"])
         if number not in paths and "images" in table:
             raise InputError(f"a caption names image {number}, which is not listed")
-        if not paths.get(number) and not number.isdecimal():
-            raise Dropped("of an image that has no file name and no number")
-        return number, only_text(row.get("caption"))
+        return number, coco_file(number, paths.get(number)), only_text(row.get("caption"))
 
     paths = dict(kept(table.get("images", []), image))
     texts = {number: [] for number in paths}
-    for number, text in kept(table["annotations"], annotation):
+    for number, path, text in kept(table["annotations"], annotation):
+        paths[number] = path
         texts.setdefault(number, []).append(text)
-    return [(paths.get(number) or f"{number:0>12}.jpg", own) for number, own in texts.items()]
-
-
-def only_text(value):
-    """A caption. Raises Dropped for anything else: it would be scored as its spelling."""
-    (text,), _ = caption_texts(value)
-    return text
+    return [(paths[number], own) for number, own in texts.items()]
 
 
 def read_captions(path, split, per_image):

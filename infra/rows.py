@@ -280,6 +280,12 @@ def path_text(value):
     return plain_text(str(value) if is_number else value, "an image path")
 
 
+def only_text(value):
+    """The caption of a row that has one. Raises Dropped, or ValueError if there are several."""
+    (text,), _ = caption_texts(value)
+    return text
+
+
 def caption_texts(value):
     """The captions of an image: a text, or those of a list of texts that are not null.
 
