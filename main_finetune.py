@@ -277,11 +277,9 @@ def train(run, training, loader, score, args):
     run.log.info(f"{args.dataset}: {loader.images} images, {updates} updates an epoch of {batch}")
     model = getattr(training.model, "module", training.model)
     size, device = model.image_size, training.precision.device
-    batch = dummy_batch(args.batch_size, size, device)
-    batch["label"] = torch.zeros(
-        args.batch_size, model.vit.num_classes, device=device
-    )  # as Mixup's
-    warmup.warm_up(training, blocks_of(model.vit), [batch], run.log, args)
+    label = torch.zeros(args.batch_size, model.vit.num_classes, device=device)  # as Mixup's
+    views = dummy_batch(args.batch_size, size, device) | {"label": label}
+    warmup.warm_up(training, blocks_of(model.vit), [views], run.log, args)
     for epoch in run.epochs(args.epochs):
         means, speed = engine.train_one_epoch(training, loader, run, args.print_freq)
         stats = {f"train_{key}": value for key, value in means.items()} | speed

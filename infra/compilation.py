@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from infra.distributed import all_gather_object, alone, get_rank
+from infra.untrusted import first_line
 
 BACKEND = "inductor"
 LIMIT = 1024  # graphs of one function: far more than there are shapes, modes and unlike blocks
@@ -46,8 +47,7 @@ def attempt(trial):
         raise
     except Exception as error:  # compilers fail in many ways
         error = getattr(error, "inner_exception", error)  # of a compiler's own error
-        first_line = str(error).strip().partition("\n")[0]
-        return f"{type(error).__name__}: {first_line}"
+        return f"{type(error).__name__}: {first_line(error)}"
     return None
 
 

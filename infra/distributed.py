@@ -286,15 +286,17 @@ def all_reduce_with_grad(tensor):
 
 def broadcast_buffers(model):
     """Gives every rank the buffers of rank 0: batch norms of towers count on their own rank."""
-    if get_world_size() > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+    broadcast(model.buffers())
 
 
 def broadcast_model(model):
     """Gives every rank the weights and buffers of rank 0, whatever it built."""
+    broadcast([*model.parameters(), *model.buffers()])
+
+
+def broadcast(tensors):
     if get_world_size() > 1:
-        for tensor in [*model.parameters(), *model.buffers()]:
+        for tensor in tensors:
             dist.broadcast(tensor.detach(), 0)
 
 

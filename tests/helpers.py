@@ -41,6 +41,10 @@ def seeded_weights(state_dict):
     return {key: draw(key, value) for key, value in state_dict.items()}
 
 
+# A pointer that git-lfs leaves in the place of a file.
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
 def seeded_embeddings():
     """The embeddings behind reference.json's losses: 12 rows of 24."""
     generator = torch.Generator().manual_seed(13)

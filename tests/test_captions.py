@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from helpers import save_image
+from helpers import LFS, save_image
 
 import captions
 from captions import load_captions
@@ -137,9 +137,6 @@ def test_bad_metadata_is_one_line_that_names_file_and_row(tmp_path, name, conten
     with pytest.raises(InputError, match=match) as error:
         load_captions(name, path)
     assert "\n" not in str(error.value)
-
-
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
 
 @pytest.mark.parametrize("content, kind", [(LFS, "pointer of git-lfs"), (b"<html>", "web page")])

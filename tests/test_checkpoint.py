@@ -11,6 +11,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from helpers import LFS
 
 import pretrained
 import utils
@@ -108,7 +109,6 @@ def test_a_packed_checkpoint_is_refused(tmp_path):
         checkpoint.load(tmp_path / "bomb.pt")
 
 
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 SAFETENSORS = (2).to_bytes(8, "little") + b"{}"
 
 
