@@ -134,7 +134,9 @@ MOST, DEEPEST = 10**6, 1000  # attributes of all modules; letters of a key
 def module_weights(root):
     """{dotted path: Tensor} of the parameters and buffers of a TorchScript module.
 
-    A module may occur at several places, so that a few bytes could stand for endless paths.
+    If it was scripted and not traced, other tensors that are attributes are among them: the code
+    alone tells them apart. A module may occur at several places, so that a few bytes could stand
+    for endless paths.
     """
     found, waiting, seen = {}, [("", root)], 0
     while waiting:

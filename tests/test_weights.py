@@ -121,6 +121,13 @@ def test_a_torchscript_archive_opens_as_its_state_dict(scripts, kind):
     assert {"input_resolution", "vocab_size"} <= state_dict.keys()
 
 
+def test_plain_tensors_of_scripted_modules_are_among_the_weights(tmp_path):
+    block = Attention()
+    block.mask = torch.ones(2)
+    save_script(block, tmp_path / "x.pt")
+    assert weights.read(tmp_path / "x.pt").tensors.keys() == {*block.state_dict(), "mask"}
+
+
 def test_code_in_an_archive_is_never_looked_at(scripts, tmp_path, monkeypatch):
     """Hostile text in the place of the code, whose checksums would fail if it were read."""
     path, state_dict = scripts["scripted"]
