@@ -24,7 +24,6 @@ from infra import devices, distributed
 from infra.rows import Files, kept_rows, only_text, plain_text
 from infra.untrusted import check_inside
 from pretrained import load_model
-from tokenizer import SimpleTokenizer
 from transforms import CenterCrop
 from utils import InputError, positive_int
 
@@ -120,9 +119,9 @@ def read_captions(path, split, per_image):
 
 
 class Images(Dataset):
-    """(3, S, S) uint8 views of files, labelled by their number. All must be there, below root."""
+    """Files as `view` makes them of PIL's, labelled by their number. All must be below root."""
 
-    def __init__(self, root, paths, size, allow_outside=False, archived=False):
+    def __init__(self, root, paths, view, allow_outside=False, archived=False):
         for path in paths:
             check_inside(root, path, "image", allow_outside)
         absent = [p for p in paths if not os.path.isfile(os.path.join(root, p))]
@@ -131,7 +130,7 @@ class Images(Dataset):
                 f"{len(absent)} of {len(paths)} captioned images are absent below --root {root}, "
                 f"the first {absent[0]}; check --root"
             )
-        self.root, self.paths, self.view = root, paths, CenterCrop(size)
+        self.root, self.paths, self.view = root, paths, view
         self.archived = archived
 
     def __len__(self):
@@ -182,9 +181,9 @@ def recalls(images, texts, owners):
 
 
 @torch.no_grad()
-def embed_texts(model, tokenizer, texts, precision, batch_size=256):
+def embed_texts(model, texts, precision, batch_size=256):
     """(m, D) unit rows in float64, each as evaluation.predict keeps images."""
-    rows = []
+    rows, tokenizer = [], model.tokenizer
     for start in range(0, len(texts), batch_size):
         tokens = tokenizer.trim(tokenizer(texts[start : start + batch_size])).to(precision.device)
         with precision.autocast():
@@ -212,12 +211,12 @@ def main(args):
             "checkpoint of CLIP or SLIP"
         )
     model.to(device)
-    precision, tokenizer = devices.Precision(args.precision, device), SimpleTokenizer()
+    precision = devices.Precision(args.precision, device)
 
     rows, left_out = read_captions(args.captions, args.split, args.captions_per_image)
     paths = [path for path, _ in rows]
     options = args.allow_outside_root, args.archived_pixels
-    dataset = Images(args.root, paths, model.image_size, *options)
+    dataset = Images(args.root, paths, CenterCrop.of(model.preprocessing), *options)
     if left_out and distributed.is_main_process():
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in left_out.most_common())
         print(f"{args.captions}: left out: {reasons}", flush=True)
@@ -227,7 +226,7 @@ def main(args):
     check_results(args.output_dir, "retrieval")
     evaluation = Evaluation(precision, args.batch_size, args.workers)
     images = embed_images(model, dataset, evaluation)
-    texts = embed_texts(model, tokenizer, captions, precision)
+    texts = embed_texts(model, captions, precision)
     result = recalls(images, texts, owners) | {"images": len(rows), "captions": len(captions)}
     if distributed.is_main_process():
         name = args.name or os.path.splitext(os.path.basename(args.captions))[0]

@@ -17,14 +17,14 @@ import engine
 import eval_zeroshot
 import losses
 import models
+import pretrained
 import towers
 import utils
 import warmup
 from evaluation import Evaluation
-from infra import checkpoint, devices, distributed
+from infra import devices, distributed
 from infra.run import Run
-from tokenizer import SimpleTokenizer
-from transforms import to_unit
+from transforms import CenterCrop, to_unit
 from utils import InputError, natural, not_negative, number, positive, positive_int
 
 MIN_SSL_BATCH = 64  # samples per step below which the SimCLR head's batch statistics mislead
@@ -95,12 +95,13 @@ def open_validation(model, args):
     labels = utils.read_json(catalog.LABELS, "labels")
     templates = utils.read_json(catalog.TEMPLATES, "templates")
     try:
-        return eval_zeroshot.open_task(args.val_dataset, model.image_size, sets, labels, templates)
+        view = CenterCrop.of(model.preprocessing)
+        return eval_zeroshot.open_task(args.val_dataset, view, sets, labels, templates)
     except InputError as error:
         raise InputError(f"--val-dataset: {error} (or give --val-dataset none)") from error
 
 
-def open_loader(model, tokenizer, device, args):
+def open_loader(model, device, args):
     """The loader of one rank: whole updates of whole batches, shuffled anew every epoch."""
     columns = (args.csv_img_key, args.csv_caption_key)
     pairs = distributed.rank_zero_first(
@@ -108,7 +109,7 @@ def open_loader(model, tokenizer, device, args):
     )
     augment = args.augment or ("device" if device.type == "cuda" else "cpu")
     options = args.seed, augment, args.allow_outside_root, args.archived_pixels
-    dataset = datasets.CaptionDataset(pairs, args.root, model.views, model.image_size, *options)
+    dataset = datasets.CaptionDataset(pairs, args.root, model.views, model.preprocessing, *options)
     if "aug1" in model.views and args.batch_size * distributed.get_world_size() == 1:
         raise InputError("--batch-size 1 is too few for the SimCLR head's batch norm; raise it")
     return datasets.open_loader(
@@ -117,7 +118,7 @@ def open_loader(model, tokenizer, device, args):
         args.workers,
         device,
         args.update_freq,
-        datasets.Collate(tokenizer),
+        datasets.Collate(getattr(model, "tokenizer", None)),
     )
 
 
@@ -227,22 +228,25 @@ def warm_up(model, training, log, args, augments_on_device=False):
     warmup.warm_up(training, modules, batches, log, args, prepare)
 
 
-def validate(model, task, tokenizer, evaluation):
+def validate(model, task, evaluation):
     with torch.compiler.set_stance("force_eager"):  # as --evaluate
-        ranking = eval_zeroshot.rank_images(model, task, tokenizer, evaluation)
+        ranking = eval_zeroshot.rank_images(model, task, evaluation)
     return eval_zeroshot.summarize_task(task, ranking)
 
 
-def evaluate_only(model, task, tokenizer, precision, args):
+def evaluate_only(precision, args):
+    path = args.resume or os.path.join(args.output_dir, "checkpoint.pt")
+    model, trained = pretrained.load_model(path)
+    if trained.model != args.model:
+        raise InputError(f"{path} holds {trained.model}, not {args.model}; check --model")
+    task = open_validation(model.to(precision.device), args)
     if task is None:
         raise InputError(
             f"--evaluate has nothing to score for {args.model} and --val-dataset "
             f"{args.val_dataset}; choose a set, and a method with text"
         )
-    path = args.resume or os.path.join(args.output_dir, "checkpoint.pt")
-    checkpoint.load_weights(model, checkpoint.load(path)["state_dict"], path, "--model")
     evaluation = Evaluation(precision, args.batch_size, args.workers)
-    result = validate(model, task, tokenizer, evaluation)
+    result = validate(model, task, evaluation)
     if distributed.is_main_process():
         score = f"{task.name}: {result['metric']} {result['accuracy']:.2f}"
         print(f"{score}, {result['images']} images of {task.split}")
@@ -252,19 +256,20 @@ def main(args):
     device = distributed.init_distributed(args.device, args.dist_url, args.deterministic)
     utils.seed_everything(args.seed)
 
-    model = models.create_model(args.model, args.ssl_mlp_dim, args.ssl_emb_dim).to(device)
     if args.disable_amp and args.precision not in (None, "fp32"):
         raise InputError(f"--disable-amp contradicts --precision {args.precision}; give one")
     precision = devices.Precision("fp32" if args.disable_amp else args.precision, device)
-    task, tokenizer = open_validation(model, args), SimpleTokenizer()
     if args.evaluate:
-        return evaluate_only(model, task, tokenizer, precision, args)
+        return evaluate_only(precision, args)
 
-    loader = open_loader(model, tokenizer, device, args)
+    model = models.create_model(args.model, args.ssl_mlp_dim, args.ssl_emb_dim).to(device)
+    task = open_validation(model, args)
+    loader = open_loader(model, device, args)
     training = create_training(model, precision, len(loader) // args.update_freq, args)
 
-    with Run(args.output_dir, training, args, {"state_dict": model}) as run:
-        run.resume(args.resume, check="--model")
+    facts = {"preprocessing": model.preprocessing.to_dict()}
+    with Run(args.output_dir, training, args, {"state_dict": model}, **facts) as run:
+        run.resume(args.resume, check="--model", fixed=("preprocessing",))
         # The picture first: if --root is wrong it fails before anything is written.
         is_pictured = run.is_new and distributed.is_main_process()
         picture = picture_of_views(model, loader) if is_pictured else None
@@ -290,7 +295,7 @@ def main(args):
             distributed.broadcast_buffers(model)
             is_best = False
             if task and ((epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs):
-                result = validate(model, task, tokenizer, evaluation)
+                result = validate(model, task, evaluation)
                 is_best = result["accuracy"] > run.state.best_acc1
                 run.state.best_acc1 = max(result["accuracy"], run.state.best_acc1)
                 stats |= {f"test_{key}": result[key] for key in ("accuracy", "acc1", "acc5")}

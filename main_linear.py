@@ -197,9 +197,9 @@ def train_probe(model, splits, precision, args):
     Returns (its evaluation.Ranking of the test set, epochs).
     """
     train, test, names = splits
-    size = model.image_size
-    test = Views(test, CenterCrop(size, round(size * 256 / 224)))
-    view = CropAndFlip(size, args.crop_min, not args.no_flip)
+    size, form = model.image_size, model.preprocessing
+    test = Views(test, CenterCrop.of(form, round(size * 256 / 224)))
+    view = CropAndFlip(size, args.crop_min, not args.no_flip, form.interpolation)
     loader = datasets.open_loader(
         LabelledViews(train, view, args.seed), args.batch_size, args.workers, precision.device
     )
@@ -255,7 +255,7 @@ def extract_splits(model, splits, precision, args):
     """Features of the training and the test split, seen as for zero-shot classification."""
     train, test, _ = splits
     view, evaluation = (
-        CenterCrop(model.image_size),
+        CenterCrop.of(model.preprocessing),
         Evaluation(precision, args.batch_size, args.workers),
     )
     digest, results = checkpoint.file_digest(args.pretrained), []

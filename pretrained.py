@@ -2,6 +2,7 @@
 
 import os
 from contextlib import contextmanager
+from dataclasses import replace
 
 import timm
 import torch
@@ -9,7 +10,8 @@ import torch
 from infra import checkpoint
 from infra.untrusted import SLACK, first_line, memory_limit
 from models import create_model, parse_name
-from towers import input_size
+from preprocessing import SLIP_PREPROCESSING, Preprocessing
+from towers import create_visual, input_size
 from utils import InputError
 
 
@@ -23,10 +25,9 @@ def load_model(path):
     state = checkpoint.load(path)
     args, name = state["args"], model_name(state, path)
     # Checkpoints of CLIP runs may lack the flags of the SimCLR head, which CLIP does not have.
+    dims = getattr(args, "ssl_mlp_dim", 4096), getattr(args, "ssl_emb_dim", 256)
     with bounded(path):
-        model = create_model(
-            name, getattr(args, "ssl_mlp_dim", 4096), getattr(args, "ssl_emb_dim", 256)
-        )
+        model = create_model(name, *dims, preprocessing_of(state))
     checkpoint.load_weights(model, state["state_dict"], path, f"its args, which say {name}")
     return model.eval(), args
 
@@ -44,18 +45,18 @@ def load_vit(path, classes, drop_path=0.0, image_size=None):
         drop_path: rate of stochastic depth at the last block.
         image_size: in pixels; None: that of pre-training.
 
-    Returns (timm's VisionTransformer, its row of towers.TOWERS).
+    Returns (timm's VisionTransformer, its Preprocessing).
 
     Raises InputError for a tower that is no ViT and a size that its patches do not divide.
     """
     state = checkpoint.load(path)
     name = model_name(state, path)
     _, tower = parse_name(name)
-    options = dict(tower.options, num_classes=classes, drop_path_rate=drop_path)
-    if image_size:
-        options["img_size"] = image_size
     with bounded(path):
-        vit = timm.create_model(tower.timm_name, **options)
+        form = preprocessing_of(state)
+        form = replace(form, image_size=image_size or form.image_size)
+        tower = replace(tower, preprocessing=form)
+        vit = create_visual(tower, num_classes=classes, drop_path_rate=drop_path)
     if not isinstance(vit, timm.models.VisionTransformer):
         raise InputError(f"{path} holds {name}, whose image tower is no ViT; choose another")
     size, patch = input_size(vit), vit.patch_embed.patch_size[0]
@@ -67,7 +68,13 @@ def load_vit(path, classes, drop_path=0.0, image_size=None):
     with bounded(path):
         weights = visual_weights(state["state_dict"], vit)
     checkpoint.load_weights(vit, weights | head, path, "the checkpoint and the image size")
-    return vit, tower
+    return vit, replace(form, image_size=size)
+
+
+def preprocessing_of(state):
+    """Checkpoints that hold none, as those released with the paper, have SLIP's."""
+    saved = state.get("preprocessing")
+    return SLIP_PREPROCESSING if saved is None else Preprocessing.from_dict(saved)
 
 
 def visual_weights(state_dict, vit):
