@@ -15,6 +15,7 @@ from torch import nn
 from infra.distributed import all_reduce_with_grad, get_world_size
 from tokenizer import LENGTHS, create_tokenizer
 from towers import (
+    KNOWN,
     TOWERS,
     TextTower,
     blocks_of,
@@ -279,7 +280,7 @@ def parse_name(name):
     except (KeyError, InputError):
         raise InputError(
             f"unknown model {name!r}; choose METHOD_TOWER with METHOD from {', '.join(METHODS)} "
-            f"and TOWER from {', '.join(TOWERS)} or any model name of timm"
+            f"and TOWER from {KNOWN}"
         ) from None
 
 

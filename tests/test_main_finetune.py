@@ -1,5 +1,7 @@
 """Fine-tuning end to end: layer decay, presets, positions, augmentation, resume, ranks, errors."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,11 +16,12 @@ import main_linear
 import models
 import towers
 from infra import devices
+from preprocessing import Preprocessing
 from pretrained import load_vit
 from utils import InputError
 
 FP32 = devices.Precision("fp32", torch.device("cpu"))
-TOWER = towers.TOWERS["VITS16"]
+FORM = Preprocessing(image_size=32)
 
 
 def parse(argv):
@@ -116,14 +119,14 @@ def test_the_crop_of_test_images_is_a_flag(probed, tmp_path, monkeypatch):
     seen = []
     keep = main_finetune.CenterCrop
 
-    def watched(size, resize, **options):
-        seen.append((size, resize, options["bicubic"]))
-        return keep(size, resize, **options)
+    def watched(*args):
+        seen.append(args)
+        return keep(*args)
 
     monkeypatch.setattr(main_finetune, "CenterCrop", watched)
     call(probed, tmp_path, "--epochs", 1)
     call(probed, tmp_path, "--epochs", 1, "--evaluate", "--crop-pct", 1)
-    assert seen == [(32, 36, True), (32, 32, True)]
+    assert seen == [(32, 36, "bicubic"), (32, 32, "bicubic")]
     with pytest.raises(InputError, match="1.5 must be 0.01 or more and below"):
         call(probed, tmp_path, "--crop-pct", 1.5)
 
@@ -142,7 +145,7 @@ def test_a_view_depends_on_its_generator_alone(tmp_path):
     save_image(tmp_path / "x.png", 0, (80, 60))
     image = Image.open(tmp_path / "x.png").convert("RGB")
     args = parse(["--pretrained", "x", "--reprob", "0.5"])
-    view = main_finetune.TimmView(32, TOWER, args)
+    view = main_finetune.TimmView(FORM, args)
 
     def draw(seed):
         return view(image, np.random.default_rng(seed))
@@ -156,8 +159,8 @@ def test_a_view_depends_on_its_generator_alone(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)  # the program's own numbers go on
     assert first.shape == (3, 32, 32) and first.dtype == torch.float32
     plain = parse(["--pretrained", "x", "--aa", "none", "--reprob", "0", "--color-jitter", "0"])
-    shown = main_finetune.TimmView(32, TOWER, plain)(image, np.random.default_rng(0))
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (TOWER.mean, TOWER.std))
+    shown = main_finetune.TimmView(FORM, plain)(image, np.random.default_rng(0))
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (FORM.mean, FORM.std))
     pixels = shown * std + mean
     assert pixels.min() > -1e-6 and pixels.max() < 1 + 1e-6
 
@@ -166,7 +169,7 @@ def test_randaugment_at_its_strongest():
     """timm asks for 0 bits of colour at magnitude 10."""
     image = Image.new("RGB", (8, 8), (200, 100, 50))
     args = parse(["--pretrained", "x", "--aa", "rand-m10-mstd0.5-inc1", "--reprob", "0"])
-    view = main_finetune.TimmView(8, TOWER, args)
+    view = main_finetune.TimmView(replace(FORM, image_size=8), args)
     for seed in range(300):
         assert view(image, np.random.default_rng(seed)).isfinite().all()
     (step,) = [step for step in view.transform.transforms if hasattr(step, "ops")]
