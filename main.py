@@ -18,6 +18,7 @@ import engine
 import eval_zeroshot
 import losses
 import models
+import pretrained
 import utils
 import warmup
 from evaluation import Evaluation
@@ -51,6 +52,11 @@ def get_args_parser():
     add("--ssl-scale", default=1.0, type=not_negative, help="weight of the SimCLR loss in SLIP")
     add("--ssl-temp", default=0.1, type=positive, help="temperature of the SimCLR loss")
     add("--gather-with-grad", action="store_true", help="full CLIP gradient on several ranks")
+    add(
+        "--init-from",
+        default="",
+        help="weights to start from: a file, NAME:TAG, see docs/weights.md",
+    )
     add("--resume", default="", help="checkpoint to resume; output-dir's own comes first")
 
     add = parser.add_argument_group("Optimization").add_argument
@@ -78,6 +84,16 @@ def get_args_parser():
     add("--evaluate", action="store_true", help="validate the checkpoint and stop")
     add("--seed", default=0, type=natural)
     return parser
+
+
+def create_model(args):
+    """(model, notes): randomly initialised, but for all that it shares with --init-from."""
+    sizes = args.ssl_mlp_dim, args.ssl_emb_dim
+    if not args.init_from:
+        return models.create_model(args.model, *sizes), []
+    weights = pretrained.open_weights(args.init_from, args.model.partition("_")[2])
+    model = models.create_model(args.model, *sizes, weights.tower.preprocessing)
+    return model, [weights.initialise(model)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -216,14 +232,16 @@ def main(args):
     if args.evaluate:
         return evaluate_only(precision, args)
 
-    model = models.create_model(args.model, args.ssl_mlp_dim, args.ssl_emb_dim).to(device)
+    model, notes = create_model(args)
+    model.to(device)
     task = open_validation(model, args)
     loader = open_loader(model, device, args)
     training = create_training(model, precision, len(loader) // args.update_freq, args)
 
     facts = {"preprocessing": model.preprocessing.to_dict()}
     with Run(args.output_dir, training, args, {"state_dict": model}, **facts) as run:
-        run.resume(args.resume, check="--model", fixed=("preprocessing",))
+        run.notes += notes
+        run.resume(args.resume, check="--model", fixed=("init_from", "preprocessing"))
         # The picture first: if --root is wrong it fails before anything is written.
         is_pictured = run.is_new and distributed.is_main_process()
         picture = picture_of_views(model, loader) if is_pictured else None

@@ -86,7 +86,9 @@ class Method(nn.Module):
     (engine.accumulate_exact).
     """
 
-    def __init__(self, tower):
+    views = ()
+
+    def __init__(self, tower, ssl_mlp_dim=None, ssl_emb_dim=None):
         super().__init__()
         self.visual = create_visual(tower)
         size = tower.preprocessing.image_size or input_size(self.visual)

@@ -304,16 +304,31 @@ def normalize(images, mean, std):
 # Labelled images
 
 
+class ToInput:
+    """A PIL image -> a model's input, (3, S, S) float32, normalised.
+
+    view: PIL image -> (3, S, S) uint8. form: the model's Preprocessing.
+    """
+
+    def __init__(self, view, form):
+        self.view, self.form = view, form
+
+    def __call__(self, image):
+        unit = to_unit(self.view(to_rgb(image))[None])
+        return normalize(unit, self.form.mean, self.form.std)[0]
+
+
 class CropAndFlip:
     """The linear probe's training view: a crop of `least` to all of the area, half of them flipped.
 
-    (PIL image, generator) -> (3, S, S) uint8.
+    (PIL image, generator) -> (3, S, S) uint8; without a generator PyTorch's seeds one.
     """
 
     def __init__(self, size, least=0.08, flip=True, interpolation="bilinear"):
         self.size, self.least, self.flip, self.interpolation = size, least, flip, interpolation
 
-    def __call__(self, image, rng):
+    def __call__(self, image, rng=None):
+        rng = rng or np.random.default_rng(int(torch.randint(2**62, ())))
         box = draw_crop(rng, *image.size, (self.least, 1.0))
         pixels = crop(to_uint8(image), box, self.size, self.interpolation)
         return pixels.flip(-1) if self.flip and rng.random() < 0.5 else pixels

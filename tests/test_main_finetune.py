@@ -17,7 +17,7 @@ import models
 import towers
 from infra import devices
 from preprocessing import Preprocessing
-from pretrained import load_vit
+from pretrained import open_weights
 from utils import InputError
 
 FP32 = devices.Precision("fp32", torch.device("cpu"))
@@ -78,8 +78,8 @@ def test_rates_fall_from_the_head_down():
 
 def test_positions_are_interpolated_and_the_head_is_small(probed):
     path = probed / "run/checkpoint.pt"
-    same, _ = load_vit(path, 10)
-    larger, _ = load_vit(path, 10, image_size=64)
+    same, _ = open_weights(path).build_vit(10)
+    larger, _ = open_weights(path).build_vit(10, image_size=64)
     assert same.pos_embed.shape == (1, 17, 64) and larger.pos_embed.shape == (1, 65, 64)
     assert torch.equal(larger.pos_embed[:, 0], same.pos_embed[:, 0])  # the class token's
     coarse = larger.pos_embed[:, 1:].view(8, 8, 64).permute(2, 0, 1)[None]
@@ -92,9 +92,9 @@ def test_positions_are_interpolated_and_the_head_is_small(probed):
 
 def test_positions_are_resampled_as_by_beits_script(probed):
     path = probed / "run/checkpoint.pt"
-    same, _ = load_vit(path, 10)
+    same, _ = open_weights(path).build_vit(10)
     for size, side in ((64, 8), (48, 6), (16, 2)):
-        found, _ = load_vit(path, 10, image_size=size)
+        found, _ = open_weights(path).build_vit(10, image_size=size)
         grid = same.pos_embed[:, 1:].view(1, 4, 4, 64).permute(0, 3, 1, 2)
         grid = torch.nn.functional.interpolate(grid, (side, side), mode="bicubic")
         assert torch.allclose(found.pos_embed[0, 1:], grid[0].flatten(1).T, atol=1e-6)
@@ -135,7 +135,7 @@ def test_warm_up_starts_where_the_flag_says(probed):
     """1e-6, the recipe's; BeiT's script parses that flag and starts from 0."""
     for flag, first in (((), 1e-6), (("--warmup-lr", "0"), 0.0)):
         args = parse(["--pretrained", "x", "--epochs", "3", "--warmup-epochs", "1", *flag])
-        vit, tower = load_vit(probed / "run/checkpoint.pt", 10)
+        vit, tower = open_weights(probed / "run/checkpoint.pt").build_vit(10)
         model = main_finetune.Classifier(vit, tower)
         training, _ = main_finetune.create_training(model, FP32, 5, args)
         assert training.schedule[0] == first and training.schedule[4] == args.lr
@@ -321,4 +321,4 @@ def test_a_tower_that_is_no_vit(tmp_path):
     state = {"state_dict": model.state_dict(), "args": {"model": "SIMCLR_test_resnet"}}
     torch.save(state, tmp_path / "c.pt")
     with pytest.raises(InputError, match="SIMCLR_test_resnet, whose image tower is no ViT"):
-        load_vit(tmp_path / "c.pt", 10)
+        open_weights(tmp_path / "c.pt").build_vit(10)
