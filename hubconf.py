@@ -1,4 +1,4 @@
-"""For torch.hub: torch.hub.load(FOLDER, "create_model_and_transforms", "ViT-B-32", source="local")."""
+"""For torch.hub.load(FOLDER, "create_model_and_transforms", "ViT-B-32", source="local")."""
 
 from models import list_models
 from pretrained import create_model_and_transforms, list_pretrained, load_model

@@ -92,18 +92,8 @@ def global_lr(args, world_size):
 LR_SCALINGS = {"archived": archived_lr, "global": global_lr}
 
 # A probe resumes, or is done, with equal flags: its learning rate depends on the rest.
-FIXED = (
-    "lr",
-    "lr_scaling",
-    "momentum",
-    "wd",
-    "epochs",
-    "crop_min",
-    "no_flip",
-    "seed",
-    "image_size",
-)
-FIXED += ("effective_batch", "effective_lr")
+FIXED = ("lr", "lr_scaling", "momentum", "wd", "epochs", "crop_min", "no_flip", "seed")
+FIXED += ("image_size", "effective_batch", "effective_lr")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -65,13 +65,13 @@ def find_place(source):
     if os.path.isdir(source):
         return place_in_folder(source)
     if head == "hf-hub" and not os.path.exists(source):
-        repository, _, revision = rest.partition("@")
-        config = hub.fetch(repository, [CONFIG], revision or None)
-        hub.fetch(repository, FILES, revision or None)
-        return place_in_folder(os.path.dirname(config))
+        return place_in_folder(fetch_folder(source, *rest.partition("@")[::2]))
+    tags = tags_of(head)
+    if tags and source == head and not os.path.exists(source):
+        known = ", ".join(tags)
+        raise InputError(f"{source} names no weights; give {source}:TAG, TAG of {known}, or a file")
     if not rest or os.path.exists(source):
         return place_of_file(source)
-    tags = tags_of(head)
     if rest in tags:
         return place_of_tag(source, tags[rest])
     if head not in TOWERS:
@@ -87,9 +87,19 @@ def tags_of(name):
     tags = {}
     for key, row in known_weights().items():
         tower, _, tag = key.partition(":")
-        if name == tower or (row["quick_gelu"] and name == named(tower, True)):
+        is_named = name == tower or (row["quick_gelu"] and name == named(tower, True))
+        if is_named and tower in TOWERS:
             tags[tag] = row | {"tower": tower}
     return tags
+
+
+def fetch_folder(source, repository, revision):
+    try:
+        config = hub.fetch(repository, [CONFIG], revision or None)
+        hub.fetch(repository, FILES, revision or None)
+    except InputError as error:
+        raise InputError(f"{source}: {error}; download it elsewhere and give its folder") from error
+    return os.path.dirname(config)
 
 
 def place_of_tag(source, row):
