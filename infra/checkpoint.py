@@ -209,7 +209,8 @@ class NameCheck(pickle.Unpickler):
     def find_class(self, module, name):
         name = f"{module}.{name}"
         if name not in STAND_INS and not TENSOR_NAMES.fullmatch(name):
-            raise InputError(f"is refused: it names {name!r}, which is no part of a checkpoint")
+            name = repr(name)[:120]
+            raise InputError(f"is refused: it names {name}, which is no part of a checkpoint")
         return Nothing
 
     def persistent_load(self, identifier):
@@ -225,10 +226,11 @@ def check_names(members):
     """Raises InputError for a zip with two members of one name, or one outside of a folder."""
     names = Counter(m.filename for m in members)
     for name in names:
+        text = repr(name)[:120]
         if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):
-            raise InputError(f"is refused: its member {name!r} leads out of the archive")
+            raise InputError(f"is refused: its member {text} leads out of the archive")
         if names[name] > 1:
-            raise InputError(f"is refused: it has two members {name!r}")
+            raise InputError(f"is refused: it has two members {text}")
 
 
 def check_members(members, size):
@@ -282,7 +284,7 @@ def distrusted(path, kind="checkpoint"):
         reason = first_line(error.__context__ or error).split(" was not an allowed")[0]
         raise InputError(f"{kind} {path} is refused, it is not plain data: {reason}") from error
     except Exception as error:  # a damaged file can raise anything
-        reason = first_line(error)
+        reason = first_line(error)[:200]  # it may quote the file at length
         if isinstance(error, MemoryError) or "allocate memory" in reason:
             reason = "it claims more memory than its size allows"
         raise InputError(f"{kind} {path} is damaged: {reason}") from error

@@ -136,8 +136,9 @@ class Unpickler(checkpoint.NameCheck):
         if LEFT_OUT.fullmatch(name):
             return Nothing
         if NOT_PLAIN.fullmatch(name):
-            raise InputError(f"names {name}; quantised and sparse tensors are not read")
-        raise InputError(f"is refused: it names {name!r}, which is no part of a file of weights")
+            raise InputError(f"names {name[:120]}; quantised and sparse tensors are not read")
+        name = repr(name)[:120]
+        raise InputError(f"is refused: it names {name}, which is no part of a file of weights")
 
     def persistent_load(self, identifier):
         super().persistent_load(identifier)  # which checks it
@@ -175,7 +176,7 @@ def read_zip(file, size):
         def place(key, dtype, numel):
             start, length = place_of(archive, f"{root}data/{key}", size)
             if length != numel * dtype.itemsize:
-                raise InputError(f"is refused: storage {key[:80]!r} claims {numel} numbers")
+                raise false_claim(key, numel)
             return Storage(dtype, numel, start)
 
         def load(name, place):
@@ -190,17 +191,21 @@ def read_zip(file, size):
 
 def place_of(archive, name, size):
     """(first byte, length) of a member, which may not be packed."""
-    member = archive.getinfo(name)
+    member, text = archive.getinfo(name), repr(name)[:120]
     archive.fp.seek(member.header_offset)
     head = archive.fp.read(30)
     if len(head) < 30 or head[:4] != b"PK\3\4":
-        raise InputError(f"is damaged: member {name!r} is not at its place")
+        raise InputError(f"is damaged: member {text} is not at its place")
     start = member.header_offset + 30 + sum(struct.unpack_from("<HH", head, 26))
     if member.compress_type or member.flag_bits & 1 or member.file_size != member.compress_size:
-        raise InputError(f"is refused: member {name!r} is packed, as PyTorch never does")
+        raise InputError(f"is refused: member {text} is packed, as PyTorch never does")
     if start + member.file_size > size:
-        raise InputError(f"is damaged: member {name!r} ends behind the end of the file")
+        raise InputError(f"is damaged: member {text} ends behind the end of the file")
     return start, member.file_size
+
+
+def false_claim(key, numel):
+    return InputError(f"is refused: storage {repr(key)[:80]} claims {numel} numbers")
 
 
 def check_order(is_little):
@@ -218,7 +223,7 @@ def read_old(file, size):
     def place(key, dtype, numel):
         storage = storages.setdefault(key, Storage(dtype, numel))
         if (storage.dtype, storage.numel) != (dtype, numel) or numel * dtype.itemsize > size:
-            raise InputError(f"is refused: storage {key!r} claims {numel} numbers")
+            raise false_claim(key, numel)
         return storage
 
     def load():
@@ -232,7 +237,7 @@ def read_old(file, size):
         (numel,) = struct.unpack("<q", file.read(8))
         storage = storages[key]
         if storage.numel != numel:
-            raise InputError(f"is refused: storage {key!r} claims {numel} numbers")
+            raise false_claim(key, numel)
         storage.start = file.tell()
         if file.seek(storage.length, os.SEEK_CUR) > size:
             raise InputError(f"is damaged: storage {key!r} ends behind the end of the file")
