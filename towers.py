@@ -240,7 +240,8 @@ class TextTower:
 
 def pool_end(x, text):
     """(B, L, W) -> (B, W), at the end-of-text token, which has the highest id."""
-    return x[torch.arange(len(x), device=x.device), text.argmax(-1)]
+    rows = torch.arange(x.shape[0], device=x.device)  # not len(x), which exports as a constant
+    return x[rows, text.argmax(-1)]
 
 
 POOLINGS = {"argmax": pool_end}
