@@ -29,7 +29,7 @@ class CaptionDataset(Dataset):
         captions: sequence of (image path, captions).
         root: folder that the image paths are relative to.
         views: names of the views, "text" or keys of IMAGE_VIEWS.
-        image_size: S, in pixels.
+        preprocessing: of the model, a Preprocessing: size, interpolation and least area of crops.
         seed: int, of crops, augmentations and captions, and of the order of each epoch.
         augment: "cpu", or "device": views are only cropped, and "steps" has each one's other
             augmentations.
@@ -44,7 +44,7 @@ class CaptionDataset(Dataset):
         captions,
         root,
         views,
-        image_size,
+        preprocessing,
         seed=0,
         augment="cpu",
         allow_outside=False,
@@ -54,7 +54,7 @@ class CaptionDataset(Dataset):
             raise InputError(f"root {root!r} is not a folder; give the folder of the images")
         self.captions, self.root, self.seed = captions, root, seed
         self.image_views = [view for view in views if view in IMAGE_VIEWS]
-        self.image_size, self.with_text = image_size, "text" in views
+        self.preprocessing, self.with_text = preprocessing, "text" in views
         self.augments_on_device, self.allow_outside = augment == "device", allow_outside
         self.archived = archived
 
@@ -83,8 +83,10 @@ class CaptionDataset(Dataset):
         """The image views: draws their parameters first, then decodes the image once."""
         data = read_file(self.root, path)
         image = EncodedImage(data, f"{self.root}/{path}", self.archived)
-        drawn = {view: IMAGE_VIEWS[view](rng, *image.size) for view in self.image_views}
-        crops = image.crops([box for box, _ in drawn.values()], self.image_size)
+        form = self.preprocessing
+        drawn = {v: IMAGE_VIEWS[v](rng, *image.size, form.crop_min) for v in self.image_views}
+        boxes = [box for box, _ in drawn.values()]
+        crops = image.crops(boxes, form.image_size, form.interpolation)
         steps = {view: steps for view, (_, steps) in drawn.items()}
         views = dict(zip(drawn, crops, strict=True))
         if self.augments_on_device:

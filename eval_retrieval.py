@@ -24,7 +24,6 @@ from infra import devices, distributed
 from infra.rows import Files, kept_rows, only_text, plain_text
 from infra.untrusted import check_inside
 from pretrained import load_model
-from tokenizer import SimpleTokenizer
 from transforms import CenterCrop
 from utils import InputError, positive_int
 
@@ -34,7 +33,7 @@ CHUNK = 1024  # queries that are compared with everything at once
 def get_args_parser():
     parser = utils.ArgumentParser("eval_retrieval.py", "Image-text retrieval of a checkpoint")
     add = parser.add_argument
-    add("--resume", required=True, help="checkpoint file, ours or a released one")
+    add("--resume", required=True, help="weights: a file, NAME:TAG, see docs/weights.md")
     add("--captions", required=True, help="Karpathy's split file or a COCO captions file (JSON)")
     add("--root", required=True, help="folder of the images")
     catalog.add_outside_flag(add)
@@ -43,6 +42,7 @@ def get_args_parser():
     add("--captions-per-image", default=5, type=positive_int, help="the first so many of each")
     add("--name", help="of the set in retrieval.json; by default the captions file's")
     add("--output-dir", default="./", help="folder of retrieval.json")
+    add("--image-size", type=positive_int, help="pixels; by default the model's")
     add("--batch-size", default=256, type=positive_int, help="images per rank and step")
     devices.add_system_flags(parser)
     return parser
@@ -120,9 +120,9 @@ def read_captions(path, split, per_image):
 
 
 class Images(Dataset):
-    """(3, S, S) uint8 views of files, labelled by their number. All must be there, below root."""
+    """Files as `view` makes them of PIL's, labelled by their number. All must be below root."""
 
-    def __init__(self, root, paths, size, allow_outside=False, archived=False):
+    def __init__(self, root, paths, view, allow_outside=False, archived=False):
         for path in paths:
             check_inside(root, path, "image", allow_outside)
         absent = [p for p in paths if not os.path.isfile(os.path.join(root, p))]
@@ -131,7 +131,7 @@ class Images(Dataset):
                 f"{len(absent)} of {len(paths)} captioned images are absent below --root {root}, "
                 f"the first {absent[0]}; check --root"
             )
-        self.root, self.paths, self.view = root, paths, CenterCrop(size)
+        self.root, self.paths, self.view = root, paths, view
         self.archived = archived
 
     def __len__(self):
@@ -182,9 +182,9 @@ def recalls(images, texts, owners):
 
 
 @torch.no_grad()
-def embed_texts(model, tokenizer, texts, precision, batch_size=256):
+def embed_texts(model, texts, precision, batch_size=256):
     """(m, D) unit rows in float64, each as evaluation.predict keeps images."""
-    rows = []
+    rows, tokenizer = [], model.tokenizer
     for start in range(0, len(texts), batch_size):
         tokens = tokenizer.trim(tokenizer(texts[start : start + batch_size])).to(precision.device)
         with precision.autocast():
@@ -205,19 +205,19 @@ def embed_images(model, dataset, evaluation):
 def main(args):
     device = distributed.init_distributed(args.device, args.dist_url, args.deterministic)
 
-    model, train_args = load_model(args.resume)
+    model, train_args = load_model(args.resume, args.image_size)
     if "text" not in model.views:
         raise InputError(
             f"{args.resume} holds {train_args.model}: it has no text to retrieve by; choose a "
             "checkpoint of CLIP or SLIP"
         )
     model.to(device)
-    precision, tokenizer = devices.Precision(args.precision, device), SimpleTokenizer()
+    precision = devices.Precision(args.precision, device)
 
     rows, left_out = read_captions(args.captions, args.split, args.captions_per_image)
     paths = [path for path, _ in rows]
     options = args.allow_outside_root, args.archived_pixels
-    dataset = Images(args.root, paths, model.image_size, *options)
+    dataset = Images(args.root, paths, CenterCrop.of(model.preprocessing), *options)
     if left_out and distributed.is_main_process():
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in left_out.most_common())
         print(f"{args.captions}: left out: {reasons}", flush=True)
@@ -227,7 +227,7 @@ def main(args):
     check_results(args.output_dir, "retrieval")
     evaluation = Evaluation(precision, args.batch_size, args.workers)
     images = embed_images(model, dataset, evaluation)
-    texts = embed_texts(model, tokenizer, captions, precision)
+    texts = embed_texts(model, captions, precision)
     result = recalls(images, texts, owners) | {"images": len(rows), "captions": len(captions)}
     if distributed.is_main_process():
         name = args.name or os.path.splitext(os.path.basename(args.captions))[0]

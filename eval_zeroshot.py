@@ -38,7 +38,6 @@ from evaluation import (
 )
 from infra import devices, distributed
 from pretrained import load_model
-from tokenizer import SimpleTokenizer
 from transforms import CenterCrop, encode_jpeg
 from utils import InputError, positive_int
 
@@ -59,8 +58,11 @@ class Task:
     templates: list
 
 
-def open_task(name, image_size, catalog, labels, templates):
-    """Raises InputError if the set, its labels or its prompts are absent or do not fit."""
+def open_task(name, view, catalog, labels, templates):
+    """A Task of images as `view` makes them of PIL's.
+
+    Raises InputError if the set, its labels or its prompts are absent or do not fit.
+    """
     for place, table in (("", catalog), ("labels: ", labels), ("templates: ", templates)):
         if name not in table:
             raise InputError(f"{place}unknown dataset {name!r}; choose from {', '.join(table)}")
@@ -71,21 +73,20 @@ def open_task(name, image_size, catalog, labels, templates):
     if not all(isinstance(template, str) and "{}" in template for template in templates[name]):
         raise InputError(f"templates of {name!r}: each must be a text with {{}} for the class")
     dataset = get_downstream_dataset(
-        catalog, name, is_train=False, transform=CenterCrop(image_size), labels=labels[name]
+        catalog, name, is_train=False, transform=view, labels=labels[name]
     )
     split = split_name(catalog, name, is_train=False)
     return Task(name, dataset, split, labels[name], templates[name])
 
 
 @torch.no_grad()
-def build_classifier(model, tokenizer, classes, templates, evaluation, batch_size=None):
+def build_classifier(model, classes, templates, evaluation, batch_size=None):
     """(C, D) unit rows: per class the mean of its prompts' unit embeddings, normalised again.
 
     Prompts of like length share a batch, the longest first, so that hardly any padding is encoded.
 
     Args:
         model: a models.CLIP or SLIP in evaluation mode.
-        tokenizer: the model's.
         classes: C names, or lists of synonyms.
         templates: prompts with {} for the name.
         evaluation: precision.
@@ -96,7 +97,8 @@ def build_classifier(model, tokenizer, classes, templates, evaluation, batch_siz
         for name in [names] if isinstance(names, str) else names:
             prompts += [template.replace("{}", name) for template in templates]
             owners += [owner] * len(templates)
-    device, tokens = evaluation.precision.device, tokenizer(prompts)
+    device, tokenizer = evaluation.precision.device, model.tokenizer
+    tokens = tokenizer(prompts)
     order = tokenizer.lengths(tokens).argsort(descending=True, stable=True)
     embeds = torch.empty(len(prompts), model.embed_dim, device=device)
     for rows in order.split(batch_size or PROMPTS.get(device.type, 256)):
@@ -109,10 +111,10 @@ def build_classifier(model, tokenizer, classes, templates, evaluation, batch_siz
     return F.normalize(sums, dim=-1)
 
 
-def rank_images(model, task, tokenizer, evaluation):
+def rank_images(model, task, evaluation):
     """The evaluation.Ranking of a task's images by cosine similarity to its classes."""
     model.eval()
-    classifier = build_classifier(model, tokenizer, task.classes, task.templates, evaluation)
+    classifier = build_classifier(model, task.classes, task.templates, evaluation)
 
     def classify(images):
         embed = F.normalize(model.encode_image(model.normalize(images)).float(), dim=-1)
@@ -149,7 +151,7 @@ def picture_confusions(task, ranking):
 def get_args_parser():
     parser = utils.ArgumentParser("eval_zeroshot.py", "Zero-shot accuracy of a checkpoint")
     parser.add_argument(
-        "--resume", required=True, nargs="+", help="checkpoint files, ours or released ones"
+        "--resume", required=True, nargs="+", help="weights: files, NAME:TAG, see docs/weights.md"
     )
     parser.add_argument("--output-dir", default="./", help="folder of results.json")
     parser.add_argument("--datasets", nargs="+", help="sets to score; those present if not given")
@@ -162,6 +164,7 @@ def get_args_parser():
     parser.add_argument(
         "--batch-size", default=256, type=positive_int, help="images per rank and step"
     )
+    parser.add_argument("--image-size", type=positive_int, help="pixels; by default the model's")
     devices.add_system_flags(parser)
     return parser
 
@@ -186,9 +189,9 @@ def folder_of(checkpoint, args):
     return os.path.join(args.output_dir, f"{os.path.basename(parent)}-{name}")
 
 
-def open_model(path):
-    """(a model that can be prompted, its name) from a checkpoint file."""
-    model, train_args = load_model(path)
+def open_model(path, image_size=None):
+    """(a model that can be prompted, its name) from a string of weights."""
+    model, train_args = load_model(path, image_size)
     if "text" not in model.views:
         raise InputError(
             f"{path} holds {train_args.model}: it has no text to prompt; choose a checkpoint of "
@@ -199,17 +202,17 @@ def open_model(path):
 
 def evaluate_checkpoint(path, tasks_of, device, args):
     """Scores a checkpoint on all tasks; rank 0 prints them and adds them to results.json."""
-    model, name = open_model(path)
+    model, name = open_model(path, args.image_size)
     model.to(device)
     precision, tasks = devices.Precision(args.precision, device), tasks_of(model)
     evaluation = Evaluation(precision, args.batch_size, args.workers)
-    folder, tokenizer = folder_of(path, args), SimpleTokenizer()
+    folder = folder_of(path, args)
     if distributed.is_main_process():
         utils.make_folder(folder)
         if len(args.resume) > 1:
             print(f"{path}:")
     for task in tasks:
-        ranking = rank_images(model, task, tokenizer, evaluation)
+        ranking = rank_images(model, task, evaluation)
         if not distributed.is_main_process():
             continue
         result = {"checkpoint": path, "model": name, "prompt_set": args.prompts or task.name}
@@ -241,7 +244,8 @@ def main(args):
         raise InputError("--resume: checkpoints of equal folder and name; score them one by one")
 
     def tasks_of(model):
-        return [open_task(name, model.image_size, catalog, labels, templates) for name in names]
+        view = CenterCrop.of(model.preprocessing)
+        return [open_task(name, view, catalog, labels, templates) for name in names]
 
     for path in args.resume[1:]:  # their faults are told before the first is scored
         open_model(path)

@@ -20,14 +20,14 @@ from torch import nn
 
 import datasets
 import engine
+import pretrained
 import utils
 import warmup
 from catalog import LabelledViews, Views, add_set_flags, dummy_batch, open_splits
 from evaluation import Evaluation, check_results, display_names, rank_set, report_score, top1
-from infra import checkpoint, devices, distributed
+from infra import devices, distributed
 from infra.run import Run
-from pretrained import load_vit
-from towers import blocks_of, input_size
+from towers import blocks_of
 from transforms import CenterCrop, normalize, to_unit
 from utils import InputError, natural, not_negative, positive, positive_int
 
@@ -58,7 +58,7 @@ def get_args_parser():
     add("--output-dir", default="./", help="folder of the result, checkpoint and logs")
 
     add = parser.add_argument_group("Model").add_argument
-    add("--pretrained", required=True, help="checkpoint of the tower, ours or a released one")
+    pretrained.add_weights_flags(add)
     add("--preset", default="base", choices=PRESETS, help="sets four flags, which it prints")
     add("--input-size", type=positive_int, help="pixels; by default those of pre-training")
     text = "side of a test image's crop as a share of its resized side; by default 224/256 or, "
@@ -104,15 +104,15 @@ def get_args_parser():
 
 
 class Classifier(nn.Module):
-    """A ViT with a head, and the way its tower wants images.
+    """A ViT with a head, and the form in which its tower wants images.
 
-    vit: timm's VisionTransformer; tower: its towers.Tower.
+    vit: timm's VisionTransformer; preprocessing: its Preprocessing.
     """
 
-    def __init__(self, vit, tower):
+    def __init__(self, vit, preprocessing):
         super().__init__()
-        self.vit, self.tower = vit, tower
-        self.image_size = input_size(vit)
+        self.vit, self.preprocessing = vit, preprocessing
+        self.image_size = preprocessing.image_size
 
     def forward(self, image, label):
         return {"logits": self.vit(image).float(), "label": label}
@@ -122,7 +122,8 @@ class Classifier(nn.Module):
         vit.eval()
 
         def classify(images):
-            return vit(normalize(to_unit(images), self.tower.mean, self.tower.std))
+            form = self.preprocessing
+            return vit(normalize(to_unit(images), form.mean, form.std))
 
         with torch.compiler.set_stance("force_eager"):  # as --evaluate
             return rank_set(classify, self.vit.num_classes, test, evaluation)
@@ -169,8 +170,9 @@ def resized_side(size, crop_pct=None):
 class TimmView:
     """timm's training augmentation of a PIL image, drawing from the given generator alone."""
 
-    def __init__(self, size, tower, args):
-        options = {"mean": tower.mean, "std": tower.std, "interpolation": "bicubic"}
+    def __init__(self, preprocessing, args):
+        size, mean, std = preprocessing.image_size, preprocessing.mean, preprocessing.std
+        options = {"mean": mean, "std": std, "interpolation": "bicubic"}
         options |= {"scale": (args.crop_min, 1.0), "hflip": 0.0 if args.no_flip else 0.5}
         options |= {"color_jitter": args.color_jitter, "re_prob": args.reprob, "re_mode": "pixel"}
         options["auto_augment"] = None if args.aa == "none" else args.aa
@@ -301,18 +303,19 @@ def main(args):
     )
     names = display_names(labels)
     check_results(args.output_dir, "finetune", *(["finetune-ema"] if args.model_ema else []))
-    vit, tower = load_vit(args.pretrained, len(names), args.drop_path, args.input_size)
-    model = Classifier(vit.to(device), tower)
+    weights = pretrained.open_weights(args.pretrained, args.arch)
+    vit, form = weights.build_vit(len(names), args.drop_path, args.input_size)
+    model = Classifier(vit.to(device), form)
     size = model.image_size
-    test = Views(test, CenterCrop(size, resized_side(size, args.crop_pct), bicubic=True))
-    views = LabelledViews(train_set, TimmView(size, tower, args), args.seed)
+    test = Views(test, CenterCrop(size, resized_side(size, args.crop_pct), "bicubic"))
+    views = LabelledViews(train_set, TimmView(form, args), args.seed)
     loader = datasets.open_loader(views, args.batch_size, args.workers, device, args.update_freq)
 
     precision = devices.Precision(args.precision, device)
     training, ema = create_training(model, precision, len(loader) // args.update_freq, args)
     folder = os.path.join(args.output_dir, f"finetune-{args.dataset}")
     parts = {"state_dict": vit} | ({"ema": ema.module} if ema else {})
-    with Run(folder, training, args, parts, checkpoint.file_digest(args.pretrained)) as run:
+    with Run(folder, training, args, parts, weights.digest()) as run:
         resume(run, vit, ema, args)
         evaluation = Evaluation(precision, args.batch_size, args.workers, run.poll)
         if not args.evaluate:

@@ -5,19 +5,22 @@ features of all views. State-dict keys are public: checkpoints released with the
 Shapes: B batch, S image side, L tokens, W width of the image tower, D joint embedding.
 """
 
-import timm
+from dataclasses import replace
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from infra.distributed import all_reduce_with_grad, get_world_size
-from tokenizer import LENGTHS
+from tokenizer import LENGTHS, create_tokenizer
 from towers import (
+    KNOWN,
     TOWERS,
     TextTower,
-    Tower,
     blocks_of,
     create_visual,
+    find_tower,
     input_size,
     is_convolutional,
     output_width,
@@ -83,13 +86,21 @@ class Method(nn.Module):
     (engine.accumulate_exact).
     """
 
-    def __init__(self, tower):
+    views = ()
+
+    def __init__(self, tower, ssl_mlp_dim=None, ssl_emb_dim=None):
         super().__init__()
         self.visual = create_visual(tower)
-        self.image_size, self.mean, self.std = input_size(self.visual), tower.mean, tower.std
+        size = tower.preprocessing.image_size or input_size(self.visual)
+        self.preprocessing = replace(tower.preprocessing, image_size=size)
         self.num_features = self.embed_dim = output_width(self.visual)
         self.is_convolutional = is_convolutional(self.visual)
         self.augment = Augment()
+
+    @property
+    def image_size(self):
+        """S, in pixels."""
+        return self.preprocessing.image_size
 
     def to(self, *args, **options):
         """As of any module; convolutions on CUDA take the layout in memory that is fastest there.
@@ -123,7 +134,7 @@ class Method(nn.Module):
         steps: augmentation still to be done, (B, 8, 3), as transforms.pack_steps packs it.
         """
         unit = to_unit(images) if steps is None else self.augment(images, steps)
-        return normalize(unit, self.mean, self.std)
+        return normalize(unit, self.preprocessing.mean, self.preprocessing.std)
 
     def dummy_batch(self, batch_size, device):
         """{view: zeros} in the shapes of a training batch, to warm up with."""
@@ -168,15 +179,25 @@ class CLIP(TextTower, Method):
         self.add_text_tower(tower)
         self.embed_dim = tower.embed_dim
         self.image_projection = nn.Parameter(torch.empty(self.num_features, self.embed_dim))
+        bias = nn.Parameter(torch.zeros(self.embed_dim)) if tower.projection_bias else None
+        self.register_parameter("image_projection_bias", bias)
         self.text_projection = nn.Parameter(torch.empty(tower.text_width, self.embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
         self.init_text_tower()
         nn.init.normal_(self.image_projection, std=self.num_features**-0.5)
         nn.init.normal_(self.text_projection, std=tower.text_width**-0.5)
 
+    @cached_property
+    def tokenizer(self):
+        return create_tokenizer(self.preprocessing)
+
+    def project_image(self, x):
+        """(B, W) -> (B, D)."""
+        return F.linear(x, self.image_projection.T, self.image_projection_bias)
+
     def encode_image(self, image):
         """(B, 3, S, S) normalised images -> (B, D), not normalised."""
-        return self.visual(image) @ self.image_projection
+        return self.project_image(self.visual(image))
 
     def encode_text(self, text):
         """(B, L) token ids -> (B, D), not normalised."""
@@ -187,18 +208,19 @@ class CLIP(TextTower, Method):
 
     def forward_head(self, features):
         return {
-            "image_embed": features["image"] @ self.image_projection,  # (B, D)
+            "image_embed": self.project_image(features["image"]),  # (B, D)
             "text_embed": features["text"] @ self.text_projection,  # (B, D)
             "logit_scale": self.logit_scale.exp(),
         }
 
     def dummy_batch(self, batch_size, device):
-        text = torch.zeros(batch_size, self.context_length, dtype=torch.long, device=device)
+        length = self.preprocessing.context_length
+        text = torch.zeros(batch_size, length, dtype=torch.long, device=device)
         return super().dummy_batch(batch_size, device) | {"text": text}
 
     def dummy_batches(self, batch_size, device):
         views = self.dummy_batch(batch_size, device)
-        lengths = (self.context_length, *reversed(LENGTHS))
+        lengths = (views["text"].shape[1], *reversed(LENGTHS))
         return [views | {"text": views["text"][:, :length]} for length in lengths]
 
     def blocks(self):
@@ -255,23 +277,32 @@ METHODS = {"CLIP": CLIP, "SIMCLR": SIMCLR, "SLIP": SLIP}
 def parse_name(name):
     """SLIP_VITB16 -> (SLIP, its Tower); the tower may be any timm model (CLIP_convnext_tiny)."""
     method, _, tower = name.partition("_")
-    if method not in METHODS or not (tower in TOWERS or timm.is_model(tower)):
+    try:
+        return METHODS[method], find_tower(tower)
+    except (KeyError, InputError):
         raise InputError(
             f"unknown model {name!r}; choose METHOD_TOWER with METHOD from {', '.join(METHODS)} "
-            f"and TOWER from {', '.join(TOWERS)} or any model name of timm"
-        )
-    return METHODS[method], TOWERS.get(tower) or Tower(tower)
+            f"and TOWER from {KNOWN}"
+        ) from None
 
 
-def create_model(name, ssl_mlp_dim=4096, ssl_emb_dim=256):
+def list_models():
+    """The names of all models, but those with one of timm's image towers."""
+    return [f"{method}_{tower}" for method in METHODS for tower in TOWERS]
+
+
+def create_model(name, ssl_mlp_dim=4096, ssl_emb_dim=256, preprocessing=None):
     """Builds a model by name, randomly initialised.
 
     Args:
         name: METHOD_TOWER, as "SLIP_VITB16".
         ssl_mlp_dim: hidden width of the SimCLR head, if the method has one.
         ssl_emb_dim: output width of that head.
+        preprocessing: a Preprocessing other than that of the tower's row.
 
     Raises InputError for an unknown name.
     """
     method, tower = parse_name(name)
+    if preprocessing:
+        tower = replace(tower, preprocessing=preprocessing)
     return method(tower, ssl_mlp_dim, ssl_emb_dim)

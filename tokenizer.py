@@ -13,6 +13,8 @@ import ftfy
 import regex
 import torch
 
+from towers import find_tower, is_tower
+
 VOCABULARY = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
 MERGES = 49152 - 256 - 2  # the file holds more than CLIP's vocabulary uses
 WORD_END = "</w>"
@@ -131,3 +133,21 @@ class SimpleTokenizer:
         longest = int(self.lengths(tokens).max())
         fitting = [longest] if buckets is None else [b for b in buckets if b >= longest]
         return tokens[:, : min(fitting, default=None)]
+
+
+TOKENIZERS = {"clip": SimpleTokenizer}
+
+
+def create_tokenizer(preprocessing):
+    """The tokenizer that a model's preprocessing names."""
+    kind = TOKENIZERS[preprocessing.tokenizer]
+    return kind(context_length=preprocessing.context_length)
+
+
+def get_tokenizer(name):
+    """The tokenizer of a model or a tower by its name, as "SLIP_VITB16" or "ViT-B-32".
+
+    Raises InputError for an unknown name.
+    """
+    _, _, tower = name.partition("_")
+    return create_tokenizer(find_tower(tower if is_tower(tower) else name).preprocessing)

@@ -4,7 +4,7 @@ An image tower is a timm model without its classifier. The text tower is CLIP's 
 (Radford et al., 2021, section 2.4). Shapes: B batch, S image side, L tokens, W width of a tower.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import timm
 import torch
@@ -12,16 +12,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from transforms import IMAGENET_MEAN, IMAGENET_STD
+from preprocessing import CLIP_PREPROCESSING, SLIP_PREPROCESSING, Preprocessing
+from utils import InputError
 
 VOCAB_SIZE = 49408
-CONTEXT_LENGTH = 77
 
 
 @dataclass(frozen=True)
 class Tower:
-    """One image tower by its timm name and options, how it wants its images, and the text tower
-    that goes with it."""
+    """One image tower by its timm name and options, and the text tower that goes with it."""
 
     timm_name: str
     options: dict = field(default_factory=dict)
@@ -29,31 +28,80 @@ class Tower:
     text_width: int = 512
     text_heads: int = 8
     text_layers: int = 12
-    mean: tuple = IMAGENET_MEAN
-    std: tuple = IMAGENET_STD
+    projection_bias: bool = False  # of the image tower's projection
+    preprocessing: Preprocessing = SLIP_PREPROCESSING
+
+
+def clip_tower(timm_name, embed_dim, text_width=512, text_layers=12, **fields):
+    """A row of CLIP and open_clip, whose text towers have heads of width 64."""
+    heads, fields = text_width // 64, {"preprocessing": CLIP_PREPROCESSING} | fields
+    return Tower(timm_name, {}, embed_dim, text_width, heads, text_layers, **fields)
+
+
+def with_quick_gelu(tower):
+    """The row of weights that were trained with QuickGELU, as OpenAI's; its ResNets have ReLU."""
+    options = {} if tower.projection_bias else {"act_layer": "quick_gelu"}
+    form = replace(tower.preprocessing, activation="quick_gelu")
+    return replace(tower, options=options, preprocessing=form)
 
 
 TINY_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4}
-TOWERS = {
-    # MoCo v3's ViT-S has 12 heads, timm's has 6.
+SLIP_TOWERS = {  # the paper's; MoCo v3's ViT-S has 12 heads, timm's has 6
     "VITS16": Tower("vit_small_patch16_224", {"num_heads": 12}),
     "VITB16": Tower("vit_base_patch16_224"),
     "VITL16": Tower("vit_large_patch16_224"),
-    "VITB32": Tower("vit_base_patch32_224"),
-    # CLIP's modified ResNet-50 with attention pooling.
-    "RN50": Tower("resnet50_clip", embed_dim=1024),
     # For the demo and the tests: 32-pixel images.
     "VITTINY8": Tower("vit_tiny_patch16_224", TINY_VIT, 128, 128, 4, 2),
 }
+CLIP_TOWERS = {  # names, sizes and values of open_clip
+    "ViT-B-32": clip_tower("vit_base_patch32_clip_224", 512),
+    "ViT-B-16": clip_tower("vit_base_patch16_clip_224", 512),
+    "ViT-B-16-plus-240": clip_tower("vit_base_patch16_plus_clip_240", 640, 640),
+    "ViT-L-14": clip_tower("vit_large_patch14_clip_224", 768, 768),
+    "ViT-L-14-336": clip_tower("vit_large_patch14_clip_336", 768, 768),
+    "ViT-H-14": clip_tower("vit_huge_patch14_clip_224", 1024, 1024, 24),
+    "ViT-g-14": clip_tower("vit_giant_patch14_clip_224", 1024, 1024, 24),
+    "RN50": clip_tower("resnet50_clip", 1024, projection_bias=True),
+    "RN101": clip_tower("resnet101_clip", 512, projection_bias=True),
+    "RN50x4": clip_tower("resnet50x4_clip", 640, 640, projection_bias=True),
+    "RN50x16": clip_tower("resnet50x16_clip", 768, 768, projection_bias=True),
+    "RN50x64": clip_tower("resnet50x64_clip", 1024, 1024, projection_bias=True),
+}
+TOWERS = {
+    **SLIP_TOWERS,
+    **CLIP_TOWERS,
+    **{f"{name}-quickgelu": with_quick_gelu(row) for name, row in CLIP_TOWERS.items()},
+}
+KNOWN = f"{', '.join(SLIP_TOWERS)}, {', '.join(CLIP_TOWERS)} (the latter also with -quickgelu), "
+KNOWN += "or any model name of timm"
 
 
 # ---------------------------------------------------------------------------------------------
 # Image tower
 
 
-def create_visual(tower):
-    """The timm image tower without its classifier: images (B, 3, S, S) -> (B, W)."""
-    return timm.create_model(tower.timm_name, num_classes=0, **tower.options)
+def is_tower(name):
+    return name in TOWERS or timm.is_model(name)
+
+
+def find_tower(name):
+    """The row of a tower, or one for any model name of timm. Raises InputError for another."""
+    if not is_tower(name):
+        raise InputError(f"unknown tower {name!r}; choose from {KNOWN}")
+    return TOWERS.get(name) or Tower(name)
+
+
+def create_visual(tower, **options):
+    """The timm image tower without its classifier: images (B, 3, S, S) -> (B, W).
+
+    Convolutional towers take images of any size; others have positions for tower's image size.
+    """
+    options = {"num_classes": 0, **tower.options, **options}
+    sized = options | {"img_size": tower.preprocessing.image_size}
+    try:
+        return timm.create_model(tower.timm_name, **(sized if sized["img_size"] else options))
+    except TypeError:  # timm's convolutional towers know of no size
+        return timm.create_model(tower.timm_name, **options)
 
 
 def output_width(visual):
@@ -93,6 +141,9 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
+ACTIVATIONS = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which a token sees itself and the tokens before it.
 
@@ -116,10 +167,10 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, width):
+    def __init__(self, width, activation):
         super().__init__()
         self.c_fc = nn.Linear(width, 4 * width)
-        self.gelu = QuickGELU()
+        self.gelu = ACTIVATIONS[activation]()
         self.c_proj = nn.Linear(4 * width, width)
 
     def forward(self, x):
@@ -129,11 +180,11 @@ class MLP(nn.Module):
 class ResidualAttentionBlock(nn.Module):
     """A pre-norm transformer block."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, activation):
         super().__init__()
         self.attn = CausalSelfAttention(width, heads)
         self.ln_1 = nn.LayerNorm(width)
-        self.mlp = MLP(width)
+        self.mlp = MLP(width, activation)
         self.ln_2 = nn.LayerNorm(width)
 
     def forward(self, x):
@@ -142,10 +193,10 @@ class ResidualAttentionBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, width, layers, heads):
+    def __init__(self, width, layers, heads, activation):
         super().__init__()
         self.resblocks = nn.Sequential(
-            *[ResidualAttentionBlock(width, heads) for _ in range(layers)]
+            *[ResidualAttentionBlock(width, heads, activation) for _ in range(layers)]
         )
         self.grad_checkpointing = False
 
@@ -163,11 +214,10 @@ class TextTower:
     """
 
     def add_text_tower(self, tower):
-        width = tower.text_width
-        self.context_length = CONTEXT_LENGTH
-        self.transformer = Transformer(width, tower.text_layers, tower.text_heads)
+        width, form = tower.text_width, tower.preprocessing
+        self.transformer = Transformer(width, tower.text_layers, tower.text_heads, form.activation)
         self.token_embedding = nn.Embedding(VOCAB_SIZE, width)
-        self.positional_embedding = nn.Parameter(torch.empty(CONTEXT_LENGTH, width))
+        self.positional_embedding = nn.Parameter(torch.empty(form.context_length, width))
         self.ln_final = nn.LayerNorm(width)
 
     def init_text_tower(self):
@@ -184,8 +234,14 @@ class TextTower:
     def forward_text(self, text):
         """(B, L) token ids -> (B, W)."""
         x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]  # (B, L, W)
-        return self.pool_text(self.ln_final(self.transformer(x)), text)
+        x = self.ln_final(self.transformer(x))
+        return POOLINGS[self.preprocessing.pooling](x, text)
 
-    def pool_text(self, x, text):
-        """(B, L, W) -> (B, W), at the end-of-text token, which has the highest id."""
-        return x[torch.arange(len(x), device=x.device), text.argmax(-1)]
+
+def pool_end(x, text):
+    """(B, L, W) -> (B, W), at the end-of-text token, which has the highest id."""
+    rows = torch.arange(x.shape[0], device=x.device)  # not len(x), which exports as a constant
+    return x[rows, text.argmax(-1)]
+
+
+POOLINGS = {"argmax": pool_end}

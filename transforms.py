@@ -21,8 +21,7 @@ from torch import nn
 
 from decoding import open_image, read_size, reading, to_rgb
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # per channel
-IMAGENET_STD = (0.229, 0.224, 0.225)
+INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in ("bilinear", "bicubic")}
 LONGEST = 16  # times its shorter side is the longer one of a picture that is resized whole
 DRAFT_MARGIN = 3  # a picture may be decoded smaller, if every crop keeps this many times its side
 
@@ -77,30 +76,31 @@ class EncodedImage:
                 self.image.draft(None, [side // shrink for side in self.image.size])
             return to_rgb(self.image, self.archived)
 
-    def crops(self, boxes, size):
+    def crops(self, boxes, size, interpolation="bilinear"):
         """Each box (top, left, height, width), resized: a list of (3, S, S) uint8."""
         smallest = min(min(height, width) for _, _, height, width in boxes)
         wanted = (8, 4, 2) if self.image.format == "JPEG" else ()
         shrink = next((k for k in wanted if smallest >= k * DRAFT_MARGIN * size), 1)
         image = self.decode(shrink)
         if shrink > 1:
-            return [crop_between_pixels(image, [x / shrink for x in box], size) for box in boxes]
+            boxes = [[x / shrink for x in box] for box in boxes]
+            return [crop_between_pixels(image, box, size, interpolation) for box in boxes]
         pixels = pixels_of(image)
-        return [crop(pixels, box, size) for box in boxes]
+        return [crop(pixels, box, size, interpolation) for box in boxes]
 
 
-def crop(pixels, box, size):
-    """(3 or 4, H, W) uint8 -> (3, S, S): PIL's antialiased bilinear resize of the box, to 1/255."""
+def crop(pixels, box, size, interpolation="bilinear"):
+    """(3 or 4, H, W) uint8 -> (3, S, S): PIL's antialiased resize of the box, to 1/255."""
     top, left, height, width = box
     part = pixels[None, :, top : top + height, left : left + width]
-    return F.interpolate(part, (size, size), mode="bilinear", antialias=True)[0, :3]
+    return F.interpolate(part, (size, size), mode=interpolation, antialias=True)[0, :3]
 
 
-def crop_between_pixels(image, box, size):
+def crop_between_pixels(image, box, size, interpolation):
     """As crop, of a PIL image and a box whose edges are fractions of a pixel."""
     top, left, height, width = box
     edges = left, top, min(left + width, image.width), min(top + height, image.height)
-    return to_uint8(image.resize((size, size), Image.Resampling.BILINEAR, edges))
+    return to_uint8(image.resize((size, size), INTERPOLATIONS[interpolation], edges))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -123,12 +123,12 @@ def draw_crop(rng, width, height, scale):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def draw_image(rng, width, height):
-    """The image view of CLIP and SLIP: a crop of most of the picture, without steps."""
-    return draw_crop(rng, width, height, (0.5, 1.0)), None
+def draw_image(rng, width, height, crop_min=0.5):
+    """The image view of CLIP and SLIP: a crop of `crop_min` to all of the area, without steps."""
+    return draw_crop(rng, width, height, (crop_min, 1.0)), None
 
 
-def draw_augmentation(rng, width, height):
+def draw_augmentation(rng, width, height, _=None):
     """The self-supervised view of SimCLR and SLIP, after MoCo v3: a crop and its steps.
 
     A step is (slot, operation, value), in the order of slots: colour jitter in slots 0 to 3, in
@@ -304,32 +304,52 @@ def normalize(images, mean, std):
 # Labelled images
 
 
+class ToInput:
+    """A PIL image -> a model's input, (3, S, S) float32, normalised.
+
+    view: PIL image -> (3, S, S) uint8. form: the model's Preprocessing.
+    """
+
+    def __init__(self, view, form):
+        self.view, self.form = view, form
+
+    def __call__(self, image):
+        unit = to_unit(self.view(to_rgb(image))[None])
+        return normalize(unit, self.form.mean, self.form.std)[0]
+
+
 class CropAndFlip:
     """The linear probe's training view: a crop of `least` to all of the area, half of them flipped.
 
-    (PIL image, generator) -> (3, S, S) uint8.
+    (PIL image, generator) -> (3, S, S) uint8; without a generator PyTorch's seeds one.
     """
 
-    def __init__(self, size, least=0.08, flip=True):
-        self.size, self.least, self.flip = size, least, flip
+    def __init__(self, size, least=0.08, flip=True, interpolation="bilinear"):
+        self.size, self.least, self.flip, self.interpolation = size, least, flip, interpolation
 
-    def __call__(self, image, rng):
+    def __call__(self, image, rng=None):
+        rng = rng or np.random.default_rng(int(torch.randint(2**62, ())))
         box = draw_crop(rng, *image.size, (self.least, 1.0))
-        pixels = crop(to_uint8(image), box, self.size)
+        pixels = crop(to_uint8(image), box, self.size, self.interpolation)
         return pixels.flip(-1) if self.flip and rng.random() < 0.5 else pixels
 
 
 class CenterCrop:
     """The evaluation view: the shorter side resized to `resize`, then the central square."""
 
-    def __init__(self, size, resize=None, bicubic=False):
+    def __init__(self, size, resize=None, interpolation="bilinear"):
         self.size, self.resize = size, resize or size
-        self.mode = TF.InterpolationMode.BICUBIC if bicubic else TF.InterpolationMode.BILINEAR
+        self.interpolation = interpolation
+
+    @classmethod
+    def of(cls, preprocessing, resize=None):
+        """The view for a model."""
+        return cls(preprocessing.image_size, resize, preprocessing.interpolation)
 
     def __call__(self, image):
         if max(image.size) > LONGEST * min(image.size):
             return self.of_a_strip(image)
-        image = TF.resize(image, self.resize, self.mode)
+        image = TF.resize(image, self.resize, TF.InterpolationMode(self.interpolation))
         return to_uint8(TF.center_crop(image, [self.size, self.size]))
 
     def of_a_strip(self, image):
@@ -344,6 +364,6 @@ class CenterCrop:
         size, box = (part, self.resize), (first, 0, last, short)
         if image.height == length:
             size, box = size[::-1], (0, first, short, last)
-        image = image.resize(size, getattr(Image.Resampling, self.mode.name), box)
+        image = image.resize(size, INTERPOLATIONS[self.interpolation], box)
         left, top = (margin if side == part else round((side - self.size) / 2) for side in size)
         return to_uint8(image.crop((left, top, left + self.size, top + self.size)))

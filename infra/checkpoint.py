@@ -354,11 +354,8 @@ def load(path):
     return state
 
 
-def load_weights(model, state_dict, path, check):
-    """Strict loading. Raises InputError naming keys that are missing, surplus or of other shape,
-    and the flag to `check`.
-    """
-    own = model.state_dict()
+def mismatches(own, state_dict):
+    """{fault: keys} of a state dict and that of a model of ours; each has keys -> tensors."""
     faults = {
         "missing": [k for k in own if k not in state_dict],
         "unknown": [k for k in state_dict if k not in own],
@@ -366,11 +363,22 @@ def load_weights(model, state_dict, path, check):
             k for k in own if k in state_dict and own[k].shape != state_dict[k].shape
         ],
     }
-    if any(faults.values()):
-        text = "; ".join(
-            f"{len(keys)} keys {fault}: {', '.join(keys[:3])}{', ...' * (len(keys) > 3)}"
-            for fault, keys in faults.items()
-            if keys
-        )
+    return {fault: keys for fault, keys in faults.items() if keys}
+
+
+def describe_mismatches(faults):
+    """The first three keys of each fault."""
+    return "; ".join(
+        f"{len(keys)} keys {fault}: {', '.join(keys[:3])}{', ...' * (len(keys) > 3)}"
+        for fault, keys in faults.items()
+    )
+
+
+def load_weights(model, state_dict, path, check):
+    """Strict loading. Raises InputError naming keys that are missing, surplus or of other shape,
+    and the flag to `check`.
+    """
+    if faults := mismatches(model.state_dict(), state_dict):
+        text = describe_mismatches(faults)
         raise InputError(f"checkpoint {path} is of another model ({text}); check {check}")
     model.load_state_dict(state_dict)

@@ -21,6 +21,7 @@ from pickles import (
     namespace,
     npy,
     pickled,
+    run_of,
     stacked,
     storage,
     tensor,
@@ -28,6 +29,7 @@ from pickles import (
 )
 from script_payloads import SCRIPT_PAYLOADS
 
+RUNS = ("run",)  # plain data, of no model
 MAKE, TOUCH = "open('canary', 'w')", "touch canary"
 CALLS = {  # each would make the canary, or reach out, if it were called
     "os:system": [TOUCH],
@@ -179,8 +181,8 @@ TABLE |= {
     ),
     "Namespace with attributes of a class": (
         "which model",
-        checkpoint_of(args=namespace(__class__=data(1), __dict__=data({"model": "x"}))),
-        CHECKPOINTS,
+        run_of(namespace(__class__=data(1), __dict__=data({"model": "x"}))),
+        RUNS,
     ),
     "Namespace with another __dict__": (
         "args is of another kind",
@@ -191,8 +193,8 @@ TABLE |= {
     ),
     "Namespace with self": (
         "which model",
-        checkpoint_of(args=namespace(self=data(1))),
-        CHECKPOINTS,
+        run_of(namespace(self=data(1))),
+        RUNS,
     ),
     "OrderedDict that hides its items": (
         "state_dict or args is of another kind",
@@ -249,23 +251,23 @@ TABLE |= {
     "a storage of text": ("claims 'x' numbers", storage("x"), CHECKPOINTS),
     "a head of 4 TB": (
         "model cannot be built",
-        checkpoint_of(args=namespace(model=data("SLIP_VITTINY8"), ssl_mlp_dim=data(10**9))),
-        CHECKPOINTS,
+        run_of(namespace(model=data("SLIP_VITTINY8"), ssl_mlp_dim=data(10**9))),
+        RUNS,
     ),
     "a head of text": (
         "model cannot be built",
-        checkpoint_of(args=namespace(model=data("SLIP_VITTINY8"), ssl_mlp_dim=data("x"))),
-        CHECKPOINTS,
+        run_of(namespace(model=data("SLIP_VITTINY8"), ssl_mlp_dim=data("x"))),
+        RUNS,
     ),
     "a model of 7 GB": (
         "model cannot be built",
-        checkpoint_of(args=namespace(model=data("CLIP_vit_gigantic_patch14_224"))),
-        CHECKPOINTS,
+        run_of(namespace(model=data("CLIP_vit_gigantic_patch14_224"))),
+        RUNS,
     ),
     "a model from the network": (
         "unknown model",
-        checkpoint_of(args=namespace(model=data("CLIP_hf-hub:payload/model"))),
-        CHECKPOINTS,
+        run_of(namespace(model=data("CLIP_hf-hub:payload/model"))),
+        RUNS,
     ),
     "a text of 1 TB": ("truncated|memory", length(b"\x8d", 2**40, 8), FORMS),
     "bytes of 1 TB": ("truncated|memory|exhausted", length(b"\x8e", 2**40, 8), FORMS),
@@ -336,7 +338,13 @@ WHOLE = {  # file name: (texts of which its refusal has one, its content)
 
 PAYLOADS = [*WHOLE, *TABLE]
 READERS = dict.fromkeys(("zip", "legacy"), ("model", "weights"))
-READERS |= {"script": ("weights",), "constants": ("weights",), "pkl": ("pkl",), "npy": ("npy",)}
+READERS |= {
+    "run": ("model",),
+    "script": ("weights",),
+    "constants": ("weights",),
+    "pkl": ("pkl",),
+    "npy": ("npy",),
+}
 
 
 def files_of(payload):

@@ -92,6 +92,12 @@ def module(**attributes):
     return built(named("__torch__.model:Clip") + b")\x81", dict_of(**attributes))
 
 
+def run_of(args):
+    """A checkpoint that is plain data, with one weight."""
+    write = bare_tensor(1, (1,))
+    return lambda form: checkpoint_of(args=args, state_dict=dict_of(a=write(form)))
+
+
 def length(opcode, size, bytes_of_it):
     """An opcode that claims `size` bytes to follow, of which there are ten."""
     return opcode + struct.pack("<Q", size)[:bytes_of_it] + b"0123456789"
@@ -153,4 +159,4 @@ def as_npy(body):
 
 
 WRITE = {"zip": as_zip, "legacy": as_legacy, "script": as_script, "constants": as_constants}
-WRITE |= {"pkl": pickled, "npy": as_npy}
+WRITE |= {"pkl": pickled, "npy": as_npy, "run": as_zip}

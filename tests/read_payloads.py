@@ -31,10 +31,14 @@ def read_all(folder):
     import captions
     import models
     import pretrained
-    from infra import weights
+    from infra import checkpoint, weights
     from utils import InputError
 
-    read = {"model": pretrained.load_model, "weights": weights.read}
+    def read_run(path):  # as resuming does, then as the evaluations do
+        checkpoint.load(path)
+        pretrained.load_model(path)
+
+    read = {"model": read_run, "weights": weights.read}
     read["pkl"] = lambda path: captions.load_captions("yfcc15m", path)
     read["npy"] = lambda path: captions.load_captions("cc3m", path)
     models.create_model("CLIP_VITTINY8")  # pages of the libraries' code are no memory of a payload

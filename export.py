@@ -1,0 +1,188 @@
+"""Writes a checkpoint's model into a folder that open_clip, timm, transformers or ONNX can open.
+
+    python export.py --resume runs/slip/checkpoint.pt --format open_clip --output slip_open_clip
+    python export.py --resume runs/slip/checkpoint.pt --format onnx --output slip_onnx
+
+The folder's README.md says how to open it. The SimCLR head is left out.
+"""
+
+import os
+import secrets
+import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import report
+import utils
+from formats import Source, write_huggingface, write_open_clip, write_timm
+from infra import distributed
+from models import parse_name
+from onnx_files import write_onnx
+from pretrained import load_model
+from utils import InputError
+
+MARK = "<!-- by export.py -->"  # the README of a folder that may be replaced begins with it
+
+
+@dataclass(frozen=True)
+class Format:
+    """A writer, and the Python that opens the folder."""
+
+    write: callable
+    opening: str
+
+
+FORMATS = {
+    "open_clip": Format(
+        write_open_clip,
+        """import open_clip
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
+tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")
+model.eval()""",
+    ),
+    "timm": Format(
+        write_timm,
+        """import timm
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))""",
+    ),
+    "huggingface": Format(
+        write_huggingface,
+        """from transformers import CLIPModel, CLIPProcessor
+model = CLIPModel.from_pretrained("FOLDER").eval()
+processor = CLIPProcessor.from_pretrained("FOLDER")""",
+    ),
+    "onnx": Format(
+        write_onnx,
+        """import onnxruntime
+image = onnxruntime.InferenceSession("FOLDER/image.onnx")
+text = onnxruntime.InferenceSession("FOLDER/text.onnx")  # if the method reads text
+(embeddings,) = image.run(None, {"image": images})  # (B, 3, S, S) float32, normalised
+(embeddings,) = text.run(None, {"text": ids})  # (B, L) int64, by tokenizer.py""",
+    ),
+}
+
+
+def get_args_parser():
+    parser = utils.ArgumentParser("export.py", "A checkpoint's model in the format of another tool")
+    add = parser.add_argument
+    add("--resume", required=True, help="checkpoint file, ours or a released one")
+    add("--format", required=True, choices=FORMATS, help="the tool that is to open the folder")
+    add("--output", required=True, help="folder to write; an older export there is replaced")
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------
+# The folder
+
+
+@contextmanager
+def new_folder(path):
+    """Yields a folder beside `path` that takes its place at the end, unless an error comes first.
+
+    Raises InputError for a path that holds anything but an export.
+    """
+    check_free(path)
+    utils.make_folder(path.parent)
+    new = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    old = new.with_suffix(".old")
+    try:
+        new.mkdir()
+        yield new
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+    finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        for folder in (new, old):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_free(path):
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise InputError(f"output {path} is a file; choose a folder")
+    names, readme = os.listdir(path), path / "README.md"
+    is_export = readme.is_file() and readme.read_bytes().startswith(MARK.encode())
+    if names and not is_export:
+        raise InputError(f"output {path} holds {names[0]} and is no export; choose another folder")
+
+
+# ---------------------------------------------------------------------------------------------
+# The README
+
+
+def read_scores(path):
+    """[(set, evaluation, "12.34")] of a checkpoint, from the result files beside it."""
+    results = report.read_evaluations(path.parent)
+    recalls = report.read_scores(path.parent / "retrieval.json", report.RECALLS)
+    found = [
+        (name, kind, f"{row['accuracy']:.2f}")
+        for kind, rows in results.items()
+        for name, row in rows.items()
+        if Path(str(row.get("checkpoint", path))).name == path.name
+    ]
+    for name, row in recalls.items():
+        for way in ("image_to_text", "text_to_image"):
+            numbers = " ".join(f"{row[f'{way}_recall{k}']:.2f}" for k in (1, 5, 10))
+            found.append((name, f"{way.replace('_', ' ')}, recall at 1, 5, 10", numbers))
+    return found
+
+
+def describe(source, args, path, notes):
+    """The README: what the model is, how to open it, its scores.
+
+    Args:
+        source: the model.
+        args: parsed flags.
+        path: of the checkpoint.
+        notes: the writer's.
+    """
+    form, (method, _, tower) = source.form, source.name.partition("_")
+    mean, std = (", ".join(map(str, values)) for values in (form.mean, form.std))
+    lines = [
+        MARK,
+        f"# {source.name}",
+        "",
+        f"Trained by {method} with the image tower {tower} (timm's {source.tower.timm_name}).",
+        *([f"Training data: {source.data}."] if source.data else []),
+        "",
+        f"- Images: shorter side to {form.image_size} pixels, {form.interpolation}, centre crop; "
+        f"mean {mean}, deviation {std}",
+    ]
+    if method != "SIMCLR":
+        lines.append(
+            f"- Texts: CLIP's tokenizer, {form.context_length} tokens; activation {form.activation}"
+        )
+    if method != "CLIP":
+        lines.append("- The SimCLR head is left out")
+    folder = Path(args.output).name
+    code = FORMATS[args.format].opening.replace("FOLDER", folder)
+    lines += ["", "```python", f"# from the folder above {folder}", code, "```"]
+    lines += [line for note in notes for line in ("", note)]
+    if scores := read_scores(path):
+        lines += ["", "| set | evaluation | % |", "|---|---|---|"]
+        lines += [f"| {' | '.join(row)} |" for row in scores]
+    return "\n".join(lines) + "\n"
+
+
+def main(args):
+    output, path = Path(args.output).absolute(), Path(args.resume)
+    check_free(output)  # before the model is loaded
+
+    model, train_args = load_model(args.resume)
+    _, tower = parse_name(train_args.model)
+    source = Source(model, train_args.model, tower, getattr(train_args, "dataset", None))
+
+    with new_folder(output) as folder:
+        notes = FORMATS[args.format].write(source, folder, output)
+        readme = describe(source, args, path, notes)
+        (folder / "README.md").write_text(readme, encoding="utf-8")
+    print("\n".join([f"{output}: {source.name} for {args.format}", *notes]))
+
+
+if __name__ == "__main__":
+    distributed.run_script(lambda: main(get_args_parser().parse_args()))
