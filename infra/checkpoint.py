@@ -243,7 +243,9 @@ def check_members(members, size):
     check_names(members)
     for name in (m.filename for m in members):
         if name.endswith(".pkl") and name.partition("/")[2] != "data.pkl":  # TorchScript's
-            raise InputError(f"is refused: its member {name!r} is no part of a checkpoint")
+            raise InputError(
+                f"is refused: its member {repr(name)[:120]} is no part of a checkpoint"
+            )
 
 
 def check_content(path):
