@@ -152,6 +152,10 @@ class Method(nn.Module):
         steps = {v: pack_steps([[]] * len(raw[v])).to(raw[v].device) for v in augmented}
         return {**raw, "steps": steps}
 
+    def encode_image(self, image):
+        """(B, 3, S, S) normalised images -> (B, W), before any head."""
+        return self.visual(image)
+
     def blocks(self):
         """The modules to compile."""
         return [self.augment, *blocks_of(self.visual)]
@@ -249,10 +253,6 @@ class SIMCLR(Method):
     def __init__(self, tower, ssl_mlp_dim=4096, ssl_emb_dim=256):
         super().__init__(tower)
         self.image_mlp = SIMCLRHead(self.num_features, ssl_mlp_dim, ssl_emb_dim)
-
-    def encode_image(self, image):
-        """(B, 3, S, S) normalised images -> (B, W), before the head."""
-        return self.visual(image)
 
     def forward_head(self, features):
         return contrast_views(self.image_mlp, features)

@@ -52,6 +52,7 @@ class Weights:
         sizes = head_sizes(self.args, self.state_dict)
         with bounded(self.path):
             model = self.method(resized(self.tower, image_size), *sizes)
+        check_size(model.visual)
         state = self.state_dict
         if image_size:
             state = layouts.resample_positions(state, model.visual)
@@ -81,9 +82,7 @@ class Weights:
             raise InputError(
                 f"{path} holds {self.name}, whose image tower is no ViT; choose another"
             )
-        size, patch = input_size(vit), vit.patch_embed.patch_size[0]
-        if size % patch:
-            raise InputError(f"image size {size} is no multiple of the patch of {patch} pixels")
+        check_size(vit)
         torch.nn.init.trunc_normal_(vit.head.weight, std=2e-5)
         torch.nn.init.zeros_(vit.head.bias)
         head = {f"head.{key}": value for key, value in vit.head.state_dict().items()}
@@ -92,7 +91,7 @@ class Weights:
             own = layouts.resample_positions(own, vit, antialias=False)
         own = {key.removeprefix("visual."): value for key, value in own.items()}
         checkpoint.load_weights(vit, own | head, path, "the checkpoint and the image size")
-        return vit, replace(tower.preprocessing, image_size=size)
+        return vit, replace(tower.preprocessing, image_size=input_size(vit))
 
     def initialise(self, model):
         """Loads all that a new model shares with these weights; the rest stays as it is.
@@ -119,6 +118,14 @@ class Weights:
         if vars(self.args).keys() > {"model"}:  # a training run's file says all
             return digest
         return hashlib.sha256(f"{digest} {self.name} {self.tower}".encode()).hexdigest()
+
+
+def check_size(visual):
+    """Raises InputError if the patches of a ViT do not divide its image size."""
+    size, patches = input_size(visual), getattr(visual, "patch_embed", None)
+    patch = getattr(patches, "patch_size", (1,))[0]
+    if size % patch:
+        raise InputError(f"image size {size} is no multiple of the patch of {patch} pixels")
 
 
 def head_sizes(args, state_dict):
@@ -158,7 +165,7 @@ def open_weights(source, arch=None):
             found = of_pair(source, place, content, state, arch)
         else:
             found = of_image_tower(source, place, content.tensors, arch)
-        check_named(place.name or arch, found.name)
+        check_named(arch, found.name)
     except InputError as error:
         raise InputError(f"weights {source}: {error}") from error
     for note in found.notes if is_main_process() else ():
@@ -185,6 +192,7 @@ def of_run(source, place, content):
         raise InputError(
             "it does not say which model it holds; its args need one, as 'SLIP_VITB16'"
         )
+    check_named(place.name, name)
     saved, (method, tower) = content.state.get("preprocessing"), parse_name(name)
     form = SLIP_PREPROCESSING if saved is None else Preprocessing.from_dict(saved)
     tower = replace(tower, preprocessing=form)

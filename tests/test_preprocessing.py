@@ -50,9 +50,9 @@ class Seen:
         self.images, self.lengths, self.crops, self.scales = [], [], [], []
         crop, draw = transforms.crop, transforms.draw_crop
 
-        def watched_crop(pixels, box, size, interpolation="bilinear"):
+        def watched_crop(image, box, size, interpolation="bilinear"):
             self.crops.append((size, interpolation))
-            return crop(pixels, box, size, interpolation)
+            return crop(image, box, size, interpolation)
 
         def watched_draw(rng, width, height, scale):
             self.scales.append(scale)
