@@ -77,11 +77,10 @@ def unlike_clip(model):
         return [f"timm's {type(visual).__name__}, no ViT"]
     activation = activation_of(visual)
     faults = {
-        "no norm_pre": isinstance(visual.norm_pre, nn.Identity),
         "a patch bias": visual.patch_embed.proj.bias is not None,
+        "no norm_pre": isinstance(visual.norm_pre, nn.Identity),
         f"pooling by {visual.global_pool!r}": visual.global_pool != "token",
         f"activation {activation}": activation not in (None, *ACTIVATIONS),
-        "a bias of the projection": model.image_projection_bias is not None,
     }
     faults = [fault for fault, is_so in faults.items() if is_so]
     try:
@@ -194,8 +193,6 @@ def own_vision(model):
     if unlike_clip(model) or activation_of(visual) != model.preprocessing.activation:
         return None  # open_clip's own ViT has that of the text tower
     sizes = vit_sizes(visual)
-    if sizes["eps"] != 1e-5:
-        return None
     return {
         "layers": sizes["layers"],
         "width": sizes["width"],
@@ -222,9 +219,7 @@ def timm_vision(source, folder, home):
     if args:
         write_timm_config(source, args, folder)
         name = f"local-dir:{home}"
-    is_biased = source.model.image_projection_bias is not None
-    projection = {"timm_pool": "", "timm_proj": "linear", "timm_proj_bias": is_biased}
-    return {"timm_model_name": name} | projection
+    return {"timm_model_name": name, "timm_pool": "", "timm_proj": "linear"}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -241,7 +236,7 @@ def write_timm(source, folder, home):
 
 
 def write_timm_config(source, args, folder):
-    form = source.form
+    form, visual = source.form, source.model.visual
     pretrained = {
         "input_size": [3, form.image_size, form.image_size],
         "interpolation": form.interpolation,
@@ -250,11 +245,13 @@ def write_timm_config(source, args, folder):
         "mean": form.mean,
         "std": form.std,
         "num_classes": 0,
+        # True: timm passes input_size to the tower. CLIP's ResNets have no size of their own.
+        "fixed_input_size": visual.pretrained_cfg.get("fixed_input_size", False),
     }
     config = {
         "architecture": source.tower.timm_name,
         "num_classes": 0,
-        "num_features": output_width(source.model.visual),
+        "num_features": output_width(visual),
         "model_args": args,
         "pretrained_cfg": pretrained,
     }
@@ -269,9 +266,10 @@ def write_huggingface(source, folder, home):
     require_text(source, "transformers' CLIPModel")
     model, form = source.model, source.form
     if faults := unlike_clip(model):
+        parts = " and ".join(faults)
         raise InputError(
-            f"{source.name} has {', '.join(faults)}, which transformers' CLIPModel cannot express; "
-            "choose open_clip or onnx"
+            f"{source.name} has {parts}, which transformers' CLIPModel cannot express; choose "
+            "open_clip or onnx"
         )
     image, text = vit_sizes(model.visual), text_sizes(model)
     vision_config = {

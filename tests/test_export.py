@@ -10,6 +10,7 @@ import torch
 from test_formats import open_by_open_clip
 
 import export
+import tests.warm  # noqa: F401
 from infra.distributed import run_script
 from models import create_model
 from utils import InputError
@@ -91,7 +92,7 @@ def test_an_export_takes_the_place_of_an_older_one_alone(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.pt", "out"]
     (out / "README.md").write_text("mine")
     with pytest.raises(InputError, match=r"output .*out holds .* and is no export; choose another"):
-        call(tmp_path / "c.pt", "timm", out)
+        call(tmp_path / "absent.pt", "timm", out)  # it is said before the model is read
     with pytest.raises(InputError, match="is a file; choose a folder"):
         call(tmp_path / "c.pt", "timm", tmp_path / "c.pt")
 
