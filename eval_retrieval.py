@@ -33,7 +33,7 @@ CHUNK = 1024  # queries that are compared with everything at once
 def get_args_parser():
     parser = utils.ArgumentParser("eval_retrieval.py", "Image-text retrieval of a checkpoint")
     add = parser.add_argument
-    add("--resume", required=True, help="checkpoint file, ours or a released one")
+    add("--resume", required=True, help="weights: a file, NAME:TAG, see docs/weights.md")
     add("--captions", required=True, help="Karpathy's split file or a COCO captions file (JSON)")
     add("--root", required=True, help="folder of the images")
     catalog.add_outside_flag(add)
@@ -42,6 +42,7 @@ def get_args_parser():
     add("--captions-per-image", default=5, type=positive_int, help="the first so many of each")
     add("--name", help="of the set in retrieval.json; by default the captions file's")
     add("--output-dir", default="./", help="folder of retrieval.json")
+    add("--image-size", type=positive_int, help="pixels; by default the model's")
     add("--batch-size", default=256, type=positive_int, help="images per rank and step")
     devices.add_system_flags(parser)
     return parser
@@ -204,7 +205,7 @@ def embed_images(model, dataset, evaluation):
 def main(args):
     device = distributed.init_distributed(args.device, args.dist_url, args.deterministic)
 
-    model, train_args = load_model(args.resume)
+    model, train_args = load_model(args.resume, args.image_size)
     if "text" not in model.views:
         raise InputError(
             f"{args.resume} holds {train_args.model}: it has no text to retrieve by; choose a "

@@ -151,7 +151,7 @@ def picture_confusions(task, ranking):
 def get_args_parser():
     parser = utils.ArgumentParser("eval_zeroshot.py", "Zero-shot accuracy of a checkpoint")
     parser.add_argument(
-        "--resume", required=True, nargs="+", help="checkpoint files, ours or released ones"
+        "--resume", required=True, nargs="+", help="weights: files, NAME:TAG, see docs/weights.md"
     )
     parser.add_argument("--output-dir", default="./", help="folder of results.json")
     parser.add_argument("--datasets", nargs="+", help="sets to score; those present if not given")
@@ -164,6 +164,7 @@ def get_args_parser():
     parser.add_argument(
         "--batch-size", default=256, type=positive_int, help="images per rank and step"
     )
+    parser.add_argument("--image-size", type=positive_int, help="pixels; by default the model's")
     devices.add_system_flags(parser)
     return parser
 
@@ -188,9 +189,9 @@ def folder_of(checkpoint, args):
     return os.path.join(args.output_dir, f"{os.path.basename(parent)}-{name}")
 
 
-def open_model(path):
-    """(a model that can be prompted, its name) from a checkpoint file."""
-    model, train_args = load_model(path)
+def open_model(path, image_size=None):
+    """(a model that can be prompted, its name) from a string of weights."""
+    model, train_args = load_model(path, image_size)
     if "text" not in model.views:
         raise InputError(
             f"{path} holds {train_args.model}: it has no text to prompt; choose a checkpoint of "
@@ -201,7 +202,7 @@ def open_model(path):
 
 def evaluate_checkpoint(path, tasks_of, device, args):
     """Scores a checkpoint on all tasks; rank 0 prints them and adds them to results.json."""
-    model, name = open_model(path)
+    model, name = open_model(path, args.image_size)
     model.to(device)
     precision, tasks = devices.Precision(args.precision, device), tasks_of(model)
     evaluation = Evaluation(precision, args.batch_size, args.workers)

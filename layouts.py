@@ -129,11 +129,7 @@ SURPLUS = re.compile(  # constants of their models, no weights
     r"(text\.)?attn_mask|input_resolution|context_length|vocab_size|"
     r"(text|vision)_model\.embeddings\.position_ids"
 )
-POSITIONS = {
-    "positional_embedding": 0,
-    "visual.pos_embed": 1,
-    "visual.head.pos_embed": 0,
-}  # T's axis
+POSITIONS = {"positional_embedding": 0, "visual.pos_embed": 1, "visual.head.pos_embed": 0}  # T
 
 
 # ---------------------------------------------------------------------------------------------
@@ -256,6 +252,29 @@ def to_huggingface(state_dict):
 # ---------------------------------------------------------------------------------------------
 # Finding the model
 
+LAYOUTS = {  # an entry that tells a layout of image-text models: its function
+    "image_projection": dict,  # ours
+    "visual.proj": from_open_clip,
+    "visual.attnpool.c_proj.weight": from_open_clip,
+    "visual.head.proj.weight": from_open_clip,
+    "visual_projection.weight": from_huggingface,
+}
+
+
+def to_ours_if_pair(tensors):
+    """The state dict of our CLIP if the tensors are of an image-text model, else None."""
+    return next((to_ours(tensors) for key, to_ours in LAYOUTS.items() if key in tensors), None)
+
+
+def native_size(state_dict):
+    """The image size in pixels that the positions of an image tower are for; None: unknown."""
+    if (positions := state_dict.get("visual.head.pos_embed")) is not None:
+        return 32 * math.isqrt(len(positions))  # a ResNet has a position for 32 pixels
+    patch, positions = map(state_dict.get, ("visual.patch_embed.proj.weight", "visual.pos_embed"))
+    if patch is None or positions is None or positions.ndim != 3:
+        return None
+    return patch.shape[-1] * math.isqrt(positions.shape[1])
+
 
 def find_tower(tensors):
     """The name of the row of CLIP_TOWERS whose CLIP a state dict in our layout fits.
@@ -349,14 +368,15 @@ def is_head(key, visual):
     return is_classifier or not hasattr(visual, key.split(".")[0])
 
 
-def resample_positions(state_dict, visual, prefix="visual."):
-    """A state dict with position embeddings of visual's image size: bicubic, antialiased.
+def resample_positions(state_dict, visual, prefix="visual.", antialias=True):
+    """A state dict with position embeddings of visual's image size, interpolated bicubically.
 
     The class token's embedding stays; so do embeddings that fit, or are on no square grid.
 
     Args:
         state_dict: of a model (prefix "visual.") or of an image tower (prefix "").
         visual: a ViT of timm's, (1, T, W), or one of its CLIP ResNets, (T, W).
+        antialias: as open_clip, or not, as BeiT: another kernel, when enlarging too.
     """
     grid = getattr(getattr(visual, "patch_embed", None), "grid_size", None)
     key, prefixes = "pos_embed", getattr(visual, "num_prefix_tokens", 0)
@@ -372,5 +392,7 @@ def resample_positions(state_dict, visual, prefix="visual."):
     if side == 0 or side**2 + prefixes != old.shape[-2]:
         return state_dict
     new = old if old.ndim == 3 else old[None]
-    new = timm.layers.resample_abs_pos_embed(new, grid, num_prefix_tokens=prefixes)
+    new = timm.layers.resample_abs_pos_embed(
+        new, grid, num_prefix_tokens=prefixes, antialias=antialias
+    )
     return state_dict | {prefix + key: new if old.ndim == 3 else new[0]}

@@ -10,6 +10,7 @@ import os
 import torch
 from torchvision.utils import make_grid
 
+import advice
 import captions
 import catalog
 import datasets
@@ -18,7 +19,6 @@ import eval_zeroshot
 import losses
 import models
 import pretrained
-import towers
 import utils
 import warmup
 from evaluation import Evaluation
@@ -26,8 +26,6 @@ from infra import devices, distributed
 from infra.run import Run
 from transforms import CenterCrop, to_unit
 from utils import InputError, natural, not_negative, number, positive, positive_int
-
-MIN_SSL_BATCH = 64  # samples per step below which the SimCLR head's batch statistics mislead
 
 
 def get_args_parser():
@@ -54,6 +52,11 @@ def get_args_parser():
     add("--ssl-scale", default=1.0, type=not_negative, help="weight of the SimCLR loss in SLIP")
     add("--ssl-temp", default=0.1, type=positive, help="temperature of the SimCLR loss")
     add("--gather-with-grad", action="store_true", help="full CLIP gradient on several ranks")
+    add(
+        "--init-from",
+        default="",
+        help="weights to start from: a file, NAME:TAG, see docs/weights.md",
+    )
     add("--resume", default="", help="checkpoint to resume; output-dir's own comes first")
 
     add = parser.add_argument_group("Optimization").add_argument
@@ -81,6 +84,16 @@ def get_args_parser():
     add("--evaluate", action="store_true", help="validate the checkpoint and stop")
     add("--seed", default=0, type=natural)
     return parser
+
+
+def create_model(args):
+    """(model, notes): randomly initialised, but for all that it shares with --init-from."""
+    sizes = args.ssl_mlp_dim, args.ssl_emb_dim
+    if not args.init_from:
+        return models.create_model(args.model, *sizes), []
+    weights = pretrained.open_weights(args.init_from, args.model.partition("_")[2])
+    model = models.create_model(args.model, *sizes, weights.tower.preprocessing)
+    return model, [weights.initialise(model)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -178,46 +191,6 @@ def create_training(model, precision, updates, args):
     )
 
 
-def log_summary(log, model, task, loader, training, args):
-    """The first lines of a run's log."""
-    precision, k = training.precision, args.update_freq
-    batch = args.batch_size * distributed.get_world_size()
-    log.info(
-        f"{args.model}: {loader.images} images, {len(loader) // k} updates "
-        f"an epoch of {batch} x {k}, {precision.name} on {precision.device.type}"
-    )
-    if k > 1 and not training.exact:
-        log.info(
-            f"note: negatives and batch statistics are those of micro-batches of {batch}; "
-            f"--accum exact takes them from all {batch * k} samples of an update"
-        )
-    if training.exact and towers.has_batch_norm(model.visual):
-        log.info(
-            f"note: the batch norm inside of {args.model}'s image tower sees {args.batch_size} "
-            "samples at a time, so --accum exact is not exact there; all else is"
-        )
-    contrasted = batch * k if training.exact else batch
-    if "aug1" in model.views and contrasted < MIN_SSL_BATCH:
-        log.info(
-            f"warning: {contrasted} samples over all ranks are few for the batch statistics "
-            f"of the SimCLR head; use {MIN_SSL_BATCH} or more"
-        )
-    if task is None:
-        log.info("no zero-shot validation: --val-dataset none, or a method without text")
-
-
-def advise(log, data_wait, loader):
-    """One line, once a run, if training waits for its data."""
-    if data_wait > 0.1:
-        augment = "" if loader.augments_on_device else "--augment device, "
-        log.info_once(
-            f"over 10% of the time is spent waiting for data ({data_wait:.0%} in the epoch): try "
-            f"--workers above {loader.workers}, {augment}smaller images or faster storage for "
-            "--root",
-            topic="data wait",
-        )
-
-
 def warm_up(model, training, log, args, augments_on_device=False):
     modules = [*model.blocks(), *training.criterion.blocks()]
     batches = model.dummy_batches(args.batch_size, training.precision.device)
@@ -235,16 +208,13 @@ def validate(model, task, evaluation):
 
 
 def evaluate_only(precision, args):
+    if args.val_dataset == "none":
+        raise InputError("--evaluate has nothing to score: --val-dataset none; choose a set")
     path = args.resume or os.path.join(args.output_dir, "checkpoint.pt")
-    model, trained = pretrained.load_model(path)
-    if trained.model != args.model:
-        raise InputError(f"{path} holds {trained.model}, not {args.model}; check --model")
+    model, name = eval_zeroshot.open_model(path)
+    if name != args.model:
+        raise InputError(f"{path} holds {name}, not {args.model}; check --model")
     task = open_validation(model.to(precision.device), args)
-    if task is None:
-        raise InputError(
-            f"--evaluate has nothing to score for {args.model} and --val-dataset "
-            f"{args.val_dataset}; choose a set, and a method with text"
-        )
     evaluation = Evaluation(precision, args.batch_size, args.workers)
     result = validate(model, task, evaluation)
     if distributed.is_main_process():
@@ -262,19 +232,21 @@ def main(args):
     if args.evaluate:
         return evaluate_only(precision, args)
 
-    model = models.create_model(args.model, args.ssl_mlp_dim, args.ssl_emb_dim).to(device)
+    model, notes = create_model(args)
+    model.to(device)
     task = open_validation(model, args)
     loader = open_loader(model, device, args)
     training = create_training(model, precision, len(loader) // args.update_freq, args)
 
     facts = {"preprocessing": model.preprocessing.to_dict()}
     with Run(args.output_dir, training, args, {"state_dict": model}, **facts) as run:
-        run.resume(args.resume, check="--model", fixed=("preprocessing",))
+        run.notes += notes
+        run.resume(args.resume, check="--model", fixed=("init_from", "preprocessing"))
         # The picture first: if --root is wrong it fails before anything is written.
         is_pictured = run.is_new and distributed.is_main_process()
         picture = picture_of_views(model, loader) if is_pictured else None
         run.start()
-        log_summary(run.log, model, task, loader, training, args)
+        advice.log_summary(run.log, model, task, loader, training, args)
         warm_up(model, training, run.log, args, loader.augments_on_device)
         if is_pictured:
             run.log.picture("views", picture)
@@ -285,7 +257,7 @@ def main(args):
             means, speed = engine.train_one_epoch(
                 training, loader, run, args.print_freq, args.max_bad_fraction
             )
-            advise(run.log, speed["data_wait"], loader)
+            advice.advise(run.log, speed["data_wait"], loader)
             stats = {f"train_{key}": value for key, value in means.items()} | speed
             stats["lr"] = training.optimizer.param_groups[0]["lr"]
             if hasattr(model, "logit_scale"):

@@ -20,13 +20,13 @@ from torch import nn
 
 import datasets
 import engine
+import pretrained
 import utils
 import warmup
 from catalog import LabelledViews, Views, add_set_flags, dummy_batch, open_splits
 from evaluation import Evaluation, check_results, display_names, rank_set, report_score, top1
-from infra import checkpoint, devices, distributed
+from infra import devices, distributed
 from infra.run import Run
-from pretrained import load_vit
 from towers import blocks_of
 from transforms import CenterCrop, normalize, to_unit
 from utils import InputError, natural, not_negative, positive, positive_int
@@ -58,7 +58,7 @@ def get_args_parser():
     add("--output-dir", default="./", help="folder of the result, checkpoint and logs")
 
     add = parser.add_argument_group("Model").add_argument
-    add("--pretrained", required=True, help="checkpoint of the tower, ours or a released one")
+    pretrained.add_weights_flags(add)
     add("--preset", default="base", choices=PRESETS, help="sets four flags, which it prints")
     add("--input-size", type=positive_int, help="pixels; by default those of pre-training")
     text = "side of a test image's crop as a share of its resized side; by default 224/256 or, "
@@ -303,7 +303,8 @@ def main(args):
     )
     names = display_names(labels)
     check_results(args.output_dir, "finetune", *(["finetune-ema"] if args.model_ema else []))
-    vit, form = load_vit(args.pretrained, len(names), args.drop_path, args.input_size)
+    weights = pretrained.open_weights(args.pretrained, args.arch)
+    vit, form = weights.build_vit(len(names), args.drop_path, args.input_size)
     model = Classifier(vit.to(device), form)
     size = model.image_size
     test = Views(test, CenterCrop(size, resized_side(size, args.crop_pct), "bicubic"))
@@ -314,7 +315,7 @@ def main(args):
     training, ema = create_training(model, precision, len(loader) // args.update_freq, args)
     folder = os.path.join(args.output_dir, f"finetune-{args.dataset}")
     parts = {"state_dict": vit} | ({"ema": ema.module} if ema else {})
-    with Run(folder, training, args, parts, checkpoint.file_digest(args.pretrained)) as run:
+    with Run(folder, training, args, parts, weights.digest()) as run:
         resume(run, vit, ema, args)
         evaluation = Evaluation(precision, args.batch_size, args.workers, run.poll)
         if not args.evaluate:

@@ -8,6 +8,7 @@ images. The others take the features of train and test split once, and keep them
 Results go to linear.json, logistic.json and knn-K.json in --output-dir, by set.
 """
 
+import hashlib
 import os
 
 import numpy as np
@@ -40,7 +41,7 @@ from evaluation import (
     summarize,
     top1,
 )
-from infra import checkpoint, devices, distributed
+from infra import devices, distributed
 from infra.run import Run
 from towers import blocks_of
 from transforms import CenterCrop, CropAndFlip
@@ -53,7 +54,8 @@ def get_args_parser():
     add("--output-dir", default="./", help="folder of results, features and the probe")
 
     add = parser.add_argument_group("Model").add_argument
-    add("--pretrained", required=True, help="checkpoint of the tower, ours or a released one")
+    pretrained.add_weights_flags(add)
+    add("--image-size", type=positive_int, help="pixels; by default those of the weights")
     add("--classifier", default="linear", choices=CLASSIFIERS)
     add("--k", default=(20, 200), nargs="+", type=positive_int, help="knn: neighbours that vote")
     coldest = utils.number(float, features.COLDEST)
@@ -91,7 +93,7 @@ LR_SCALINGS = {"archived": archived_lr, "global": global_lr}
 
 # A probe resumes, or is done, with equal flags: its learning rate depends on the rest.
 FIXED = ("lr", "lr_scaling", "momentum", "wd", "epochs", "crop_min", "no_flip", "seed")
-FIXED += ("effective_batch", "effective_lr")
+FIXED += ("image_size", "effective_batch", "effective_lr")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -177,19 +179,27 @@ def create_training(probe, precision, updates, args):
     )
 
 
-def check_frozen(tower, path):
+def digests(tower):
+    """{key: a digest of the tensor}."""
+    return {
+        key: hashlib.sha256(value.cpu().contiguous().view(-1).view(torch.uint8).numpy()).digest()
+        for key, value in tower.state_dict().items()
+    }
+
+
+def check_frozen(tower, before):
     """Raises RuntimeError if training changed anything but the head."""
-    before = checkpoint.load(path)["state_dict"]
-    for key, value in tower.state_dict().items():
-        if not torch.equal(value.cpu(), before[f"visual.{key}"]):
-            raise RuntimeError(f"the frozen tower was changed: {key}")
+    after = digests(tower)
+    if changed := [key for key in before if after[key] != before[key]]:
+        raise RuntimeError(f"the frozen tower was changed: {changed[0]}")
 
 
-def train_probe(model, splits, precision, args):
+def train_probe(model, digest, splits, precision, args):
     """Trains the probe, or resumes an unfinished one of --output-dir.
 
     Args:
         model: the pretrained models.Method on its device.
+        digest: of its weights.
         splits: (training set, test set, class names).
         precision: devices.Precision.
         args: the flags.
@@ -203,11 +213,11 @@ def train_probe(model, splits, precision, args):
     loader = datasets.open_loader(
         LabelledViews(train, view, args.seed), args.batch_size, args.workers, precision.device
     )
+    before = digests(model.visual)
     probe = Probe(model, len(names)).to(precision.device)
     training = create_training(probe, precision, len(loader), args)
 
     folder = os.path.join(args.output_dir, f"linear-{args.dataset}")
-    digest = checkpoint.file_digest(args.pretrained)
     parts, lr = {"state_dict": probe.head}, float(training.schedule[0])
     with Run(folder, training, args, parts, digest, effective_lr=lr) as run:
         run.resume(check="--dataset", fixed=() if args.evaluate else FIXED)
@@ -238,7 +248,7 @@ def train_probe(model, splits, precision, args):
             run.state.best_acc1 = max(run.state.best_acc1, summary["accuracy"])
             stats |= {"test_acc1": summary["acc1"], "test_acc5": summary["acc5"]}
             run.end_epoch(stats)
-    check_frozen(model.visual, args.pretrained)
+    check_frozen(model.visual, before)
     return ranking, run.state.epoch
 
 
@@ -246,19 +256,19 @@ def train_probe(model, splits, precision, args):
 # All classifiers: {name of the result: (its evaluation.Ranking, further facts)}
 
 
-def classify_linear(model, splits, precision, args):
-    ranking, epochs = train_probe(model, splits, precision, args)
+def classify_linear(model, digest, splits, precision, args):
+    ranking, epochs = train_probe(model, digest, splits, precision, args)
     return {"linear": (ranking, {"epochs": epochs})}
 
 
-def extract_splits(model, splits, precision, args):
+def extract_splits(model, digest, splits, precision, args):
     """Features of the training and the test split, seen as for zero-shot classification."""
     train, test, _ = splits
     view, evaluation = (
         CenterCrop.of(model.preprocessing),
         Evaluation(precision, args.batch_size, args.workers),
     )
-    digest, results = checkpoint.file_digest(args.pretrained), []
+    results = []
     sets = load_catalog(args.catalog, args.allow_outside_root)
     for split, images in (("train", train), ("test", test)):
         content = distributed.broadcast_object(
@@ -277,8 +287,8 @@ def extract_splits(model, splits, precision, args):
     return results
 
 
-def classify_logistic(model, splits, precision, args):
-    train, train_labels, test, test_labels = extract_splits(model, splits, precision, args)
+def classify_logistic(model, digest, splits, precision, args):
+    train, train_labels, test, test_labels = extract_splits(model, digest, splits, precision, args)
     metric = METRICS.get(args.dataset, top1)
     weights, c = features.fit_with_search(
         train, train_labels, len(splits[2]), metric, precision.device, args.seed
@@ -286,8 +296,8 @@ def classify_logistic(model, splits, precision, args):
     return {"logistic": (features.rank_linear(test, test_labels, weights), {"C": c})}
 
 
-def classify_knn(model, splits, precision, args):
-    data = extract_splits(model, splits, precision, args)
+def classify_knn(model, digest, splits, precision, args):
+    data = extract_splits(model, digest, splits, precision, args)
     rankings = features.knn_rankings(
         *data, len(splits[2]), args.k, args.temperature, precision.device
     )
@@ -302,8 +312,8 @@ def main(args):
     device = distributed.init_distributed(args.device, args.dist_url, args.deterministic)
     utils.seed_everything(args.seed)
 
-    model, _ = pretrained.load_model(args.pretrained)
-    model.to(device)
+    weights = pretrained.open_weights(args.pretrained, args.arch)
+    model = weights.build(args.image_size).to(device)
     precision = devices.Precision(args.precision, device)
     train, test, labels = open_splits(
         args.dataset,
@@ -316,7 +326,8 @@ def main(args):
     kinds = [f"knn-{k}" for k in args.k] if args.classifier == "knn" else [args.classifier]
     check_results(args.output_dir, *kinds)
 
-    results = CLASSIFIERS[args.classifier](model, (train, test, names), precision, args)
+    classify, splits = CLASSIFIERS[args.classifier], (train, test, names)
+    results = classify(model, weights.digest(), splits, precision, args)
     for name, (ranking, facts) in results.items() if distributed.is_main_process() else ():
         facts |= {"checkpoint": args.pretrained}
         report_score(args.output_dir, name, args.dataset, ranking, names, facts)

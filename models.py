@@ -15,6 +15,7 @@ from torch import nn
 from infra.distributed import all_reduce_with_grad, get_world_size
 from tokenizer import LENGTHS, create_tokenizer
 from towers import (
+    KNOWN,
     TOWERS,
     TextTower,
     blocks_of,
@@ -85,7 +86,9 @@ class Method(nn.Module):
     (engine.accumulate_exact).
     """
 
-    def __init__(self, tower):
+    views = ()
+
+    def __init__(self, tower, ssl_mlp_dim=None, ssl_emb_dim=None):
         super().__init__()
         self.visual = create_visual(tower)
         size = tower.preprocessing.image_size or input_size(self.visual)
@@ -148,6 +151,10 @@ class Method(nn.Module):
         augmented = [v for v in ("aug1", "aug2") if v in views and augments_on_device]
         steps = {v: pack_steps([[]] * len(raw[v])).to(raw[v].device) for v in augmented}
         return {**raw, "steps": steps}
+
+    def encode_image(self, image):
+        """(B, 3, S, S) normalised images -> (B, W), before any head."""
+        return self.visual(image)
 
     def blocks(self):
         """The modules to compile."""
@@ -247,10 +254,6 @@ class SIMCLR(Method):
         super().__init__(tower)
         self.image_mlp = SIMCLRHead(self.num_features, ssl_mlp_dim, ssl_emb_dim)
 
-    def encode_image(self, image):
-        """(B, 3, S, S) normalised images -> (B, W), before the head."""
-        return self.visual(image)
-
     def forward_head(self, features):
         return contrast_views(self.image_mlp, features)
 
@@ -279,7 +282,7 @@ def parse_name(name):
     except (KeyError, InputError):
         raise InputError(
             f"unknown model {name!r}; choose METHOD_TOWER with METHOD from {', '.join(METHODS)} "
-            f"and TOWER from {', '.join(TOWERS)} or any model name of timm"
+            f"and TOWER from {KNOWN}"
         ) from None
 
 

@@ -4,7 +4,6 @@ It belongs to a tower's row, to the model, and to its checkpoint; whoever prepar
 takes it from there. Checkpoints that hold none, as those released with the paper, have SLIP's.
 """
 
-import math
 from dataclasses import asdict, dataclass
 
 from utils import InputError
@@ -66,7 +65,7 @@ class Preprocessing:
 
 
 def is_number(value):
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and -1e6 < value < 1e6  # not if it is no number
 
 
 def is_count(value, limit):

@@ -1,108 +1,288 @@
-"""From a checkpoint file to a model: load_model, and the image tower alone with a new head."""
+"""Weights and models by one string, as weight_names.py lists them: open_weights, load_model.
 
+    model, train_transform, eval_transform = create_model_and_transforms("ViT-B-32", "openai")
+
+Files are strangers': only plain data is read, and memory is bounded by their size.
+"""
+
+import hashlib
 import os
+import sys
+from argparse import Namespace
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import timm
 import torch
 
-from infra import checkpoint
+import layouts
+from infra import checkpoint, weights
+from infra.distributed import is_main_process
 from infra.untrusted import SLACK, first_line, memory_limit
-from models import create_model, parse_name
+from models import Method, parse_name
 from preprocessing import SLIP_PREPROCESSING, Preprocessing
-from towers import create_visual, input_size
+from towers import CLIP_TOWERS, TOWERS, Tower, create_visual, find_tower, input_size, is_tower
+from transforms import CenterCrop, CropAndFlip, ToInput
 from utils import InputError
+from weight_names import find_place, full_name, list_pretrained, named, tower_of
+
+__all__ = ["create_model_and_transforms", "list_pretrained", "load_model", "open_weights"]
 
 
-def load_model(path):
-    """The model of a checkpoint file, ours or a released one.
+@dataclass
+class Weights:
+    """What a string of weights stands for.
 
-    Returns (model in eval mode on the CPU, args of its training run).
-
-    Raises InputError if the file is absent, unsafe, damaged, or of another kind.
+    source: the string. path: of the file. name: METHOD_TOWER, or a tower's name if the file holds
+    no more. method: a class of models.py. tower: its row, with the preprocessing that the weights
+    want. state_dict: in our layout. args: of the training run; model at least. notes: for the user.
     """
-    state = checkpoint.load(path)
-    args, name = state["args"], model_name(state, path)
-    # Checkpoints of CLIP runs may lack the flags of the SimCLR head, which CLIP does not have.
-    dims = getattr(args, "ssl_mlp_dim", 4096), getattr(args, "ssl_emb_dim", 256)
-    with bounded(path):
-        model = create_model(name, *dims, preprocessing_of(state))
-    checkpoint.load_weights(model, state["state_dict"], path, f"its args, which say {name}")
-    return model.eval(), args
+
+    source: str
+    path: str
+    name: str
+    method: type
+    tower: Tower
+    state_dict: dict
+    args: Namespace
+    notes: list = field(default_factory=list)
+
+    def build(self, image_size=None):
+        """The model, in eval mode on the CPU; positions are resampled to another image size."""
+        sizes = head_sizes(self.args, self.state_dict)
+        with bounded(self.path):
+            model = self.method(resized(self.tower, image_size), *sizes)
+        check_size(model.visual)
+        state = self.state_dict
+        if image_size:
+            state = layouts.resample_positions(state, model.visual)
+        checkpoint.load_weights(model, state, self.source, f"its model, {self.name}")
+        return model.eval()
+
+    def build_vit(self, classes, drop_path=0.0, image_size=None):
+        """The ViT of the image tower with a new head, for training.
+
+        Positions are interpolated to another image size (BeiT's way: bicubic, not antialiased). The
+        head starts at a thousandth of the usual weights, so that training starts from even
+        probabilities (BeiT).
+
+        Args:
+            classes: outputs of the head.
+            drop_path: rate of stochastic depth at the last block.
+            image_size: in pixels; None: that of the weights.
+
+        Returns (timm's VisionTransformer, its Preprocessing).
+
+        Raises InputError for a tower that is no ViT and a size that its patches do not divide.
+        """
+        tower, path = resized(self.tower, image_size), self.path
+        with bounded(path):
+            vit = create_visual(tower, num_classes=classes, drop_path_rate=drop_path)
+        if not isinstance(vit, timm.models.VisionTransformer):
+            raise InputError(
+                f"{path} holds {self.name}, whose image tower is no ViT; choose another"
+            )
+        check_size(vit)
+        torch.nn.init.trunc_normal_(vit.head.weight, std=2e-5)
+        torch.nn.init.zeros_(vit.head.bias)
+        head = {f"head.{key}": value for key, value in vit.head.state_dict().items()}
+        with bounded(path):
+            own = {k: v for k, v in self.state_dict.items() if k.startswith("visual.")}
+            own = layouts.resample_positions(own, vit, antialias=False)
+        own = {key.removeprefix("visual."): value for key, value in own.items()}
+        checkpoint.load_weights(vit, own | head, path, "the checkpoint and the image size")
+        return vit, replace(tower.preprocessing, image_size=input_size(vit))
+
+    def initialise(self, model):
+        """Loads all that a new model shares with these weights; the rest stays as it is.
+
+        Returns a note on both. Raises InputError if a part, such as the image tower, is in both and
+        does not fit.
+        """
+        state = layouts.resample_positions(self.state_dict, model.visual)
+        own = model.state_dict()
+        old, new = ({part_of(key) for key in keys} for keys in (state, own))
+        shared = {key: value for key, value in state.items() if part_of(key) in new}
+        wanted = {key: value for key, value in own.items() if part_of(key) in old}
+        if faults := checkpoint.mismatches(wanted, shared):
+            text = checkpoint.describe_mismatches(faults)
+            raise InputError(f"weights {self.source} do not fit ({text}); choose their model")
+        model.load_state_dict(shared, strict=False)
+        lines = {"from": old & new, "new": new - old, "left out": old - new}
+        parts = "; ".join(f"{k}: {', '.join(sorted(v))}" for k, v in lines.items() if v)
+        return f"initialised from {self.source}; {parts}"
+
+    def digest(self):
+        """Of the file, and of all that is not in the file but decides on features."""
+        digest = checkpoint.file_digest(self.path)
+        if vars(self.args).keys() > {"model"}:  # a training run's file says all
+            return digest
+        return hashlib.sha256(f"{digest} {self.name} {self.tower}".encode()).hexdigest()
 
 
-def load_vit(path, classes, drop_path=0.0, image_size=None):
-    """The ViT of a checkpoint's image tower with a new head, for training.
-
-    Position embeddings are interpolated to another image size (BeiT's way: bicubic, not
-    antialiased). The head starts at a thousandth of the usual weights, so that training starts from
-    even probabilities (BeiT).
-
-    Args:
-        path: of the checkpoint file, ours or a released one.
-        classes: outputs of the head.
-        drop_path: rate of stochastic depth at the last block.
-        image_size: in pixels; None: that of pre-training.
-
-    Returns (timm's VisionTransformer, its Preprocessing).
-
-    Raises InputError for a tower that is no ViT and a size that its patches do not divide.
-    """
-    state = checkpoint.load(path)
-    name = model_name(state, path)
-    _, tower = parse_name(name)
-    with bounded(path):
-        form = preprocessing_of(state)
-        form = replace(form, image_size=image_size or form.image_size)
-        tower = replace(tower, preprocessing=form)
-        vit = create_visual(tower, num_classes=classes, drop_path_rate=drop_path)
-    if not isinstance(vit, timm.models.VisionTransformer):
-        raise InputError(f"{path} holds {name}, whose image tower is no ViT; choose another")
-    size, patch = input_size(vit), vit.patch_embed.patch_size[0]
+def check_size(visual):
+    """Raises InputError if the patches of a ViT do not divide its image size."""
+    size, patches = input_size(visual), getattr(visual, "patch_embed", None)
+    patch = getattr(patches, "patch_size", (1,))[0]
     if size % patch:
         raise InputError(f"image size {size} is no multiple of the patch of {patch} pixels")
-    torch.nn.init.trunc_normal_(vit.head.weight, std=2e-5)
-    torch.nn.init.zeros_(vit.head.bias)
-    head = {f"head.{key}": value for key, value in vit.head.state_dict().items()}
-    with bounded(path):
-        weights = visual_weights(state["state_dict"], vit)
-    checkpoint.load_weights(vit, weights | head, path, "the checkpoint and the image size")
-    return vit, replace(form, image_size=size)
 
 
-def preprocessing_of(state):
-    """Checkpoints that hold none, as those released with the paper, have SLIP's."""
-    saved = state.get("preprocessing")
-    return SLIP_PREPROCESSING if saved is None else Preprocessing.from_dict(saved)
+def head_sizes(args, state_dict):
+    """(hidden, output) width of the SimCLR head, if there is one."""
+    layers = (state_dict.get(f"image_mlp.layer{i}.weight", torch.empty(0)) for i in (1, 3))
+    hidden, output = (len(layer) for layer in layers)
+    return getattr(args, "ssl_mlp_dim", hidden), getattr(args, "ssl_emb_dim", output)
 
 
-def visual_weights(state_dict, vit):
-    """The image tower's entries of a model's state dict, positions interpolated to vit's grid."""
-    weights = {
-        key.removeprefix("visual."): value
-        for key, value in state_dict.items()
-        if key.startswith("visual.")
-    }
-    if "pos_embed" in weights:
-        weights["pos_embed"] = timm.layers.resample_abs_pos_embed(
-            weights["pos_embed"],
-            vit.patch_embed.grid_size,
-            num_prefix_tokens=vit.num_prefix_tokens,
-            antialias=False,  # timm's default is another kernel, when enlarging too
-        )
-    return weights
+def part_of(key):
+    parts = {"visual": "image tower", "image_mlp": "SimCLR head"}
+    return parts.get(key.partition(".")[0], "text tower and projections")
 
 
-def model_name(state, path):
-    """The name of the model that a loaded checkpoint holds."""
-    name = getattr(state["args"], "model", None)
+def resized(tower, image_size):
+    form = tower.preprocessing
+    size = image_size or form.image_size
+    return replace(tower, preprocessing=replace(form, image_size=size))
+
+
+def open_weights(source, arch=None):
+    """The Weights that a string names, as the module's docstring lists them.
+
+    Args:
+        source: the string.
+        arch: name of the tower, needed if the file holds an image tower alone; a name of timm's.
+
+    Raises InputError if there are none, and for a file that is unsafe, damaged, of an unknown
+    layout, or of another tower than arch.
+    """
+    place = find_place(os.fspath(source))
+    content = weights.read(place.path)
+    try:
+        if content.state:
+            found = of_run(source, place, content)
+        elif (state := layouts.to_ours_if_pair(content.tensors)) is not None:
+            found = of_pair(source, place, content, state, arch)
+        else:
+            found = of_image_tower(source, place, content.tensors, arch)
+        check_named(arch, found.name)
+    except InputError as error:
+        raise InputError(f"weights {source}: {error}") from error
+    for note in found.notes if is_main_process() else ():
+        print(note, file=sys.stderr)
+    return found
+
+
+def check_named(wanted, name):
+    if wanted and tower_of(wanted) != tower_of(name):
+        raise InputError(f"it holds {tower_of(name)}, not {tower_of(wanted)}; choose the former")
+
+
+def add_weights_flags(add):
+    """--pretrained and --arch."""
+    add("--pretrained", required=True, help="weights: a file, NAME:TAG, see docs/weights.md")
+    add("--arch", help="tower by timm's name, if the file holds an image tower alone")
+
+
+def of_run(source, place, content):
+    """Of a checkpoint of a training run."""
+    args = content.state["args"]
+    name = getattr(args, "model", None)
     if not isinstance(name, str):
         raise InputError(
-            f"checkpoint {path} does not say which model it holds; its args need a model, as "
-            "'SLIP_VITB16'"
+            "it does not say which model it holds; its args need one, as 'SLIP_VITB16'"
         )
-    return name
+    check_named(place.name, name)
+    saved, (method, tower) = content.state.get("preprocessing"), parse_name(name)
+    form = SLIP_PREPROCESSING if saved is None else Preprocessing.from_dict(saved)
+    tower = replace(tower, preprocessing=form)
+    return Weights(source, place.path, name, method, tower, content.tensors, args)
+
+
+def of_pair(source, place, content, state, arch):
+    """Of a state dict with an image and a text tower, which does not say how it was trained."""
+    name = full_name(place.name or arch or layouts.find_tower(state))
+    activation = "quick_gelu" if content.is_torchscript else place.form.get("activation")
+    notes = []
+    if tower_of(name) in CLIP_TOWERS and activation == "quick_gelu":
+        name = named(name, True)
+    elif not (place.name or arch or activation):
+        notes.append(
+            f"note: {source} does not tell its activation, GELU is assumed; if it was trained "
+            f"with QuickGELU, as OpenAI's weights, give {tower_of(name)}-quickgelu:{source}"
+        )
+    method, tower = parse_name(name)
+    form = place.form | {"context_length": len(state["positional_embedding"])}
+    form["image_size"] = layouts.native_size(state) or form.get("image_size")
+    tower = replace(tower, preprocessing=replace(tower.preprocessing, **form))
+    return Weights(source, place.path, name, method, tower, state, Namespace(model=name), notes)
+
+
+def of_image_tower(source, place, tensors, arch):
+    """Of a checkpoint of an image tower alone, in timm's keys below any prefix."""
+    name = place.name or arch
+    if name is None:
+        keys = ", ".join(list(tensors)[:3])
+        raise InputError(
+            f"it holds no model of CLIP's kind ({keys}, ...); if it is an image tower, name its "
+            "architecture"
+        )
+    tower = find_tower(name := tower_of(name))
+    if name not in TOWERS:
+        tower = replace(tower, preprocessing=timm_form(name))
+    with bounded(place.path):
+        visual = create_visual(tower)
+    state, notes = layouts.image_tower(tensors, visual)
+    state = {f"visual.{key}": value for key, value in state.items()}
+    return Weights(source, place.path, name, Method, tower, state, Namespace(model=name), notes)
+
+
+def timm_form(name):
+    """The Preprocessing of timm's own weights."""
+    config = timm.get_pretrained_cfg(name)
+    return Preprocessing(mean=config.mean, std=config.std, interpolation=config.interpolation)
+
+
+# ---------------------------------------------------------------------------------------------
+# Models
+
+
+def load_model(source, image_size=None):
+    """The model of a string of weights, as weight_names.py lists them.
+
+    Returns (model in eval mode on the CPU, args of its training run: its name, model, at least).
+
+    Raises InputError if there are none, and for a file that is unsafe, damaged, or of another kind.
+    """
+    found = open_weights(source)
+    return found.build(image_size), found.args
+
+
+def create_model_and_transforms(name_or_path, pretrained=None, device="cpu", image_size=None):
+    """A model and the way from a picture to its input.
+
+    Args:
+        name_or_path: a model's or a tower's name, as "SLIP_VITB16" or "ViT-B-32", or a string of
+            weights (weight_names.py).
+        pretrained: with a name: a tag of list_pretrained, or a file; None: random weights.
+        device: of the model.
+        image_size: in pixels; None: the model's own.
+
+    Returns (model in eval mode, transform for training, transform for evaluation): the transforms
+    take a PIL image to (3, S, S) float32, normalised.
+
+    Raises InputError as load_model.
+    """
+    is_name = not os.path.exists(name_or_path) and is_tower(tower_of(name_or_path))
+    if pretrained or not is_name:
+        source = f"{name_or_path}:{pretrained}" if pretrained else name_or_path
+        model, _ = load_model(source, image_size)
+    else:
+        method, tower = parse_name(full_name(name_or_path))
+        model = method(resized(tower, image_size), 4096, 256).eval()
+    form = model.preprocessing
+    training = CropAndFlip(form.image_size, form.crop_min, False, form.interpolation)
+    return model.to(device), ToInput(training, form), ToInput(CenterCrop.of(form), form)
 
 
 @contextmanager

@@ -72,6 +72,8 @@ TOWERS = {
     **CLIP_TOWERS,
     **{f"{name}-quickgelu": with_quick_gelu(row) for name, row in CLIP_TOWERS.items()},
 }
+KNOWN = f"{', '.join(SLIP_TOWERS)}, {', '.join(CLIP_TOWERS)} (the latter also with -quickgelu), "
+KNOWN += "or any model name of timm"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -85,8 +87,7 @@ def is_tower(name):
 def find_tower(name):
     """The row of a tower, or one for any model name of timm. Raises InputError for another."""
     if not is_tower(name):
-        known = ", ".join(TOWERS)
-        raise InputError(f"unknown tower {name!r}; choose from {known} or any model name of timm")
+        raise InputError(f"unknown tower {name!r}; choose from {KNOWN}")
     return TOWERS.get(name) or Tower(name)
 
 

@@ -17,8 +17,8 @@ from torchvision import transforms as tv
 import losses
 import utils
 from decoding import decode_image
+from preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from towers import CausalSelfAttention
-from transforms import IMAGENET_MEAN, IMAGENET_STD
 
 # Flags of main.py. The archived code augments images and converts them to floats on the CPU.
 FLAGS = ("--no-compile", "--augment", "cpu", "--accum", "plain", "--clip-grad-norm", "0")
@@ -139,11 +139,11 @@ def read_archived(root, names):
 
 
 @torch.no_grad()
-def build_one_by_one(model, tokenizer, classes, templates):
+def build_one_by_one(model, classes, templates):
     """(C, D) unit rows, from the prompts of one class at a time, of 77 tokens each."""
     rows = []
     for name in classes:
-        tokens = tokenizer([template.format(name) for template in templates])
+        tokens = model.tokenizer([template.format(name) for template in templates])
         embeds = F.normalize(model.encode_text(tokens), dim=-1)
         rows.append(F.normalize(embeds.mean(0), dim=-1))
     return torch.stack(rows)

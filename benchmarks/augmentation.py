@@ -12,6 +12,7 @@ import transforms
 from benchmarks.data import HEIGHT, SIZE, WIDTH, compare, machine, timed
 from benchmarks.training import synchronize
 from infra import devices, distributed
+from preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
 
 def size_of(tree):
@@ -67,7 +68,7 @@ def benchmark_augment(args):
     eager, compiled = transforms.Augment(), transforms.Augment()
 
     def normalize(unit):
-        return transforms.normalize(unit, transforms.IMAGENET_MEAN, transforms.IMAGENET_STD)
+        return transforms.normalize(unit, IMAGENET_MEAN, IMAGENET_STD)
 
     def seconds(augment):
         synchronize(device)

@@ -11,11 +11,10 @@ from benchmarks.archived import build_one_by_one
 from benchmarks.data import CPU, compare, machine, print_rates, timed
 from evaluation import Evaluation
 from infra import devices
-from tokenizer import SimpleTokenizer
 
 
 def classes_per_second(build, model, classes, templates):
-    seconds, _ = timed(lambda: build(model, SimpleTokenizer(), classes, templates))
+    seconds, _ = timed(lambda: build(model, classes, templates))
     return len(classes) / seconds
 
 

@@ -29,10 +29,12 @@ import models
 from benchmarks.archived import ArchivedDataset, ArchivedLoader, read_archived
 from decoding import decode_image
 from infra.archives import open_archive, read_file
+from preprocessing import Preprocessing
 from tokenizer import SimpleTokenizer
 
 CPU = torch.device("cpu")
-SIZE = 224  # pixels of a view's side
+FORM = Preprocessing(image_size=224)
+SIZE = FORM.image_size
 WIDTH, HEIGHT = 500, 375  # of the pictures read
 BATCH = 64
 
@@ -134,7 +136,7 @@ def open_loaders(pairs, root, views, workers):
     dataset = ArchivedDataset(pairs, root, views, tokenizer, SIZE)
     loaders = {"archived": ArchivedLoader(dataset, BATCH, workers, CPU)}
     for augment in ("cpu", "device"):
-        dataset = datasets.CaptionDataset(pairs, root, views, SIZE, augment=augment)
+        dataset = datasets.CaptionDataset(pairs, root, views, FORM, augment=augment)
         loaders[f"--augment {augment}"] = datasets.open_loader(
             dataset, BATCH, workers, CPU, collate_fn=datasets.Collate(tokenizer)
         )
@@ -197,7 +199,7 @@ def compare_hand_over(pairs, root, args):
     collate = datasets.Collate(SimpleTokenizer())
     print(f"A SLIP batch of {BATCH}, handed over by a worker")
     for augment in ("cpu", "device"):
-        dataset = datasets.CaptionDataset(pairs, root, models.SLIP.views, SIZE, augment=augment)
+        dataset = datasets.CaptionDataset(pairs, root, models.SLIP.views, FORM, augment=augment)
         ready = Ready([dataset[0, [i]] for i in range(BATCH)], 16 * BATCH)
         made = datasets.open_loader(dataset, BATCH, 0, CPU, collate_fn=collate)
         seconds = compare(

@@ -30,8 +30,7 @@ from benchmarks.data import machine, write_pictures
 from benchmarks.limits import copy_rate, matrix_rates, synchronize
 from infra import devices, distributed
 from infra.run import Meters
-from tokenizer import SimpleTokenizer
-from towers import CONTEXT_LENGTH
+from preprocessing import SLIP_PREPROCESSING
 
 # By default glibc returns large blocks to the system at once, and page faults distort the figures.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
@@ -48,7 +47,7 @@ class Variant:
 
     flags: list  # of main.py
     from_files: bool = False  # images are read from files; otherwise a batch of noise repeats
-    caption_tokens: int = CONTEXT_LENGTH  # of a synthetic batch
+    caption_tokens: int = SLIP_PREPROCESSING.context_length  # of a synthetic batch
     is_archived: bool = False
 
 
@@ -143,12 +142,12 @@ class MeasuredTraining:
                 yield {k: v for k, v in batch.items() if k not in ("bad", "sources")}
 
     def open_loader(self):
-        args, tokenizer = self.args, SimpleTokenizer()
+        args = self.args
         if not self.variant.is_archived:
-            return main_script.open_loader(self.model, tokenizer, self.device, args)
+            return main_script.open_loader(self.model, self.device, args)
         pairs, model = captions.load_captions(args.dataset, args.metadata), self.model
         dataset = archived.ArchivedDataset(
-            pairs, Path(args.root), model.views, tokenizer, model.image_size
+            pairs, Path(args.root), model.views, model.tokenizer, model.image_size
         )
         return archived.ArchivedLoader(
             dataset, args.batch_size, args.workers, self.device, args.seed
@@ -254,7 +253,9 @@ def variants_of(options, flags):
         is_half = torch.cuda.is_available() and args.precision not in ("fp32", "tf32")
         precision = ["--precision", "fp16"] if is_half else []
         flags = [*flags, *archived.FLAGS, *precision]
-        variants["--paper"] = Variant(flags, common[0], CONTEXT_LENGTH, is_archived=True)
+        variants["--paper"] = Variant(
+            flags, common[0], SLIP_PREPROCESSING.context_length, is_archived=True
+        )
     return variants
 
 

@@ -209,7 +209,8 @@ class NameCheck(pickle.Unpickler):
     def find_class(self, module, name):
         name = f"{module}.{name}"
         if name not in STAND_INS and not TENSOR_NAMES.fullmatch(name):
-            raise InputError(f"is refused: it names {name!r}, which is no part of a checkpoint")
+            name = repr(name)[:120]
+            raise InputError(f"is refused: it names {name}, which is no part of a checkpoint")
         return Nothing
 
     def persistent_load(self, identifier):
@@ -221,21 +222,30 @@ class NameCheck(pickle.Unpickler):
         return Nothing()
 
 
+def check_names(members):
+    """Raises InputError for a zip with two members of one name, or one outside of a folder."""
+    names = Counter(m.filename for m in members)
+    for name in names:
+        text = repr(name)[:120]
+        if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):
+            raise InputError(f"is refused: its member {text} leads out of the archive")
+        if names[name] > 1:
+            raise InputError(f"is refused: it has two members {text}")
+
+
 def check_members(members, size):
-    """Raises InputError for a zip that claims more than its size, or writes outside of a folder.
+    """Raises InputError for a zip that claims more than its size, or is no checkpoint's.
 
     torch.save packs nothing, so that a sound one never unpacks to more than itself.
     """
-    unpacked, names = sum(m.file_size for m in members), Counter(m.filename for m in members)
-    if unpacked > size:
+    if (unpacked := sum(m.file_size for m in members)) > size:
         raise InputError(f"is refused: it claims to unpack to {unpacked} bytes")
-    for name in names:
-        if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):
-            raise InputError(f"is refused: its member {name!r} leads out of the archive")
-        if names[name] > 1:
-            raise InputError(f"is refused: it has two members {name!r}")
+    check_names(members)
+    for name in (m.filename for m in members):
         if name.endswith(".pkl") and name.partition("/")[2] != "data.pkl":  # TorchScript's
-            raise InputError(f"is refused: its member {name!r} is no part of a checkpoint")
+            raise InputError(
+                f"is refused: its member {repr(name)[:120]} is no part of a checkpoint"
+            )
 
 
 def check_content(path):
@@ -259,24 +269,27 @@ def check_content(path):
 
 
 @contextmanager
-def distrusted(path):
-    """Every failure within is an InputError that names the file; memory is bounded by its size."""
+def distrusted(path, kind="checkpoint"):
+    """Every failure within is an InputError that names the file; memory is bounded by its size.
+
+    kind: of the file, for errors.
+    """
     try:
         with memory_limit(2 * os.path.getsize(path) + SLACK):
             yield
     except InputError as error:
-        raise InputError(f"checkpoint {path} {error}") from error
+        raise InputError(f"{kind} {path} {error}") from error
     except PermissionError as error:
-        raise InputError(f"checkpoint {path}: {error.strerror}; make it readable") from error
+        raise InputError(f"{kind} {path}: {error.strerror}; make it readable") from error
     except pickle.UnpicklingError as error:
         # PyTorch wraps the reason in advice to load the file unsafely; the reason is the context.
         reason = first_line(error.__context__ or error).split(" was not an allowed")[0]
-        raise InputError(f"checkpoint {path} is refused, it is not plain data: {reason}") from error
+        raise InputError(f"{kind} {path} is refused, it is not plain data: {reason}") from error
     except Exception as error:  # a damaged file can raise anything
-        reason = first_line(error)
+        reason = first_line(error)[:200]  # it may quote the file at length
         if isinstance(error, MemoryError) or "allocate memory" in reason:
             reason = "it claims more memory than its size allows"
-        raise InputError(f"checkpoint {path} is damaged: {reason}") from error
+        raise InputError(f"{kind} {path} is damaged: {reason}") from error
 
 
 def plain_dict(value):
@@ -298,9 +311,23 @@ def check_kinds(state, path):
             raise InputError(f"checkpoint {path} is refused: {claim}")
 
 
+def plain_keys(weights, name):
+    """The dict with its keys by plain_key; `name` is the file's, if two of them fall together."""
+    plain = {plain_key(key): value for key, value in weights.items()}
+    if len(plain) < len(weights):
+        raise InputError(f"{name}: it holds weights twice, with and without module.")
+    return plain
+
+
 def plain_key(key):
     """A weight's name without the words of wrappers: DDP's first one, torch.compile's anywhere."""
     return re.sub(r"(^|(?<=\.))_orig_mod\.", "", key).removeprefix("module.")
+
+
+def check_regular(path, kind="checkpoint"):
+    if not os.path.isfile(path):
+        fault = "is no regular file" if os.path.exists(path) else "is absent"
+        raise InputError(f"{kind} {str(path)!r} {fault}; check the path")
 
 
 def load(path):
@@ -308,9 +335,7 @@ def load(path):
 
     Raises InputError if the file is absent, is no checkpoint, or holds anything but plain data.
     """
-    if not os.path.isfile(path):
-        fault = "is no regular file" if os.path.exists(path) else "is absent"
-        raise InputError(f"checkpoint {str(path)!r} {fault}; check the path")
+    check_regular(path)
     with distrusted(path):
         check_content(path)
         with torch.serialization.safe_globals(SAFE_GLOBALS):
@@ -323,10 +348,7 @@ def load(path):
     is_named = all(d is not None and all(isinstance(k, str) for k in d) for d in (args, weights))
     if not is_named or not all(map(torch.is_tensor, weights.values())):
         raise InputError(f"checkpoint {path}: its state_dict or args is of another kind")
-    names = {key: plain_key(key) for key in weights}
-    if len(set(names.values())) < len(names):
-        raise InputError(f"checkpoint {path}: it holds weights twice, with and without module.")
-    weights = {names[key]: value for key, value in weights.items()}
+    weights = plain_keys(weights, f"checkpoint {path}")
     namespace = argparse.Namespace()
     vars(namespace).update(args)  # which may be named as Namespace's own parameters
     state |= {"args": namespace, "state_dict": weights}

@@ -7,6 +7,7 @@ from pickles import (
     CHECKPOINTS,
     FORMS,
     METADATA,
+    SCRIPTS,
     WRITE,
     archive,
     array_of,
@@ -20,12 +21,15 @@ from pickles import (
     namespace,
     npy,
     pickled,
+    run_of,
     stacked,
     storage,
     tensor,
     tuple_of,
 )
+from script_payloads import SCRIPT_PAYLOADS
 
+RUNS = ("run",)  # plain data, of no model
 MAKE, TOUCH = "open('canary', 'w')", "touch canary"
 CALLS = {  # each would make the canary, or reach out, if it were called
     "os:system": [TOUCH],
@@ -156,7 +160,11 @@ TABLE |= {
     "beside the checkpoint": ("posix.system", checkpoint_of(extra=RUN), CHECKPOINTS),
     "in an object array": ("posix.system", array_of(RUN), METADATA),
     "in an array in an array": ("posix.system", array_of(array_of(RUN)), METADATA),
-    "an object array": ("numpy.core.multiarray._reconstruct", array_of(b"N"), CHECKPOINTS),
+    "an object array": (
+        "numpy.core.multiarray._reconstruct|no weights",
+        array_of(b"N"),
+        CHECKPOINTS,
+    ),
     # persistent ids
     "a persistent id": ("persistent id", data("cos\nsystem") + b"Q", FORMS),
     "a persistent id as text": ("persistent id", b"Pcos system\n", FORMS),
@@ -173,8 +181,8 @@ TABLE |= {
     ),
     "Namespace with attributes of a class": (
         "which model",
-        checkpoint_of(args=namespace(__class__=data(1), __dict__=data({"model": "x"}))),
-        CHECKPOINTS,
+        run_of(namespace(__class__=data(1), __dict__=data({"model": "x"}))),
+        RUNS,
     ),
     "Namespace with another __dict__": (
         "args is of another kind",
@@ -185,8 +193,8 @@ TABLE |= {
     ),
     "Namespace with self": (
         "which model",
-        checkpoint_of(args=namespace(self=data(1))),
-        CHECKPOINTS,
+        run_of(namespace(self=data(1))),
+        RUNS,
     ),
     "OrderedDict that hides its items": (
         "state_dict or args is of another kind",
@@ -233,29 +241,33 @@ TABLE |= {
     # sizes that are not there
     "a storage of 1 TB": ("claims 274877906944 numbers", storage(2**38), CHECKPOINTS),
     "a tensor of 1 TB": ("claims 274877906944", tensor(2**38, (2**38,)), CHECKPOINTS),
-    "a shape of 1 TB": ("resizable|more memory", tensor(1, (2**38,)), CHECKPOINTS),
+    "a shape of 1 TB": (
+        "resizable|more memory|beyond",
+        tensor(1, (2**38,)),
+        CHECKPOINTS,
+    ),
     "one number, 1 TB of times": ("claims 274877906944", tensor(1, (2**38,), (0,)), CHECKPOINTS),
     "a storage of less than nothing": ("claims -5 numbers", storage(-5), CHECKPOINTS),
     "a storage of text": ("claims 'x' numbers", storage("x"), CHECKPOINTS),
     "a head of 4 TB": (
         "model cannot be built",
-        checkpoint_of(args=namespace(model=data("SLIP_VITTINY8"), ssl_mlp_dim=data(10**9))),
-        CHECKPOINTS,
+        run_of(namespace(model=data("SLIP_VITTINY8"), ssl_mlp_dim=data(10**9))),
+        RUNS,
     ),
     "a head of text": (
         "model cannot be built",
-        checkpoint_of(args=namespace(model=data("SLIP_VITTINY8"), ssl_mlp_dim=data("x"))),
-        CHECKPOINTS,
+        run_of(namespace(model=data("SLIP_VITTINY8"), ssl_mlp_dim=data("x"))),
+        RUNS,
     ),
     "a model of 7 GB": (
         "model cannot be built",
-        checkpoint_of(args=namespace(model=data("CLIP_vit_gigantic_patch14_224"))),
-        CHECKPOINTS,
+        run_of(namespace(model=data("CLIP_vit_gigantic_patch14_224"))),
+        RUNS,
     ),
     "a model from the network": (
         "unknown model",
-        checkpoint_of(args=namespace(model=data("CLIP_hf-hub:payload/model"))),
-        CHECKPOINTS,
+        run_of(namespace(model=data("CLIP_hf-hub:payload/model"))),
+        RUNS,
     ),
     "a text of 1 TB": ("truncated|memory", length(b"\x8d", 2**40, 8), FORMS),
     "bytes of 1 TB": ("truncated|memory|exhausted", length(b"\x8e", 2**40, 8), FORMS),
@@ -274,6 +286,7 @@ TABLE |= {
     "an epoch before the first": ("epoch is -1", checkpoint_of(epoch=data(-1)), CHECKPOINTS),
     "a best value of no kind": ("best_acc1 is [", checkpoint_of(best_acc1=b"]"), CHECKPOINTS),
 }
+TABLE |= {name: (*refusal, SCRIPTS) for name, refusal in SCRIPT_PAYLOADS.items()}
 
 # ---------------------------------------------------------------------------------------------
 # WHOLE: files that are hostile as a whole
@@ -299,13 +312,13 @@ WHOLE = {  # file name: (texts of which its refusal has one, its content)
     "climbing in DOS.zip": (r"'..\\canary'", archive(members("..\\canary"))),
     "twice.zip": ("two members 'c/data.pkl'", archive(members("c/data.pkl"))),
     "bomb.zip": (
-        "unpack to 671",
+        "unpack to 671|is packed",
         archive([*members(), ("c/data/0", bytes(2**26))], zipfile.ZIP_DEFLATED),
     ),
-    "claim.zip": ("unpack to 4294967", claiming(2**32 - 2)),
+    "claim.zip": ("unpack to 4294967|ends behind", claiming(2**32 - 2)),
     "modest.zip": ("damaged", claiming(3)),
     "hidden.zip": (
-        "posix.system",
+        "posix.system|2 members data.pkl",
         archive([*members(), ("d/data.pkl", pickled(RUN))]),
     ),
     "script.zip": (
@@ -324,6 +337,14 @@ WHOLE = {  # file name: (texts of which its refusal has one, its content)
 
 
 PAYLOADS = [*WHOLE, *TABLE]
+READERS = dict.fromkeys(("zip", "legacy"), ("model", "weights"))
+READERS |= {
+    "run": ("model",),
+    "script": ("weights",),
+    "constants": ("weights",),
+    "pkl": ("pkl",),
+    "npy": ("npy",),
+}
 
 
 def files_of(payload):

@@ -8,8 +8,9 @@ import zipfile
 
 import numpy as np
 
-FORMS = ("zip", "legacy", "pkl", "npy")  # checkpoints of both kinds, metadata of both kinds
-CHECKPOINTS, METADATA = FORMS[:2], FORMS[2:]
+# Checkpoints of both kinds, TorchScript's two pickles, metadata of both kinds.
+FORMS = ("zip", "legacy", "script", "constants", "pkl", "npy")
+CHECKPOINTS, SCRIPTS, METADATA = FORMS[:4], FORMS[2:3], FORMS[4:]
 
 # ---------------------------------------------------------------------------------------------
 # Pickles by hand: whatever stands between the protocol and the stop
@@ -69,13 +70,32 @@ def storage(numbers, kind="torch:FloatStorage"):
     return lambda form: tuple_of(*parts, *([b"N"] if form == "legacy" else [])) + b"Q"
 
 
-def tensor(numbers, shape, stride=(1,)):
+def bare_tensor(numbers, shape, stride=(1,)):
     def write(form):
         parts = storage(numbers)(form), data(0), data(shape), data(stride), b"\x89"
         hooks = call("collections:OrderedDict")
         return named("torch._utils:_rebuild_tensor_v2") + tuple_of(*parts, hooks) + b"R"
 
-    return lambda form: checkpoint_of(state_dict=dict_of(a=write(form)))
+    return write
+
+
+def tensor(numbers, shape, stride=(1,)):
+    write = bare_tensor(numbers, shape, stride)
+    is_bare = {"script", "constants"}
+    return lambda form: (
+        write(form) if form in is_bare else checkpoint_of(state_dict=dict_of(a=write(form)))
+    )
+
+
+def module(**attributes):
+    """An instance of a class of TorchScript's."""
+    return built(named("__torch__.model:Clip") + b")\x81", dict_of(**attributes))
+
+
+def run_of(args):
+    """A checkpoint that is plain data, with one weight."""
+    write = bare_tensor(1, (1,))
+    return lambda form: checkpoint_of(args=args, state_dict=dict_of(a=write(form)))
 
 
 def length(opcode, size, bytes_of_it):
@@ -105,6 +125,22 @@ def as_zip(body):
     return archive([(f"c/{name}", text) for name, text in (members | {"data/0": b"abcd"}).items()])
 
 
+def as_script(body, constants=b")"):
+    """TorchScript's archive of a module with one attribute; its code is no code."""
+    members = {"data.pkl": pickled(module(visual=body)), "constants.pkl": pickled(constants)}
+    members |= {
+        "data/0": b"abcd",
+        "constants/0": b"abcd",
+        "code/__torch__/model.py": "import payload",
+    }
+    members |= {"code/__torch__/model.py.debug_pkl": b"cos\nsystem\n", "version": b"3\n"}
+    return archive([(f"c/{name}", text) for name, text in members.items()])
+
+
+def as_constants(body):
+    return as_script(data(1), body)
+
+
 def as_legacy(body):
     head = b"".join(pickle.dumps(x, 2) for x in (0x1950A86A20F9469CFC6C, 1001, {}))
     stored = pickle.dumps(["0"], 2) + struct.pack("<q", 1) + b"abcd"
@@ -122,4 +158,5 @@ def as_npy(body):
     return npy("|O", (1,), pickled(body))
 
 
-WRITE = {"zip": as_zip, "legacy": as_legacy, "pkl": pickled, "npy": as_npy}
+WRITE = {"zip": as_zip, "legacy": as_legacy, "script": as_script, "constants": as_constants}
+WRITE |= {"pkl": pickled, "npy": as_npy, "run": as_zip}

@@ -9,8 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from payloads import PAYLOADS, files_of
-from pickles import CHECKPOINTS
+from payloads import PAYLOADS, READERS, files_of
 
 REPOSITORY = Path(__file__).parent.parent
 REACHING = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect")
@@ -32,9 +31,14 @@ def read_all(folder):
     import captions
     import models
     import pretrained
+    from infra import checkpoint, weights
     from utils import InputError
 
-    read = dict.fromkeys(CHECKPOINTS, pretrained.load_model)
+    def read_run(path):  # as resuming does, then as the evaluations do
+        checkpoint.load(path)
+        pretrained.load_model(path)
+
+    read = {"model": read_run, "weights": weights.read}
     read["pkl"] = lambda path: captions.load_captions("yfcc15m", path)
     read["npy"] = lambda path: captions.load_captions("cc3m", path)
     models.create_model("CLIP_VITTINY8")  # pages of the libraries' code are no memory of a payload
@@ -42,19 +46,20 @@ def read_all(folder):
     sys.addaudithook(lambda event, _: reached.append(event) if event in REACHING else None)
     for number, payload in enumerate(PAYLOADS):
         for form, content in files_of(payload).items():
-            path, error = folder / f"{number}.{form}", None
+            path = folder / f"{number}.{form}"
             path.write_bytes(content)
-            before = peak_memory(reset=True)
-            try:
-                read[form](path)
-            except InputError as refusal:
-                error = str(refusal)
-            row = {"payload": payload, "path": str(path), "error": error, "reached": reached}
-            row |= {"memory": peak_memory() - before - len(content)}
-            row |= {"canary": os.path.exists("canary")}
-            with open("results.txt", "a") as file:
-                file.write(json.dumps(row) + "\n")
-            reached.clear()
+            for reader in READERS[form]:
+                before, error = peak_memory(reset=True), None
+                try:
+                    read[reader](path)
+                except InputError as refusal:
+                    error = str(refusal)
+                row = {"payload": payload, "reader": reader, "path": str(path), "error": error}
+                row |= {"memory": peak_memory() - before - len(content), "reached": reached}
+                row |= {"canary": os.path.exists("canary")}
+                with open("results.txt", "a") as file:
+                    file.write(json.dumps(row) + "\n")
+                reached.clear()
 
 
 if __name__ == "__main__":

@@ -13,16 +13,18 @@ import datasets
 from captions import load_captions
 from datasets import CaptionDataset, EpochSampler
 from infra import distributed
+from preprocessing import Preprocessing
 from tokenizer import SimpleTokenizer
 from utils import InputError
 
 VIEWS = ("image", "text", "aug1", "aug2")
+FORM = Preprocessing(image_size=32)
 COLLATE = datasets.Collate(SimpleTokenizer())
 
 
 def open_pairs(root, views=VIEWS, seed=0, augment="cpu"):
     captions = load_captions("coco", root / "captions.json")
-    return CaptionDataset(captions, str(root), views, 32, seed, augment)
+    return CaptionDataset(captions, str(root), views, FORM, seed, augment)
 
 
 def loader_of(dataset, workers=0, batch_size=4, epoch=5, rank=0, world_size=1):
@@ -133,7 +135,7 @@ def test_a_broken_archive_is_replaced(tmp_path):
         rows.append((number * 1000, name, ""))
     (tmp_path / "m.pkl").write_bytes(pickle.dumps(rows))
     captions = load_captions("yfcc15m", tmp_path / "m.pkl")
-    dataset = CaptionDataset(captions, str(tmp_path), VIEWS, 32)
+    dataset = CaptionDataset(captions, str(tmp_path), VIEWS, FORM)
     assert dataset[0, [0]]["bad"] == []
     for index, reason in ((1, "end is missing"), (2, "checksum"), (3, "no item named")):
         sample = dataset[0, [index, 0]]
@@ -144,7 +146,7 @@ def test_a_broken_archive_is_replaced(tmp_path):
 def test_the_root_is_a_folder(tiny):
     captions = load_captions("coco", tiny / "captions.json")
     with pytest.raises(InputError, match="^root 'nowhere' is not a folder"):
-        CaptionDataset(captions, "nowhere", VIEWS, 32)
+        CaptionDataset(captions, "nowhere", VIEWS, FORM)
 
 
 def test_captions_are_drawn_evenly(tiny):
@@ -184,7 +186,7 @@ def test_metadata_that_leave_the_root_stop_the_run(tmp_path, capfd, workers):
     save_image(tmp_path / "out.jpg", 0)
     (tmp_path / "m.csv").write_text(f"filepath,title\n{rows}../out.jpg,x\n")
     captions, root = load_captions("csv", tmp_path / "m.csv"), str(tmp_path / "root")
-    loader = loader_of(CaptionDataset(captions, root, VIEWS, 32), workers)
+    loader = loader_of(CaptionDataset(captions, root, VIEWS, FORM), workers)
     with pytest.raises(SystemExit) as stop:
         distributed.run_script(lambda: list(loader))
     assert stop.value.code == 2
@@ -193,7 +195,7 @@ def test_metadata_that_leave_the_root_stop_the_run(tmp_path, capfd, workers):
         f"error: metadata: image '../out.jpg' leaves its folder '{root}'; correct it, or allow "
         "paths outside of the root if you trust it"
     )
-    allowed = CaptionDataset(captions, root, VIEWS, 32, allow_outside=True)
+    allowed = CaptionDataset(captions, root, VIEWS, FORM, allow_outside=True)
     assert [batch["bad"] for batch in loader_of(allowed, workers)] == [[], []]
 
 

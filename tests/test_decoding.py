@@ -13,8 +13,9 @@ import decoding
 from catalog import get_downstream_dataset, load_catalog, unchanged
 from datasets import CaptionDataset
 from eval_retrieval import Images
+from preprocessing import Preprocessing
 from torchvision_sets import Labelled
-from transforms import EncodedImage
+from transforms import CenterCrop, EncodedImage
 from utils import InputError
 
 SHADES = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -209,8 +210,10 @@ def test_every_reader_shows_the_same_pixels(tmp_path, name, archived):
     assert all(np.array_equal(image, expected) for image in shown)
 
     side = 32
-    crop = Images(root, [name], side, archived=archived)[0][0]
-    view = CaptionDataset([(name, ["x"])], root, ["image"], side, archived=archived)
+    crop = Images(root, [name], CenterCrop(side), archived=archived)[0][0]
+    view = CaptionDataset(
+        [(name, ["x"])], root, ["image"], Preprocessing(image_size=side), archived=archived
+    )
     size = EncodedImage((root / name).read_bytes(), "x", archived).size
     assert size == expected.size and view[0, [0]]["image"].shape == crop.shape == (3, side, side)
     whole = EncodedImage((root / name).read_bytes(), "x", archived)

@@ -16,7 +16,7 @@ from evaluation import Evaluation
 from infra import devices
 from models import create_model
 from pretrained import load_model
-from tokenizer import SimpleTokenizer
+from transforms import CenterCrop
 from utils import InputError
 
 FP32 = devices.Precision("fp32", torch.device("cpu"))
@@ -63,15 +63,13 @@ def test_labels_and_templates_are_pinned(tables):
 
 @pytest.mark.parametrize("batch_size", [3, 256, None])
 def test_classifier_equals_one_class_at_a_time(batch_size):
-    model, tokenizer = create_model("CLIP_NANO8").eval(), SimpleTokenizer()
+    model = create_model("CLIP_NANO8").eval()
     classes, templates = ["dog", ["cat", "kitten"], "x"], ["a {}.", "photo of the {}"]
-    got = eval_zeroshot.build_classifier(
-        model, tokenizer, classes, templates, Evaluation(FP32), batch_size
-    )
+    got = eval_zeroshot.build_classifier(model, classes, templates, Evaluation(FP32), batch_size)
     for row, names in zip(got, (["dog"], ["cat", "kitten"], ["x"]), strict=True):
         texts = [template.format(name) for name in names for template in templates]
         with torch.no_grad():
-            embeds = F.normalize(model.encode_text(tokenizer(texts)), dim=-1)
+            embeds = F.normalize(model.encode_text(model.tokenizer(texts)), dim=-1)
         assert torch.allclose(row, F.normalize(embeds.mean(0), dim=-1), atol=1e-5)
 
 
@@ -87,7 +85,7 @@ def test_prompts_of_like_length_share_a_batch(monkeypatch):
     monkeypatch.setattr(model, "encode_text", watched)
     classes = ["dog", "dog " * 90, "cat", "a dog of " * 6, "owl"]
     evaluation = Evaluation(FP32, poll=lambda: checks.append(len(shapes)))
-    eval_zeroshot.build_classifier(model, SimpleTokenizer(), classes, ["{}"], evaluation, 2)
+    eval_zeroshot.build_classifier(model, classes, ["{}"], evaluation, 2)
     assert shapes == [(2, 77), (2, 3), (1, 3)] and checks == [0, 1, 2]
 
 
@@ -113,15 +111,15 @@ def test_the_command_writes_results(tiny, trained, tmp_path):
 def test_scores_equal_a_plain_loop(tiny, trained):
 
     model, _ = load_model(trained / "checkpoint.pt")
-    catalog, tokenizer = load_catalog(tiny / "catalog.json"), SimpleTokenizer()
+    catalog = load_catalog(tiny / "catalog.json")
     labels, templates = (utils.read_json(p, p) for p in (LABELS, TEMPLATES))
-    task = eval_zeroshot.open_task("digits", 32, catalog, labels, templates)
-    ranking = eval_zeroshot.rank_images(model, task, tokenizer, Evaluation(FP32, 7, 0))
+    task = eval_zeroshot.open_task("digits", CenterCrop(32), catalog, labels, templates)
+    ranking = eval_zeroshot.rank_images(model, task, Evaluation(FP32, 7, 0))
     result = eval_zeroshot.summarize_task(task, ranking)
     hits = 0
     with torch.no_grad():
         texts = eval_zeroshot.build_classifier(
-            model, tokenizer, task.classes, task.templates, Evaluation(FP32)
+            model, task.classes, task.templates, Evaluation(FP32)
         )
         for image, label in task.dataset:
             embed = model.encode_image(model.normalize(image[None]))

@@ -29,7 +29,7 @@ from catalog import LabelledViews
 from evaluation import Evaluation
 from infra.devices import Precision
 from infra.run import Meters
-from tokenizer import SimpleTokenizer
+from preprocessing import Preprocessing
 from transforms import CropAndFlip
 
 # Of a fake tensor that is copied with its module (timm's ModelEmaV3).
@@ -47,7 +47,7 @@ def open_training(tiny, name, *flags, model=None):
     given = train_flags(tiny, "out", "--update-freq", 2, "--clip-grad-norm", 1, *flags, model=name)
     args = main.get_args_parser().parse_args(given)
     model = model or models.create_model(name, args.ssl_mlp_dim, args.ssl_emb_dim).to(CUDA)
-    loader = main.open_loader(model, SimpleTokenizer(), CUDA, args)
+    loader = main.open_loader(model, CUDA, args)
     return main.create_training(model, Precision(args.precision, CUDA), 2, args), loader
 
 
@@ -259,15 +259,15 @@ def test_zero_shot_classification(device, clip):
     """By design it waits for the scores at the end, and as rows of prompts and images are sent."""
     texts = ["a photo of a {}.", "the {}"], ["cat", ["dog", "hound"], "owl"]
     task = eval_zeroshot.Task("digits", LABELLED, "test", texts[1], texts[0])
-    ranking = eval_zeroshot.rank_images(clip, task, SimpleTokenizer(), evaluation())
+    ranking = eval_zeroshot.rank_images(clip, task, evaluation())
     assert ranking.top.shape == (10, 3) and not ranking.top.is_cuda
     assert device.waits["copy to the CPU"] == 1 and not device.waits["mask as an index"]
 
 
 def test_retrieval(device, clip):
-    e, tokenizer = evaluation(), SimpleTokenizer()
+    e = evaluation()
     images = eval_retrieval.embed_images(clip, LABELLED, e)
-    texts = eval_retrieval.embed_texts(clip, tokenizer, ["a cat", "an owl"] * 10, e.precision)
+    texts = eval_retrieval.embed_texts(clip, ["a cat", "an owl"] * 10, e.precision)
     owners = torch.arange(10, device=CUDA).repeat(2)
     assert images.is_cuda and texts.is_cuda and (images.dtype, texts.dtype) == (torch.float64,) * 2
     assert len(eval_retrieval.recalls(images, texts, owners)) == 6
@@ -317,8 +317,9 @@ def test_no_update_of_fine_tuning_waits(device, precision, mixing):
     args = main_finetune.get_args_parser().parse_args(flags.split())
     tower = towers.TOWERS["NANO8"]
     vit = timm.create_model(tower.timm_name, **tower.options, num_classes=3, drop_path_rate=0.5)
-    model = main_finetune.Classifier(vit.to(CUDA), tower)
+    form = Preprocessing(image_size=32)
+    model = main_finetune.Classifier(vit.to(CUDA), form)
     t, ema = main_finetune.create_training(model, Precision(precision, CUDA), 2, args)
-    batches = labelled_batches(main_finetune.TimmView(32, tower, args), 2)
+    batches = labelled_batches(main_finetune.TimmView(form, args), 2)
     check_update(device, t, batches)
     assert {x.device.type for x in ema.module.state_dict().values()} == {"cuda"}

@@ -11,6 +11,7 @@ from launch import run_command, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_checkpoint import save_released
 
+import advice
 import main
 import models
 from infra.checkpoint_manager import CheckpointManager
@@ -254,12 +255,12 @@ def test_waiting_for_data_gives_one_line_of_advice_a_run(tiny, tmp_path, capsys)
     ):
         args = main.get_args_parser().parse_args(train_flags(tiny, "out", "--augment", augment))
         model = main.models.create_model("CLIP_NANO8")
-        loader = main.open_loader(model, None, torch.device("cpu"), args)
+        loader = main.open_loader(model, torch.device("cpu"), args)
         log = Logger(tmp_path)
-        main.advise(log, 0.09, loader)
+        advice.advise(log, 0.09, loader)
         assert not capsys.readouterr().out
-        main.advise(log, 0.37, loader)
-        main.advise(log, 0.38, loader)
+        advice.advise(log, 0.37, loader)
+        advice.advise(log, 0.38, loader)
         said = capsys.readouterr().out
         assert said.count("\n") == 1 and expected in said and "37%" in said
 

@@ -1,5 +1,7 @@
 """Fine-tuning end to end: layer decay, presets, positions, augmentation, resume, ranks, errors."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,11 +16,12 @@ import main_linear
 import models
 import towers
 from infra import devices
-from pretrained import load_vit
+from preprocessing import Preprocessing
+from pretrained import open_weights
 from utils import InputError
 
 FP32 = devices.Precision("fp32", torch.device("cpu"))
-TOWER = towers.TOWERS["VITS16"]
+FORM = Preprocessing(image_size=32)
 
 
 def parse(argv):
@@ -75,8 +78,8 @@ def test_rates_fall_from_the_head_down():
 
 def test_positions_are_interpolated_and_the_head_is_small(probed):
     path = probed / "run/checkpoint.pt"
-    same, _ = load_vit(path, 10)
-    larger, _ = load_vit(path, 10, image_size=64)
+    same, _ = open_weights(path).build_vit(10)
+    larger, _ = open_weights(path).build_vit(10, image_size=64)
     assert same.pos_embed.shape == (1, 17, 64) and larger.pos_embed.shape == (1, 65, 64)
     assert torch.equal(larger.pos_embed[:, 0], same.pos_embed[:, 0])  # the class token's
     coarse = larger.pos_embed[:, 1:].view(8, 8, 64).permute(2, 0, 1)[None]
@@ -89,9 +92,9 @@ def test_positions_are_interpolated_and_the_head_is_small(probed):
 
 def test_positions_are_resampled_as_by_beits_script(probed):
     path = probed / "run/checkpoint.pt"
-    same, _ = load_vit(path, 10)
+    same, _ = open_weights(path).build_vit(10)
     for size, side in ((64, 8), (48, 6), (16, 2)):
-        found, _ = load_vit(path, 10, image_size=size)
+        found, _ = open_weights(path).build_vit(10, image_size=size)
         grid = same.pos_embed[:, 1:].view(1, 4, 4, 64).permute(0, 3, 1, 2)
         grid = torch.nn.functional.interpolate(grid, (side, side), mode="bicubic")
         assert torch.allclose(found.pos_embed[0, 1:], grid[0].flatten(1).T, atol=1e-6)
@@ -116,14 +119,14 @@ def test_the_crop_of_test_images_is_a_flag(probed, tmp_path, monkeypatch):
     seen = []
     keep = main_finetune.CenterCrop
 
-    def watched(size, resize, **options):
-        seen.append((size, resize, options["bicubic"]))
-        return keep(size, resize, **options)
+    def watched(*args):
+        seen.append(args)
+        return keep(*args)
 
     monkeypatch.setattr(main_finetune, "CenterCrop", watched)
     call(probed, tmp_path, "--epochs", 1)
     call(probed, tmp_path, "--epochs", 1, "--evaluate", "--crop-pct", 1)
-    assert seen == [(32, 36, True), (32, 32, True)]
+    assert seen == [(32, 36, "bicubic"), (32, 32, "bicubic")]
     with pytest.raises(InputError, match="1.5 must be 0.01 or more and below"):
         call(probed, tmp_path, "--crop-pct", 1.5)
 
@@ -132,7 +135,7 @@ def test_warm_up_starts_where_the_flag_says(probed):
     """1e-6, the recipe's; BeiT's script parses that flag and starts from 0."""
     for flag, first in (((), 1e-6), (("--warmup-lr", "0"), 0.0)):
         args = parse(["--pretrained", "x", "--epochs", "3", "--warmup-epochs", "1", *flag])
-        vit, tower = load_vit(probed / "run/checkpoint.pt", 10)
+        vit, tower = open_weights(probed / "run/checkpoint.pt").build_vit(10)
         model = main_finetune.Classifier(vit, tower)
         training, _ = main_finetune.create_training(model, FP32, 5, args)
         assert training.schedule[0] == first and training.schedule[4] == args.lr
@@ -142,7 +145,7 @@ def test_a_view_depends_on_its_generator_alone(tmp_path):
     save_image(tmp_path / "x.png", 0, (80, 60))
     image = Image.open(tmp_path / "x.png").convert("RGB")
     args = parse(["--pretrained", "x", "--reprob", "0.5"])
-    view = main_finetune.TimmView(32, TOWER, args)
+    view = main_finetune.TimmView(FORM, args)
 
     def draw(seed):
         return view(image, np.random.default_rng(seed))
@@ -156,8 +159,8 @@ def test_a_view_depends_on_its_generator_alone(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)  # the program's own numbers go on
     assert first.shape == (3, 32, 32) and first.dtype == torch.float32
     plain = parse(["--pretrained", "x", "--aa", "none", "--reprob", "0", "--color-jitter", "0"])
-    shown = main_finetune.TimmView(32, TOWER, plain)(image, np.random.default_rng(0))
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (TOWER.mean, TOWER.std))
+    shown = main_finetune.TimmView(FORM, plain)(image, np.random.default_rng(0))
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (FORM.mean, FORM.std))
     pixels = shown * std + mean
     assert pixels.min() > -1e-6 and pixels.max() < 1 + 1e-6
 
@@ -166,7 +169,7 @@ def test_randaugment_at_its_strongest():
     """timm asks for 0 bits of colour at magnitude 10."""
     image = Image.new("RGB", (8, 8), (200, 100, 50))
     args = parse(["--pretrained", "x", "--aa", "rand-m10-mstd0.5-inc1", "--reprob", "0"])
-    view = main_finetune.TimmView(8, TOWER, args)
+    view = main_finetune.TimmView(replace(FORM, image_size=8), args)
     for seed in range(300):
         assert view(image, np.random.default_rng(seed)).isfinite().all()
     (step,) = [step for step in view.transform.transforms if hasattr(step, "ops")]
@@ -318,4 +321,4 @@ def test_a_tower_that_is_no_vit(tmp_path):
     state = {"state_dict": model.state_dict(), "args": {"model": "SIMCLR_test_resnet"}}
     torch.save(state, tmp_path / "c.pt")
     with pytest.raises(InputError, match="SIMCLR_test_resnet, whose image tower is no ViT"):
-        load_vit(tmp_path / "c.pt", 10)
+        open_weights(tmp_path / "c.pt").build_vit(10)

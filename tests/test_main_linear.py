@@ -88,10 +88,11 @@ def test_a_tower_that_changed_is_noticed(probed):
 
     path = probed / "run/checkpoint.pt"
     model, _ = load_model(path)
-    main_linear.check_frozen(model.visual, path)
+    before = main_linear.digests(model.visual)
+    main_linear.check_frozen(model.visual, before)
     model.visual.norm.bias.data[0] += 1e-6
     with pytest.raises(RuntimeError, match=r"the frozen tower was changed: norm.bias"):
-        main_linear.check_frozen(model.visual, path)
+        main_linear.check_frozen(model.visual, before)
 
 
 def test_features_are_taken_once_and_alike_on_two_ranks(probed, tmp_path, monkeypatch):
@@ -177,7 +178,7 @@ def test_the_archived_rule_divides_by_the_number_of_gpus():
         (["--dataset", "mnist"], "nowhere.*; check the folder"),
         (["--batch-size", 41], "batch size 41 on 1 ranks is more than the 40 training images"),
         (["--evaluate"], "--evaluate: .*checkpoint.pt is absent; train the probe"),
-        (["--pretrained", "none.pt"], "checkpoint 'none.pt' is absent"),
+        (["--pretrained", "none.pt"], "weights 'none.pt' is absent"),
         (["--classifier", "svm"], "invalid choice: 'svm'"),
         (["--temperature", "0.001"], "0.001 must be 0.002 or more"),
     ],

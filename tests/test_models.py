@@ -62,7 +62,7 @@ ORDERS = {  # digests of the state dict's keys and of the optimizer's parameters
     "CLIP_VITL16": "7d882be8af1df068",
     "SIMCLR_VITL16": "e122d988f8adfcfd",
     "SLIP_VITL16": "1a480b5141e43c2c",
-    "CLIP_RN50": "f0de4bfc0da6f3cf",
+    "CLIP_RN50": "fb69730c90c1577e",
     "SLIP_VITTINY8": "41683609ed482892",
 }
 
@@ -131,7 +131,7 @@ def test_initialisation():
     "name, width, embed_dim, size",
     [
         ("VITTINY8", 128, 128, 32),
-        ("VITB32", 768, 512, 224),
+        ("ViT-B-32", 768, 512, 224),
         ("RN50", 2048, 1024, 224),
         ("convnext_atto", 320, 512, 224),
         ("mobilenetv3_small_050", 1024, 512, 224),

@@ -19,10 +19,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save
 
 import captions
 import make_dataset
-from infra import arrow, checkpoint
+from infra import arrow, checkpoint, weights
 from infra.archives import read_file
 from transforms import EncodedImage
 from utils import InputError
@@ -71,6 +72,15 @@ def tar_of(buffer, _):
             archive.addfile(member, io.BytesIO(bytes(10 + i)))
 
 
+def script(buffer, value):
+    with pytest.warns(FutureWarning):  # TorchScript is deprecated
+        torch.jit.save(torch.jit.script(value), buffer)
+
+
+def old(buffer, value):
+    torch.save(value, buffer, _use_new_zipfile_serialization=False)
+
+
 def every(path):
     pairs = arrow.Captions(path)
     return [pairs[i] for i in range(len(pairs))]
@@ -94,6 +104,10 @@ def make(flags):
         return every(output)
 
     return read
+
+
+def read_weights(path):
+    return {key: tensor.sum() for key, tensor in weights.read(path).tensors.items()}
 
 
 def read_zip(path):
@@ -120,6 +134,7 @@ CHECKPOINT = saved(
     lambda b, v: torch.save(v, b),
     {"state_dict": {"a": torch.zeros(3)}, "args": {"model": "x"}, "epoch": 1},
 )
+BARE = {f"a{i}": torch.zeros(3) for i in range(3)}
 YFCC = "yfcc15m --subset FOLDER/subset.tsv --index FOLDER/index.npy --photos FOLDER/photos.txt"
 
 # name of the damaged file: (its sound bytes, its reader)
@@ -151,6 +166,10 @@ KINDS = {
     "image.jpg": (encoded("JPEG"), read_image),
     "image.png": (encoded("PNG"), read_image),
     "checkpoint.pt": (CHECKPOINT, checkpoint.load),
+    "bare.pt": (saved(lambda b, v: torch.save(v, b), BARE), read_weights),
+    "old.pt": (saved(old, BARE), read_weights),
+    "script.pt": (saved(script, torch.nn.Linear(2, 2)), read_weights),
+    "a.safetensors": (save(BARE), read_weights),
 }
 COMPANIONS = ("subset.tsv", "index.npy", "photos.txt", "00000.parquet", "00000.tar")
 CASES = 48  # of each kind

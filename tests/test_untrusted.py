@@ -11,7 +11,7 @@ import pytest
 import captions
 import utils
 from captions import load_captions
-from infra import archives, checkpoint, logger, untrusted
+from infra import archives, checkpoint, logger, untrusted, weights
 from utils import InputError
 
 
@@ -145,6 +145,7 @@ READERS = {
     "coco": lambda path: captions.load_captions("coco", path),
     "arrow": lambda path: captions.load_captions("csv", path),
     "checkpoint": checkpoint.load,
+    "weights": weights.read,
     "digest": checkpoint.file_digest,
     "json": lambda path: utils.read_json(path, "labels"),
     "log": logger.read_log,

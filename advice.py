@@ -1,0 +1,46 @@
+"""The lines of a training's log that tell of its settings, and of their pitfalls."""
+
+import towers
+from infra import distributed
+
+MIN_SSL_BATCH = 64  # samples per step below which the SimCLR head's batch statistics mislead
+
+
+def log_summary(log, model, task, loader, training, args):
+    """The first lines of a run's log."""
+    precision, k = training.precision, args.update_freq
+    batch = args.batch_size * distributed.get_world_size()
+    log.info(
+        f"{args.model}: {loader.images} images, {len(loader) // k} updates "
+        f"an epoch of {batch} x {k}, {precision.name} on {precision.device.type}"
+    )
+    if k > 1 and not training.exact:
+        log.info(
+            f"note: negatives and batch statistics are those of micro-batches of {batch}; "
+            f"--accum exact takes them from all {batch * k} samples of an update"
+        )
+    if training.exact and towers.has_batch_norm(model.visual):
+        log.info(
+            f"note: the batch norm inside of {args.model}'s image tower sees {args.batch_size} "
+            "samples at a time, so --accum exact is not exact there; all else is"
+        )
+    contrasted = batch * k if training.exact else batch
+    if "aug1" in model.views and contrasted < MIN_SSL_BATCH:
+        log.info(
+            f"warning: {contrasted} samples over all ranks are few for the batch statistics "
+            f"of the SimCLR head; use {MIN_SSL_BATCH} or more"
+        )
+    if task is None:
+        log.info("no zero-shot validation: --val-dataset none, or a method without text")
+
+
+def advise(log, data_wait, loader):
+    """One line, once a run, if training waits for its data."""
+    if data_wait > 0.1:
+        augment = "" if loader.augments_on_device else "--augment device, "
+        log.info_once(
+            f"over 10% of the time is spent waiting for data ({data_wait:.0%} in the epoch): try "
+            f"--workers above {loader.workers}, {augment}smaller images or faster storage for "
+            "--root",
+            topic="data wait",
+        )

@@ -1,0 +1,14 @@
+"""For torch.hub.load(FOLDER, "create_model_and_transforms", "ViT-B-32", source="local")."""
+
+from models import list_models
+from pretrained import create_model_and_transforms, list_pretrained, load_model
+from tokenizer import get_tokenizer
+
+__all__ = [
+    "create_model_and_transforms",
+    "get_tokenizer",
+    "list_models",
+    "list_pretrained",
+    "load_model",
+]
+dependencies = ["ftfy", "regex", "safetensors", "timm", "torch", "torchvision"]
