@@ -229,6 +229,7 @@ def main(args):
     images = embed_images(model, dataset, evaluation)
     texts = embed_texts(model, captions, precision)
     result = recalls(images, texts, owners) | {"images": len(rows), "captions": len(captions)}
+    result |= {"checkpoint": args.resume}
     if distributed.is_main_process():
         name = args.name or os.path.splitext(os.path.basename(args.captions))[0]
         utils.make_folder(args.output_dir)

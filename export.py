@@ -67,7 +67,7 @@ text = onnxruntime.InferenceSession("FOLDER/text.onnx")  # if the method reads t
 def get_args_parser():
     parser = utils.ArgumentParser("export.py", "A checkpoint's model in the format of another tool")
     add = parser.add_argument
-    add("--resume", required=True, help="checkpoint file, ours or a released one")
+    add("--resume", required=True, help="weights: a file, NAME:TAG, see docs/weights.md")
     add("--format", required=True, choices=FORMATS, help="the tool that is to open the folder")
     add("--output", required=True, help="folder to write; an older export there is replaced")
     return parser
@@ -115,30 +115,40 @@ def check_free(path):
 # The README
 
 
-def read_scores(path):
-    """[(set, evaluation, "12.34")] of a checkpoint, from the result files beside it."""
-    results = report.read_evaluations(path.parent)
+def read_scores(source):
+    """[(set, evaluation, "12.34")] of a file of weights, from the result files beside it."""
+    if not os.path.isfile(source):  # NAME:TAG or a folder
+        return []
+    path = Path(source)
     recalls = report.read_scores(path.parent / "retrieval.json", report.RECALLS)
-    found = [
-        (name, kind, f"{row['accuracy']:.2f}")
+    results = {**report.read_evaluations(path.parent), "retrieval": recalls}
+    return [
+        (name, *score)
         for kind, rows in results.items()
         for name, row in rows.items()
         if Path(str(row.get("checkpoint", path))).name == path.name
+        for score in scores_of(kind, row)
     ]
-    for name, row in recalls.items():
-        for way in ("image_to_text", "text_to_image"):
-            numbers = " ".join(f"{row[f'{way}_recall{k}']:.2f}" for k in (1, 5, 10))
-            found.append((name, f"{way.replace('_', ' ')}, recall at 1, 5, 10", numbers))
-    return found
 
 
-def describe(source, args, path, notes):
+def scores_of(kind, row):
+    if "accuracy" in row:
+        return [(kind, f"{row['accuracy']:.2f}")]
+    return [
+        (
+            f"{way.replace('_', ' ')}, recall at 1, 5, 10",
+            " ".join(f"{row[f'{way}_recall{k}']:.2f}" for k in (1, 5, 10)),
+        )
+        for way in ("image_to_text", "text_to_image")
+    ]
+
+
+def describe(source, args, notes):
     """The README: what the model is, how to open it, its scores.
 
     Args:
         source: the model.
         args: parsed flags.
-        path: of the checkpoint.
         notes: the writer's.
     """
     form, (method, _, tower) = source.form, source.name.partition("_")
@@ -163,14 +173,14 @@ def describe(source, args, path, notes):
     code = FORMATS[args.format].opening.replace("FOLDER", folder)
     lines += ["", "```python", f"# from the folder above {folder}", code, "```"]
     lines += [line for note in notes for line in ("", note)]
-    if scores := read_scores(path):
+    if scores := read_scores(args.resume):
         lines += ["", "| set | evaluation | % |", "|---|---|---|"]
         lines += [f"| {' | '.join(row)} |" for row in scores]
     return "\n".join(lines) + "\n"
 
 
 def main(args):
-    output, path = Path(args.output).absolute(), Path(args.resume)
+    output = Path(args.output).absolute()
     check_free(output)  # before the model is loaded
 
     model, train_args = load_model(args.resume)
@@ -179,7 +189,7 @@ def main(args):
 
     with new_folder(output) as folder:
         notes = FORMATS[args.format].write(source, folder, output)
-        readme = describe(source, args, path, notes)
+        readme = describe(source, args, notes)
         (folder / "README.md").write_text(readme, encoding="utf-8")
     print("\n".join([f"{output}: {source.name} for {args.format}", *notes]))
 

@@ -60,7 +60,10 @@ def test_the_readme_says_what_the_model_is_and_its_scores(tmp_path, capsys):
     for name, rows in {
         "results": {"digits": accuracy, "elsewhere": other},
         "linear": {"digits": accuracy},
-        "retrieval": {"coco": dict.fromkeys(export.report.RECALLS, 5.0)},
+        "retrieval": {
+            "coco": {**dict.fromkeys(export.report.RECALLS, 5.0), "checkpoint": "c.pt"},
+            "elsewhere": {**dict.fromkeys(export.report.RECALLS, 6.0), "checkpoint": "another.pt"},
+        },
     }.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
     call(tmp_path / "c.pt", "timm", tmp_path / "out")
