@@ -88,7 +88,7 @@ def new_folder(path):
     new = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     old = new.with_suffix(".old")
     try:
-        new.mkdir()
+        utils.make_folder(new)
         yield new
         if path.exists():
             path.rename(old)

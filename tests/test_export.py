@@ -144,3 +144,6 @@ def test_unknown_flags_and_formats_are_one_line(tmp_path):
     with pytest.raises(InputError, match="absent"):
         call(tmp_path / "absent.pt", "timm", tmp_path / "out")
     assert not list(tmp_path.iterdir())
+    save_checkpoint(tmp_path / "c.pt")
+    with pytest.raises(InputError, match="folder /proc/x.*: No such file or directory; choose"):
+        call(tmp_path / "c.pt", "timm", "/proc/x")
