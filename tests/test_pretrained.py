@@ -213,9 +213,37 @@ BAD = {
     "squashed images": (changed("preprocess_cfg", resize_mode="squash"), "resize_mode 'squash'"),
     "no numbers": (changed("preprocess_cfg", mean=["a", 0, 0]), r"mean \['a', 0, 0\] is not"),
     "another filter": (changed("preprocess_cfg", interpolation="x"), "choose from bilinear, bic"),
+    "texts without a mask": (
+        changed("model_cfg", text_cfg={"no_causal_mask": True}),
+        "its no_causal_mask True is unknown here",
+    ),
+    "another pooling": (
+        changed("model_cfg", vision_cfg={"pool_type": "avg"}),
+        "its pool_type 'avg'; only 'tok' is known here",
+    ),
+    "other heads": (
+        changed("model_cfg", text_cfg={"width": 64}),  # open_clip's usual number is 8
+        "its heads 8; only 1 is known here",
+    ),
+    "timm's pooling": (
+        changed("model_cfg", vision_cfg={"timm_model_name": "test_vit"}),
+        "its timm_pool 'avg'; only '' is known here",
+    ),
+    "oblong images": (
+        changed("model_cfg", vision_cfg={"image_size": [32, 48]}),
+        r"its image_size \[32, 48\] is no square",
+    ),
     "our entry": (CONFIG | {"slip": {"model": "CLIP_ViT-Z", "preprocessing": {}}}, "unknown model"),
     "of no kind": (CONFIG | {"slip": {"model": 7, "preprocessing": {}}}, "is of another kind"),
 }
+
+
+def test_a_config_with_nothing_special_opens():
+    off = {"ls_init_value": None, "no_ln_pre": False, "act_kwargs": {}, "pool_type": "tok"}
+    sizes = {"timm_model_name": "convnext_small", "timm_pool": "", "image_size": [320, 320]}
+    config = changed("model_cfg", vision_cfg=off | sizes, text_cfg={"no_causal_mask": False})
+    name, form = weight_names.read_config(config)
+    assert name == "convnext_small" and form["image_size"] == 320
 
 
 @pytest.mark.parametrize("fault", BAD)
