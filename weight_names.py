@@ -164,7 +164,9 @@ def read_config(config):
     form["activation"] = "quick_gelu" if model.get("quick_gelu") else "gelu"
     if size := vision.get("image_size"):
         form["image_size"] = square(size)
-    return vision.get("timm_model_name"), form
+    if not isinstance(name := vision.get("timm_model_name"), str | None):
+        raise TypeError(f"timm_model_name {name!r}"[:80])
+    return name, form
 
 
 # Entries of open_clip's towers that shapes of the weights tell, or that bear on training alone.

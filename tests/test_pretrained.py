@@ -117,19 +117,37 @@ def test_a_bare_file_is_known_by_its_keys(tmp_path, kind, capsys):
     assert not torch.equal(embeddings(quick)[1], embeddings(found)[1])
 
 
-def test_openais_archives_have_quick_gelu(tmp_path, monkeypatch):
+def test_openais_archives_have_quick_gelu(tmp_path, monkeypatch, capsys):
     """What torch.jit.save wrote is told in test_weights.py; here it is of the released kind."""
     model, read = small("CLIP_SMALL-quickgelu"), pretrained.weights.read
     torch.save(theirs(model), tmp_path / "x.pt")
-    monkeypatch.setattr(
-        pretrained.weights, "read", lambda path: replace(read(path), is_torchscript=True)
-    )
+    kind = {"is_torchscript": True, "is_openai": True}
+    monkeypatch.setattr(pretrained.weights, "read", lambda path: replace(read(path), **kind))
     for source in (tmp_path / "x.pt", f"SMALL:{tmp_path}/x.pt", f"CLIP_SMALL:{tmp_path}/x.pt"):
         found, args = load_model(source)
         assert args.model == "CLIP_SMALL-quickgelu"
         assert_same_model(found, model)
     with pytest.raises(InputError, match="it holds SMALL-quickgelu, not SMALL; choose the former"):
         open_weights(tmp_path / "x.pt", "SMALL")
+    assert not capsys.readouterr().err
+    kind["is_openai"] = False  # somebody's own archive: a name tells
+    assert load_model(tmp_path / "x.pt")[1].model == "CLIP_SMALL-quickgelu"
+    assert f"trained with GELU, give SMALL:{tmp_path}/x.pt" in capsys.readouterr().err
+    assert load_model(f"SMALL:{tmp_path}/x.pt")[1].model == "CLIP_SMALL"
+
+
+def test_a_name_that_does_not_fit_is_said_by_keys(tmp_path):
+    state = theirs(small())
+    path = save(tmp_path / "x.pt", state)
+    with pytest.raises(
+        InputError, match=r"x.pt: they do not fit CLIP_ViT-H-14 \(.* visual.bl"
+    ) as e:
+        load_model(f"ViT-H-14:{path}")  # whose memory the file's size would not allow
+    assert "\n" not in str(e.value)
+    del state["positional_embedding"]
+    path = save(tmp_path / "y.pt", state)
+    with pytest.raises(InputError, match=r"SMALL \(1 keys missing: positional_embedding\)"):
+        load_model(f"SMALL:{path}")
 
 
 def test_a_released_file_is_known_by_its_name(tmp_path, capsys):
