@@ -90,6 +90,7 @@ def new_folder(path):
     try:
         utils.make_folder(new)
         yield new
+        check_free(path)  # what came in the meantime is not ours to remove
         if path.exists():
             path.rename(old)
         new.rename(path)
@@ -105,6 +106,8 @@ def check_free(path):
         return
     if not path.is_dir():
         raise InputError(f"output {path} is a file; choose a folder")
+    if path.samefile(os.curdir):  # which a new folder would take from below the user's shell
+        raise InputError(f"output {path} is the folder that you are in; choose a new one")
     names, readme = os.listdir(path), path / "README.md"
     is_export = readme.is_file() and readme.read_bytes().startswith(MARK.encode())
     if names and not is_export:
@@ -180,7 +183,7 @@ def describe(source, args, notes):
 
 
 def main(args):
-    output = Path(args.output).absolute()
+    output = Path(os.path.realpath(args.output))
     check_free(output)  # before the model is loaded
 
     model, train_args = load_model(args.resume)

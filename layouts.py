@@ -296,23 +296,26 @@ def find_tower(tensors):
     for name in alike or CLIP_TOWERS:
         with torch.device("meta"):
             own = CLIP(CLIP_TOWERS[name]).state_dict()
-        resized = {k for k, axis in POSITIONS.items() if differs_at(own, tensors, k, axis)}
-        faults = mismatches({k: tensors[k] if k in resized else v for k, v in own.items()}, tensors)
+        faults, resized = misfits(own, tensors)
         fits.append((sum(map(len, faults.values())), len(resized), name, faults))
         if not faults and not resized:
             return name
     *_, name, faults = min(fits, key=lambda fit: fit[:2])
-    if faults:
-        text = describe_mismatches(faults)
+    if text := describe_mismatches(faults):
         raise InputError(f"weights fit no tower; the nearest is {name} ({text})")
     return name
 
 
+def misfits(own, tensors):
+    """(mismatches of state dicts, {keys that differ in their number of positions alone})."""
+    resized = {k for k, axis in POSITIONS.items() if differs_at(own, tensors, k, axis)}
+    alike = {key: tensors[key] if key in resized else value for key, value in own.items()}
+    return mismatches(alike, tensors), resized
+
+
 def differs_at(own, tensors, key, axis):
     """Whether a tensor differs from our own in the size of one axis alone."""
-    if key not in own or key not in tensors:
-        return False
-    mine, theirs = list(own[key].shape), list(tensors[key].shape)
+    mine, theirs = (list(getattr(d.get(key), "shape", ())) for d in (own, tensors))
     if mine == theirs or len(mine) != len(theirs):
         return False
     mine[axis] = theirs[axis]
@@ -334,8 +337,7 @@ def image_tower(tensors, visual):
     weights = resample_positions(weights, visual, prefix="")
     surplus = [key for key in weights if key not in own and is_head(key, visual)]
     weights = {key: value for key, value in weights.items() if key not in surplus}
-    if faults := mismatches(own, weights):
-        text = describe_mismatches(faults)
+    if text := describe_mismatches(mismatches(own, weights)):
         raise InputError(f"weights are of another image tower ({text}); choose its architecture")
     notes = [f"the image tower is read from {prefix}*"] if prefix else []
     if surplus:

@@ -19,7 +19,7 @@ import layouts
 from infra import checkpoint, weights
 from infra.distributed import is_main_process
 from infra.untrusted import SLACK, first_line, memory_limit
-from models import Method, parse_name
+from models import CLIP, Method, parse_name
 from preprocessing import SLIP_PREPROCESSING, Preprocessing
 from towers import CLIP_TOWERS, TOWERS, Tower, create_visual, find_tower, input_size, is_tower
 from transforms import CenterCrop, CropAndFlip, ToInput
@@ -123,7 +123,7 @@ class Weights:
 def check_size(visual):
     """Raises InputError if the patches of a ViT do not divide its image size."""
     size, patches = input_size(visual), getattr(visual, "patch_embed", None)
-    patch = getattr(patches, "patch_size", (1,))[0]
+    patch = timm.layers.to_2tuple(getattr(patches, "patch_size", 1))[0]  # XCiT's is a number
     if size % patch:
         raise InputError(f"image size {size} is no multiple of the patch of {patch} pixels")
 
@@ -202,20 +202,39 @@ def of_run(source, place, content):
 def of_pair(source, place, content, state, arch):
     """Of a state dict with an image and a text tower, which does not say how it was trained."""
     name = full_name(place.name or arch or layouts.find_tower(state))
-    activation = "quick_gelu" if content.is_torchscript else place.form.get("activation")
-    notes = []
+    activation, notes = place.form.get("activation"), []
+    is_told = place.name or arch or activation
+    if content.is_openai or (content.is_torchscript and not is_told):
+        activation = "quick_gelu"
+        if not content.is_openai:
+            notes.append(
+                f"note: {source} is taken for one of OpenAI's archives, with QuickGELU; if it was "
+                f"trained with GELU, give {tower_of(name)}:{source}"
+            )
     if tower_of(name) in CLIP_TOWERS and activation == "quick_gelu":
         name = named(name, True)
-    elif not (place.name or arch or activation):
+    elif not is_told:
         notes.append(
             f"note: {source} does not tell its activation, GELU is assumed; if it was trained "
             f"with QuickGELU, as OpenAI's weights, give {tower_of(name)}-quickgelu:{source}"
         )
     method, tower = parse_name(name)
+    if tower_of(name) in TOWERS:  # before a large model is built for a small file
+        check_fits(name, tower, state)
     form = place.form | {"context_length": len(state["positional_embedding"])}
     form["image_size"] = layouts.native_size(state) or form.get("image_size")
     tower = replace(tower, preprocessing=replace(tower.preprocessing, **form))
     return Weights(source, place.path, name, method, tower, state, Namespace(model=name), notes)
+
+
+def check_fits(name, tower, state):
+    """Raises InputError if the towers and projections are others; a SimCLR head may be there."""
+    with torch.device("meta"):
+        own = CLIP(tower).state_dict()
+    both = {key: value for key, value in state.items() if not key.startswith("image_mlp.")}
+    if faults := layouts.misfits(own, both)[0]:
+        text = checkpoint.describe_mismatches(faults)
+        raise InputError(f"they do not fit {name} ({text}); choose their tower")
 
 
 def of_image_tower(source, place, tensors, arch):

@@ -153,12 +153,53 @@ def read_config(config):
         return f"CLIP_{tower_of(own['model'])}", Preprocessing.from_dict(
             own["preprocessing"]
         ).to_dict()
-    model, images = config["model_cfg"], config.get("preprocess_cfg", {})
-    if "hf_model_name" in model["text_cfg"]:
-        name = model["text_cfg"]["hf_model_name"]
+    model, images = config["model_cfg"], config.get("preprocess_cfg") or {}
+    vision, text = model["vision_cfg"], model["text_cfg"]
+    if name := text.get("hf_model_name"):
         raise InputError(f"its text tower is {name}; only CLIP's own is known here")
+    check_known(vision, text)
     if (mode := images.get("resize_mode", "shortest")) != "shortest":
         raise InputError(f"resize_mode {mode!r} is unknown; only 'shortest' is known here")
     form = {k: images[k] for k in ("mean", "std", "interpolation") if k in images}
     form["activation"] = "quick_gelu" if model.get("quick_gelu") else "gelu"
-    return model["vision_cfg"].get("timm_model_name"), form
+    if size := vision.get("image_size"):
+        form["image_size"] = square(size)
+    if not isinstance(name := vision.get("timm_model_name"), str | None):
+        raise TypeError(f"timm_model_name {name!r}"[:80])
+    return name, form
+
+
+# Entries of open_clip's towers that shapes of the weights tell, or that bear on training alone.
+FREE = {
+    *("image_size", "layers", "width", "mlp_ratio", "patch_size", "patch_dropout", "output_tokens"),
+    *("timm_model_name", "timm_model_pretrained", "timm_proj_bias", "timm_drop", "timm_drop_path"),
+    *("pos_embed_type", "attn_pooler_queries", "attn_pooler_heads", "context_length", "pad_id"),
+    *("vocab_size", "eos_id", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type"),
+}
+HEAD_WIDTHS = {1280: 80, 1408: 88}  # by the width of an image tower: of ViT-H and ViT-g; else 64
+
+
+def check_known(vision, text):
+    """Raises InputError for entries of a config by which embeddings would be others than ours.
+
+    An entry that is off, as null or false, is no matter.
+    """
+    images = {"head_width": HEAD_WIDTHS.get(vision.get("width"), 64), "pool_type": "tok"}
+    texts = {"heads": text.get("width", 512) // 64, "pool_type": "argmax", "proj_type": "linear"}
+    if vision.get("timm_model_name"):
+        images |= {"timm_pool": "", "timm_proj": "linear"}
+        vision = {"timm_pool": "avg"} | vision  # open_clip's default, as the heads below
+    vision, text = {"head_width": 64} | vision, {"heads": 8} | text
+    for part, own in ((vision, images), (text, texts)):
+        for key, value in part.items():
+            if key not in FREE and value != own.get(key) and (value or key in own):
+                known = f"; only {own[key]!r} is known here" if key in own else " is unknown here"
+                raise InputError(f"its {key} {repr(value)[:80]}{known}")
+
+
+def square(size):
+    """The side in pixels, of itself or of equal [height, width]. Raises InputError for others."""
+    sides = size if isinstance(size, list) else [size]
+    if len(set(sides)) != 1:
+        raise InputError(f"its image_size {repr(size)[:80]} is no square; only squares are known")
+    return sides[0]

@@ -100,6 +100,18 @@ def test_an_export_takes_the_place_of_an_older_one_alone(tmp_path):
         call(tmp_path / "c.pt", "timm", tmp_path / "c.pt")
 
 
+def test_a_link_stays_and_the_users_own_folder_too(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "c.pt")
+    (tmp_path / "link").symlink_to(tmp_path / "other disk")
+    for _ in range(2):  # the folder is absent, then an export
+        call(tmp_path / "c.pt", "timm", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "other disk/README.md").exists()
+    monkeypatch.chdir(tmp_path / "link")
+    for output in (".", "../other disk/"):
+        with pytest.raises(InputError, match="is the folder that you are in; choose a new one"):
+            call(tmp_path / "c.pt", "timm", output)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
 def test_an_export_that_ends_early_leaves_what_was_there(error, tmp_path, monkeypatch, capsys):
     save_checkpoint(tmp_path / "c.pt")
@@ -135,6 +147,14 @@ def test_the_older_export_comes_back_if_the_new_one_cannot_take_its_place(tmp_pa
     with pytest.raises(OSError), export.new_folder(out):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and list(out.iterdir())
+
+
+def test_files_that_came_in_the_meantime_stay(tmp_path):
+    path, match = tmp_path / "out", "holds mine and is no export"
+    with pytest.raises(InputError, match=match), export.new_folder(path):
+        path.mkdir()
+        (path / "mine").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
 
 
 def test_unknown_flags_and_formats_are_one_line(tmp_path):

@@ -76,6 +76,12 @@ def test_image_towers_alone_serve_with_their_architecture(probed, tmp_path, caps
             open_weights(path, arch)
 
 
+def test_a_tower_whose_patch_is_a_number(tmp_path):
+    xcit = timm.create_model("xcit_nano_12_p16_224", num_classes=0)
+    found = open_weights(save(tmp_path / "x.pt", xcit.state_dict()), "xcit_nano_12_p16_224")
+    assert found.build().image_size == 224
+
+
 def test_a_run_starts_from_weights(tiny, tmp_path, capsys):
     model = small()
     path = save(tmp_path / "x.pt", theirs(model))

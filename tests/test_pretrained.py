@@ -117,19 +117,37 @@ def test_a_bare_file_is_known_by_its_keys(tmp_path, kind, capsys):
     assert not torch.equal(embeddings(quick)[1], embeddings(found)[1])
 
 
-def test_openais_archives_have_quick_gelu(tmp_path, monkeypatch):
+def test_openais_archives_have_quick_gelu(tmp_path, monkeypatch, capsys):
     """What torch.jit.save wrote is told in test_weights.py; here it is of the released kind."""
     model, read = small("CLIP_SMALL-quickgelu"), pretrained.weights.read
     torch.save(theirs(model), tmp_path / "x.pt")
-    monkeypatch.setattr(
-        pretrained.weights, "read", lambda path: replace(read(path), is_torchscript=True)
-    )
+    kind = {"is_torchscript": True, "is_openai": True}
+    monkeypatch.setattr(pretrained.weights, "read", lambda path: replace(read(path), **kind))
     for source in (tmp_path / "x.pt", f"SMALL:{tmp_path}/x.pt", f"CLIP_SMALL:{tmp_path}/x.pt"):
         found, args = load_model(source)
         assert args.model == "CLIP_SMALL-quickgelu"
         assert_same_model(found, model)
     with pytest.raises(InputError, match="it holds SMALL-quickgelu, not SMALL; choose the former"):
         open_weights(tmp_path / "x.pt", "SMALL")
+    assert not capsys.readouterr().err
+    kind["is_openai"] = False  # somebody's own archive: a name tells
+    assert load_model(tmp_path / "x.pt")[1].model == "CLIP_SMALL-quickgelu"
+    assert f"trained with GELU, give SMALL:{tmp_path}/x.pt" in capsys.readouterr().err
+    assert load_model(f"SMALL:{tmp_path}/x.pt")[1].model == "CLIP_SMALL"
+
+
+def test_a_name_that_does_not_fit_is_said_by_keys(tmp_path):
+    state = theirs(small())
+    path = save(tmp_path / "x.pt", state)
+    with pytest.raises(
+        InputError, match=r"x.pt: they do not fit CLIP_ViT-H-14 \(.* visual.bl"
+    ) as e:
+        load_model(f"ViT-H-14:{path}")  # whose memory the file's size would not allow
+    assert "\n" not in str(e.value)
+    del state["positional_embedding"]
+    path = save(tmp_path / "y.pt", state)
+    with pytest.raises(InputError, match=r"SMALL \(1 keys missing: positional_embedding\)"):
+        load_model(f"SMALL:{path}")
 
 
 def test_a_released_file_is_known_by_its_name(tmp_path, capsys):
@@ -213,9 +231,37 @@ BAD = {
     "squashed images": (changed("preprocess_cfg", resize_mode="squash"), "resize_mode 'squash'"),
     "no numbers": (changed("preprocess_cfg", mean=["a", 0, 0]), r"mean \['a', 0, 0\] is not"),
     "another filter": (changed("preprocess_cfg", interpolation="x"), "choose from bilinear, bic"),
+    "texts without a mask": (
+        changed("model_cfg", text_cfg={"no_causal_mask": True}),
+        "its no_causal_mask True is unknown here",
+    ),
+    "another pooling": (
+        changed("model_cfg", vision_cfg={"pool_type": "avg"}),
+        "its pool_type 'avg'; only 'tok' is known here",
+    ),
+    "other heads": (
+        changed("model_cfg", text_cfg={"width": 64}),  # open_clip's usual number is 8
+        "its heads 8; only 1 is known here",
+    ),
+    "timm's pooling": (
+        changed("model_cfg", vision_cfg={"timm_model_name": "test_vit"}),
+        "its timm_pool 'avg'; only '' is known here",
+    ),
+    "oblong images": (
+        changed("model_cfg", vision_cfg={"image_size": [32, 48]}),
+        r"its image_size \[32, 48\] is no square",
+    ),
     "our entry": (CONFIG | {"slip": {"model": "CLIP_ViT-Z", "preprocessing": {}}}, "unknown model"),
     "of no kind": (CONFIG | {"slip": {"model": 7, "preprocessing": {}}}, "is of another kind"),
 }
+
+
+def test_a_config_with_nothing_special_opens():
+    off = {"ls_init_value": None, "no_ln_pre": False, "act_kwargs": {}, "pool_type": "tok"}
+    sizes = {"timm_model_name": "convnext_small", "timm_pool": "", "image_size": [320, 320]}
+    config = changed("model_cfg", vision_cfg=off | sizes, text_cfg={"no_causal_mask": False})
+    name, form = weight_names.read_config(config)
+    assert name == "convnext_small" and form["image_size"] == 320
 
 
 @pytest.mark.parametrize("fault", BAD)

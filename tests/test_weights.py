@@ -115,7 +115,7 @@ def scripts(clip, tmp_path_factory):
 def test_a_torchscript_archive_opens_as_its_state_dict(scripts, kind):
     path, state_dict = scripts[kind]
     content = weights.read(path)
-    assert content.is_torchscript and content.state == {}
+    assert content.is_torchscript and content.is_openai and content.state == {}
     assert_weights(content, state_dict)
     assert {"visual.resblocks.1.in_proj_weight", "attn_mask"} <= content.tensors.keys()
     assert {"input_resolution", "vocab_size"} <= state_dict.keys()
