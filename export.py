@@ -17,10 +17,11 @@ import report
 import utils
 from formats import Source, write_huggingface, write_open_clip, write_timm
 from infra import distributed
-from models import parse_name
+from models import CLIP
 from onnx_files import write_onnx
-from pretrained import load_model
+from pretrained import add_arch_flag, open_weights
 from utils import InputError
+from weight_names import tower_of
 
 MARK = "<!-- by export.py -->"  # the README of a folder that may be replaced begins with it
 
@@ -68,6 +69,7 @@ def get_args_parser():
     parser = utils.ArgumentParser("export.py", "A checkpoint's model in the format of another tool")
     add = parser.add_argument
     add("--resume", required=True, help="weights: a file, NAME:TAG, see docs/weights.md")
+    add_arch_flag(add)
     add("--format", required=True, choices=FORMATS, help="the tool that is to open the folder")
     add("--output", required=True, help="folder to write; an older export there is replaced")
     return parser
@@ -146,31 +148,34 @@ def scores_of(kind, row):
     ]
 
 
-def describe(source, args, notes):
+def describe(source, data, args, notes):
     """The README: what the model is, how to open it, its scores.
 
     Args:
         source: the model.
+        data: name of its training data, or None.
         args: parsed flags.
         notes: the writer's.
     """
-    form, (method, _, tower) = source.form, source.name.partition("_")
+    form, tower = source.form, tower_of(source.name)
+    method = source.name.removesuffix(tower).rstrip("_")
     mean, std = (", ".join(map(str, values)) for values in (form.mean, form.std))
     lines = [
         MARK,
         f"# {source.name}",
         "",
-        f"Trained by {method} with the image tower {tower} (timm's {source.tower.timm_name}).",
-        *([f"Training data: {source.data}."] if source.data else []),
+        f"Trained by {method or 'others'} with the image tower {tower} (timm's "
+        f"{source.tower.timm_name}).",
+        *([f"Training data: {data}."] if data else []),
         "",
         f"- Images: shorter side to {form.image_size} pixels, {form.interpolation}, centre crop; "
         f"mean {mean}, deviation {std}",
     ]
-    if method != "SIMCLR":
+    if isinstance(source.model, CLIP):
         lines.append(
             f"- Texts: CLIP's tokenizer, {form.context_length} tokens; activation {form.activation}"
         )
-    if method != "CLIP":
+    if method in ("SIMCLR", "SLIP"):
         lines.append("- The SimCLR head is left out")
     folder = Path(args.output).name
     code = FORMATS[args.format].opening.replace("FOLDER", folder)
@@ -186,13 +191,12 @@ def main(args):
     output = Path(os.path.realpath(args.output))
     check_free(output)  # before the model is loaded
 
-    model, train_args = load_model(args.resume)
-    _, tower = parse_name(train_args.model)
-    source = Source(model, train_args.model, tower, getattr(train_args, "dataset", None))
+    found = open_weights(args.resume, args.arch)
+    source = Source(found.build(), found.name, found.tower)
 
     with new_folder(output) as folder:
         notes = FORMATS[args.format].write(source, folder, output)
-        readme = describe(source, args, notes)
+        readme = describe(source, getattr(found.args, "dataset", None), args, notes)
         (folder / "README.md").write_text(readme, encoding="utf-8")
     print("\n".join([f"{output}: {source.name} for {args.format}", *notes]))
 

@@ -26,17 +26,11 @@ class Content:
     state: the other entries of a training run's checkpoint (args as a Namespace, epoch ...); {} for
         all other files.
     is_torchscript: whether the file is an archive of torch.jit.save, as OpenAI's are.
-    is_openai: whether it also holds OpenAI's surplus entries, as no scripted open_clip does.
     """
 
     tensors: dict
     state: dict
     is_torchscript: bool = False
-    is_openai: bool = False
-
-
-# Entries of OpenAI's state dicts that are no weights.
-SURPLUS = {"input_resolution", "context_length", "vocab_size"}
 
 
 def read(path):
@@ -62,12 +56,9 @@ def read(path):
         tensors = state.pop("state_dict")
     else:
         state, tensors = {}, checkpoint.plain_keys(tensors, name)
-    is_torchscript, is_openai = isinstance(root, Module), "input_resolution" in tensors
-    tensors = {key: value for key, value in tensors.items() if key not in SURPLUS}
     if not tensors:
         raise InputError(f"{name} holds no weights: none of its entries is a tensor")
-    tensors = in_single(tensors, name, size)
-    return Content(tensors, state, is_torchscript, is_torchscript and is_openai)
+    return Content(in_single(tensors, name, size), state, isinstance(root, Module))
 
 
 def check_size(path):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from test_formats import open_by_open_clip
 
@@ -155,6 +156,21 @@ def test_files_that_came_in_the_meantime_stay(tmp_path):
         path.mkdir()
         (path / "mine").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
+
+
+def test_an_image_tower_alone_is_written_for_timm(tmp_path):
+    vit = timm.create_model("test_vit", num_classes=0).eval()
+    torch.save({"model": vit.state_dict()}, tmp_path / "x.pth")
+    flags = ["--resume", str(tmp_path / "x.pth"), "--arch", "test_vit", "--format", "timm"]
+    export.main(export.get_args_parser().parse_args([*flags, "--output", str(tmp_path / "out")]))
+    found = timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True).eval()
+    x = torch.randn(1, 3, 160, 160)
+    with torch.no_grad():
+        assert torch.equal(found(x), vit(x))
+    assert "# test_vit\n\nTrained by others" in (tmp_path / "out/README.md").read_text()
+    with pytest.raises(InputError, match="test_vit has no text tower, which open_clip needs"):
+        flags[-1] = "open_clip"
+        export.main(export.get_args_parser().parse_args([*flags, "--output", str(tmp_path / "b")]))
 
 
 def test_unknown_flags_and_formats_are_one_line(tmp_path):
