@@ -16,7 +16,7 @@ import main
 import main_finetune
 import main_linear
 import models
-from pretrained import load_model, open_weights
+from pretrained import check_size, create_model_and_transforms, load_model, open_weights
 from utils import InputError
 
 
@@ -122,3 +122,14 @@ def test_weights_of_another_tower_do_not_start_a_run(tmp_path):
         open_weights(f"SMALL:{path}", "VITTINY8")
     with pytest.raises(InputError, match=r"do not fit \(.*missing: visual.*\); choose their model"):
         open_weights(path, "SMALL").initialise(models.create_model("CLIP_NANO8"))
+
+
+def test_sizes_that_a_tower_cannot_take_are_one_line():
+    with torch.device("meta"):
+        resnet = timm.create_model("resnet50_clip", num_classes=0)
+    for size in (16, 230):
+        with pytest.raises(InputError, match=f"size {size} is no multiple of the patch of 32"):
+            check_size(resnet, size)
+    check_size(resnet, 288)
+    with pytest.raises(InputError, match="image size 33 is no multiple of the patch of 8 pixels"):
+        create_model_and_transforms("SMALL", image_size=33)
