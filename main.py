@@ -92,7 +92,13 @@ def create_model(args):
     sizes = args.ssl_mlp_dim, args.ssl_emb_dim
     if not args.init_from:
         return models.create_model(args.model, *sizes), []
-    weights = pretrained.open_weights(args.init_from, args.model.partition("_")[2])
+    try:
+        weights = pretrained.open_weights(args.init_from, args.model.partition("_")[2])
+    except InputError:
+        latest = os.path.join(args.output_dir, "checkpoint.pt")
+        if not os.path.exists(latest):
+            raise
+        weights = pretrained.open_weights(latest)  # a resumed run needs the former no more
     form = replace(weights.tower.preprocessing, image_size=None)  # positions are resampled
     model = models.create_model(args.model, *sizes, form)
     return model, [weights.initialise(model)]

@@ -53,7 +53,7 @@ class Weights:
         sizes = head_sizes(self.args, self.state_dict)
         with bounded(self.path):
             model = self.method(resized(self.tower, image_size), *sizes)
-        check_size(model.visual)
+        check_size(model.visual, model.image_size)
         state = self.state_dict
         if image_size:
             state = image_towers.resample_positions(state, model.visual)
@@ -83,7 +83,7 @@ class Weights:
             raise InputError(
                 f"{path} holds {self.name}, whose image tower is no ViT; choose another"
             )
-        check_size(vit)
+        check_size(vit, input_size(vit))
         torch.nn.init.trunc_normal_(vit.head.weight, std=2e-5)
         torch.nn.init.zeros_(vit.head.bias)
         head = {f"head.{key}": value for key, value in vit.head.state_dict().items()}
@@ -121,10 +121,12 @@ class Weights:
         return hashlib.sha256(f"{digest} {self.name} {self.tower}".encode()).hexdigest()
 
 
-def check_size(visual):
-    """Raises InputError if the patches of a ViT do not divide its image size."""
-    size, patches = input_size(visual), getattr(visual, "patch_embed", None)
-    patch = timm.layers.to_2tuple(getattr(patches, "patch_size", 1))[0]  # XCiT's is a number
+def check_size(visual, size):
+    """Raises InputError if the patches of a ViT, or a CLIP ResNet's strides, do not divide S."""
+    patch = getattr(getattr(visual, "patch_embed", None), "patch_size", 1)
+    patch = timm.layers.to_2tuple(patch)[0]  # XCiT's is a number
+    if isinstance(getattr(visual, "head", None), timm.layers.AttentionPool2d):
+        patch = 32
     if size % patch:
         raise InputError(f"image size {size} is no multiple of the patch of {patch} pixels")
 
@@ -326,6 +328,7 @@ def create_model_and_transforms(name_or_path, pretrained=None, device="cpu", ima
     else:
         method, tower = parse_name(full_name(name_or_path))
         model = method(resized(tower, image_size), 4096, 256).eval()
+        check_size(model.visual, model.image_size)
     form = model.preprocessing
     training = CropAndFlip(form.image_size, form.crop_min, False, form.interpolation)
     return model.to(device), ToInput(training, form), ToInput(CenterCrop.of(form), form)

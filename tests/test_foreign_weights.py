@@ -17,7 +17,7 @@ import main_finetune
 import main_linear
 import models
 from preprocessing import IMAGENET_MEAN
-from pretrained import load_model, open_weights
+from pretrained import check_size, create_model_and_transforms, load_model, open_weights
 from utils import InputError
 
 
@@ -111,6 +111,9 @@ def test_a_run_starts_from_weights(tiny, tmp_path, capsys):
     assert args.model == "SLIP_SMALL" and found.preprocessing == model.preprocessing
     for key, value in model.state_dict().items():
         assert torch.allclose(found.state_dict()[key], value, atol=1e-6), key
+    path.rename(tmp_path / "elsewhere")  # a run that resumes does without
+    main.main(main.get_args_parser().parse_args([*flags, "--epochs", "2"]))
+    assert load_model(tmp_path / "run/checkpoint.pt")[0].preprocessing == model.preprocessing
     with pytest.raises(InputError, match="trained with --init-from '.*x.pt', not ''; give the sam"):
         at = flags.index("--init-from")
         main.main(main.get_args_parser().parse_args(flags[:at] + flags[at + 2 :]))
@@ -138,3 +141,14 @@ def test_weights_of_another_tower_do_not_start_a_run(tmp_path):
         open_weights(f"SMALL:{path}", "VITTINY8")
     with pytest.raises(InputError, match=r"do not fit \(.*missing: visual.*\); choose their model"):
         open_weights(path, "SMALL").initialise(models.create_model("CLIP_NANO8"))
+
+
+def test_sizes_that_a_tower_cannot_take_are_one_line():
+    with torch.device("meta"):
+        resnet = timm.create_model("resnet50_clip", num_classes=0)
+    for size in (16, 230):
+        with pytest.raises(InputError, match=f"size {size} is no multiple of the patch of 32"):
+            check_size(resnet, size)
+    check_size(resnet, 288)
+    with pytest.raises(InputError, match="image size 33 is no multiple of the patch of 8 pixels"):
+        create_model_and_transforms("SMALL", image_size=33)

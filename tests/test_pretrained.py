@@ -15,7 +15,6 @@ from test_layouts import random_weights
 
 import image_towers
 import layouts
-import model_configs
 import models
 import towers
 import weight_names
@@ -246,68 +245,6 @@ def test_a_folder_says_how_its_model_was_trained(tmp_path, capsys):
     for a, b in zip(embeddings(found), embeddings(model), strict=True):
         assert torch.equal(a, b)
     assert not capsys.readouterr().err
-
-
-def changed(section, **values):
-    return CONFIG | {section: CONFIG[section] | values}
-
-
-BAD = {
-    "no config": (None, "has no open_clip_config.json"),
-    "no weights": (CONFIG, "has none of open_clip_model.safetensors, open_clip_pytorch_model.bin"),
-    "a list": ([], "is no JSON object"),
-    "another object": ({"a": 1}, "is of another kind: KeyError"),
-    "a text": (CONFIG | {"model_cfg": "x"}, "is of another kind"),
-    "another text tower": (
-        changed("model_cfg", text_cfg={"hf_model_name": "roberta-base"}),
-        "its text tower is roberta-base; only CLIP's own is known here",
-    ),
-    "squashed images": (changed("preprocess_cfg", resize_mode="squash"), "resize_mode 'squash'"),
-    "no numbers": (changed("preprocess_cfg", mean=["a", 0, 0]), r"mean \['a', 0, 0\] is not"),
-    "another filter": (changed("preprocess_cfg", interpolation="x"), "choose from bilinear, bic"),
-    "texts without a mask": (
-        changed("model_cfg", text_cfg={"no_causal_mask": True}),
-        "its no_causal_mask True is unknown here",
-    ),
-    "another pooling": (
-        changed("model_cfg", vision_cfg={"pool_type": "avg"}),
-        "its pool_type 'avg'; only 'tok' is known here",
-    ),
-    "other heads": (
-        changed("model_cfg", text_cfg={"width": 64}),  # open_clip's usual number is 8
-        "its heads 8; only 1 is known here",
-    ),
-    "timm's pooling": (
-        changed("model_cfg", vision_cfg={"timm_model_name": "test_vit"}),
-        "its timm_pool 'avg'; only '' is known here",
-    ),
-    "oblong images": (
-        changed("model_cfg", vision_cfg={"image_size": [32, 48]}),
-        r"its image_size \[32, 48\] is no square",
-    ),
-    "our entry": (CONFIG | {"slip": {"model": "CLIP_ViT-Z", "preprocessing": {}}}, "unknown model"),
-    "of no kind": (CONFIG | {"slip": {"model": 7, "preprocessing": {}}}, "is of another kind"),
-}
-
-
-def test_a_config_with_nothing_special_opens():
-    off = {"ls_init_value": None, "no_ln_pre": False, "act_kwargs": {}, "pool_type": "tok"}
-    sizes = {"timm_model_name": "convnext_small", "timm_pool": "", "image_size": [320, 320]}
-    config = changed("model_cfg", vision_cfg=off | sizes, text_cfg={"no_causal_mask": False})
-    name, form = model_configs.read_open_clip(config, "")
-    assert name == "convnext_small" and form["image_size"] == 320
-
-
-@pytest.mark.parametrize("fault", BAD)
-def test_a_folder_that_is_no_model_is_one_line(tmp_path, fault):
-    config, match = BAD[fault]
-    write_folder(tmp_path / "x", small(), config)
-    (tmp_path / "x" / "open_clip_config.json").unlink() if config is None else None
-    if fault == "no weights":
-        (tmp_path / "x" / "open_clip_pytorch_model.bin").unlink()
-    with pytest.raises(InputError, match=match) as error:
-        load_model(tmp_path / "x")
-    assert str(tmp_path / "x") in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_tag_carries_activation_and_mean(hub, capsys):
