@@ -33,6 +33,7 @@ KINDS = {
     ),
 }
 LONG = " ".join(["word"] * 40)
+PROMPTS = range(4, 9)  # tokens of the prompts for digits
 
 
 @pytest.fixture(params=KINDS)
@@ -117,9 +118,15 @@ def test_every_consumer_takes_the_models_own(form, seen, tiny, tmp_path):
     def views(split, resize, interpolation=form.interpolation):
         return {central(path, size, resize, interpolation) for path in files[split]}
 
+    rows = json.loads((tiny / "captions.json").read_text())["annotations"]
+    rows = [row | {"caption": LONG} for row in rows]
+    (tmp_path / "long.json").write_text(json.dumps({"annotations": rows}))
+    longest = min(form.context_length, 48)  # tokens, cut to one of few lengths
     with seen.during():
-        flags = train_flags(tiny, tmp_path / "run", "--catalog", catalog, model="SLIP_KIND")
+        extra = "--catalog", catalog, "--metadata", tmp_path / "long.json"
+        flags = train_flags(tiny, tmp_path / "run", *extra, model="SLIP_KIND")
         main.main(main.get_args_parser().parse_args(flags))
+    assert longest in seen.lengths and set(seen.lengths) <= {longest, *PROMPTS}
     assert views("test", size) <= seen.pixels(form)
     assert set(seen.crops) == {(size, form.interpolation)}
     assert set(seen.scales) == {(form.crop_min, 1.0), (0.08, 1.0)}
@@ -131,8 +138,11 @@ def test_every_consumer_takes_the_models_own(form, seen, tiny, tmp_path):
     assert model.tokenizer(LONG).shape == (form.context_length,)
 
     with seen.during():
-        run(eval_zeroshot, f"--resume {checkpoint} {common} --datasets digits")
+        (tmp_path / "prompts.json").write_text(json.dumps({"digits": [LONG + " {}"]}))
+        flags = f"--datasets digits --templates {tmp_path}/prompts.json"
+        run(eval_zeroshot, f"--resume {checkpoint} {common} {flags}")
     assert seen.pixels(form) == views("test", size)
+    assert set(seen.lengths) == {min(form.context_length, 43)}  # start, 40 words, class, end
 
     captions = [{"image_id": 0, "caption": LONG}, {"image_id": 1, "caption": "short"}]
     images = [{"id": i, "file_name": path.name} for i, path in enumerate(files["test"][:2])]
@@ -143,7 +153,7 @@ def test_every_consumer_takes_the_models_own(form, seen, tiny, tmp_path):
         flags = f"--captions {tmp_path}/captions.json --root {root} --output-dir {tmp_path}"
         run(eval_retrieval, f"--resume {checkpoint} {flags} --workers 0 --device cpu")
     assert seen.pixels(form) <= views("test", size) and len(seen.pixels(form)) == 2
-    assert max(seen.lengths) == min(form.context_length, 48)
+    assert max(seen.lengths) == longest
 
     with seen.during():
         run(main_linear, f"--pretrained {checkpoint} {common} --dataset digits --classifier knn")
