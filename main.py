@@ -5,8 +5,6 @@
     python main.py --device cpu ...  # one process, any machine
 """
 
-import os
-
 import torch
 from torchvision.utils import make_grid
 
@@ -15,7 +13,6 @@ import captions
 import catalog
 import datasets
 import engine
-import eval_zeroshot
 import losses
 import models
 import pretrained
@@ -24,8 +21,9 @@ import warmup
 from evaluation import Evaluation
 from infra import devices, distributed
 from infra.run import Run
-from transforms import CenterCrop, to_unit
+from transforms import to_unit
 from utils import InputError, natural, not_negative, number, positive, positive_int
+from validation import evaluate_only, open_validation
 
 
 def get_args_parser():
@@ -39,7 +37,8 @@ def get_args_parser():
     add("--augment", choices=("cpu", "device"), help="by default device on CUDA, else cpu")
     add("--archived-pixels", action="store_true", help="ignore EXIF's turns and transparency")
     add("--max-bad-fraction", default=0.01, type=number(float, 0, 1), help="of unreadable images")
-    add("--val-dataset", default="imagenet", help="set scored zero-shot as it trains, or none")
+    text = "sets scored zero-shot as it trains, the first for checkpoint_best.pt; or none"
+    add("--val-dataset", default=["imagenet"], nargs="+", help=text)
     add("--catalog", default=catalog.CATALOG, help="places of the labelled sets (JSON)")
     catalog.add_outside_flag(add)
     catalog.add_names_flag(add)
@@ -98,20 +97,6 @@ def create_model(args):
 
 # ---------------------------------------------------------------------------------------------
 # Data
-
-
-def open_validation(model, args):
-    """The zero-shot task of --val-dataset, or None if there is nothing to score."""
-    if args.val_dataset == "none" or "text" not in model.views:
-        return None
-    sets = catalog.load_catalog(args.catalog, args.allow_outside_root, args.ignore_folder_names)
-    labels = utils.read_json(catalog.LABELS, "labels")
-    templates = utils.read_json(catalog.TEMPLATES, "templates")
-    try:
-        view = CenterCrop.of(model.preprocessing)
-        return eval_zeroshot.open_task(args.val_dataset, view, sets, labels, templates)
-    except InputError as error:
-        raise InputError(f"--val-dataset: {error} (or give --val-dataset none)") from error
 
 
 def open_loader(model, device, args):
@@ -201,27 +186,6 @@ def warm_up(model, training, log, args, augments_on_device=False):
     warmup.warm_up(training, modules, batches, log, args, prepare)
 
 
-def validate(model, task, evaluation):
-    with torch.compiler.set_stance("force_eager"):  # as --evaluate
-        ranking = eval_zeroshot.rank_images(model, task, evaluation)
-    return eval_zeroshot.summarize_task(task, ranking)
-
-
-def evaluate_only(precision, args):
-    if args.val_dataset == "none":
-        raise InputError("--evaluate has nothing to score: --val-dataset none; choose a set")
-    path = args.resume or os.path.join(args.output_dir, "checkpoint.pt")
-    model, name = eval_zeroshot.open_model(path)
-    if name != args.model:
-        raise InputError(f"{path} holds {name}, not {args.model}; check --model")
-    task = open_validation(model.to(precision.device), args)
-    evaluation = Evaluation(precision, args.batch_size, args.workers)
-    result = validate(model, task, evaluation)
-    if distributed.is_main_process():
-        score = f"{task.name}: {result['metric']} {result['accuracy']:.2f}"
-        print(f"{score}, {result['images']} images of {task.split}")
-
-
 def main(args):
     device = distributed.init_distributed(args.device, args.dist_url, args.deterministic)
     utils.seed_everything(args.seed)
@@ -234,7 +198,7 @@ def main(args):
 
     model, notes = create_model(args)
     model.to(device)
-    task = open_validation(model, args)
+    validation = open_validation(model, args)
     loader = open_loader(model, device, args)
     training = create_training(model, precision, len(loader) // args.update_freq, args)
 
@@ -246,7 +210,7 @@ def main(args):
         is_pictured = run.is_new and distributed.is_main_process()
         picture = picture_of_views(model, loader) if is_pictured else None
         run.start()
-        advice.log_summary(run.log, model, task, loader, training, args)
+        advice.log_summary(run.log, model, validation, loader, training, args)
         warm_up(model, training, run.log, args, loader.augments_on_device)
         if is_pictured:
             run.log.picture("views", picture)
@@ -263,16 +227,16 @@ def main(args):
             if hasattr(model, "logit_scale"):
                 stats["logit_scale"] = model.logit_scale.exp().item()
 
-            # validate by zero-shot classification
+            # validate; the first set chooses the best checkpoint
             distributed.broadcast_buffers(model)
             is_best = False
-            if task and ((epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs):
-                result = validate(model, task, evaluation)
-                is_best = result["accuracy"] > run.state.best_acc1
-                run.state.best_acc1 = max(result["accuracy"], run.state.best_acc1)
-                stats |= {f"test_{key}": result[key] for key in ("accuracy", "acc1", "acc5")}
-                score, best = result["accuracy"], run.state.best_acc1
-                run.log.info(f"epoch {epoch}: {task.name} {score:.2f}, best {best:.2f}")
+            if validation and ((epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs):
+                stats |= validation.measure(model, evaluation)
+                score = stats.get("test_accuracy", 0.0)
+                is_best = score > run.state.best_acc1
+                run.state.best_acc1 = max(score, run.state.best_acc1)
+                for line in validation.lines(stats, run.state.best_acc1):
+                    run.log.info(f"epoch {epoch}: {line}")
 
             run.end_epoch(stats, is_best)
 
