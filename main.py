@@ -39,6 +39,9 @@ def get_args_parser():
     add("--max-bad-fraction", default=0.01, type=number(float, 0, 1), help="of unreadable images")
     text = "sets scored zero-shot as it trains, the first for checkpoint_best.pt; or none"
     add("--val-dataset", default=["imagenet"], nargs="+", help=text)
+    add("--val-metadata", help="captions of held-out pairs: their loss and retrieval, or none")
+    add("--val-root", help="folder of their images; by default --root")
+    add("--val-source", help="their kind, as --dataset, which is the default")
     add("--catalog", default=catalog.CATALOG, help="places of the labelled sets (JSON)")
     catalog.add_outside_flag(add)
     catalog.add_names_flag(add)
@@ -231,7 +234,7 @@ def main(args):
             distributed.broadcast_buffers(model)
             is_best = False
             if validation and ((epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs):
-                stats |= validation.measure(model, evaluation)
+                stats |= validation.measure(model, evaluation, run.log.info_once)
                 score = stats.get("test_accuracy", 0.0)
                 is_best = score > run.state.best_acc1
                 run.state.best_acc1 = max(score, run.state.best_acc1)

@@ -266,11 +266,11 @@ def test_zero_shot_classification(device, clip):
 
 def test_retrieval(device, clip):
     e = evaluation()
-    images = eval_retrieval.embed_images(clip, LABELLED, e)
-    texts = eval_retrieval.embed_texts(clip, ["a cat", "an owl"] * 10, e.precision)
+    images, _ = eval_retrieval.embed_images(clip, LABELLED, e)
+    texts = eval_retrieval.embed_texts(clip, ["a cat", "an owl"] * 10, e)
     owners = torch.arange(10, device=CUDA).repeat(2)
     assert images.is_cuda and texts.is_cuda and (images.dtype, texts.dtype) == (torch.float64,) * 2
-    assert len(eval_retrieval.recalls(images, texts, owners)) == 6
+    assert len(eval_retrieval.retrieval_scores(images, texts, owners)) == 10
 
 
 def test_features_knn_and_regression(device, clip, tmp_path):
