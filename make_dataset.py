@@ -2,6 +2,7 @@
 
     python make_dataset.py yfcc15m --photos yfcc100m_dataset.txt.bz2 --output yfcc15m.arrow
     python make_dataset.py cc12m --img2dataset CC12M --output cc12m.arrow
+    python make_dataset.py split --metadata cc12m.arrow --number 5000  # holds out pairs
     python make_dataset.py check  # which sets of the catalog are present and usable
     python make_dataset.py digits  # the demo's set
 
@@ -30,6 +31,7 @@ from catalog import (
 )
 from classes import check_order
 from decoding import decode_image
+from holdout import hold_out
 from infra import distributed
 from infra.archives import read_file
 from infra.arrow import describe, write_captions
@@ -80,6 +82,12 @@ def convert(args):
     inputs = Files([path for path in settings.values() if os.path.isfile(path)])
     counts = write_captions(args.output, source, key=[settings, inputs.signature()])
     print(f"{args.output}: {describe(counts)}")
+
+
+def split(args):
+    columns = (args.csv_img_key, args.csv_caption_key)
+    pairs = captions.load_captions(args.dataset, args.metadata, columns)
+    print(hold_out(pairs, args.number, args.seed, args.output, args.held_out))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -248,7 +256,7 @@ def write_digits(root):
 
 
 # ---------------------------------------------------------------------------------------------
-# The command line: one subcommand for each published set, and check, download, digits
+# The command line: one subcommand for each published set, and others
 
 
 def add_command(commands, name, text, run, **defaults):
@@ -319,6 +327,18 @@ def add_coco(commands):
     add("--folder", default="train2017", help="folder of the images, below main.py's --root")
 
 
+def add_split(commands):
+    text = "holds out pairs of a pre-training set for main.py --val-metadata"
+    add = add_command(commands, "split", text, split)
+    add("--dataset", default="csv", help=f"kind of the set: one of {', '.join(captions.SOURCES)}")
+    add("--metadata", required=True, help="captions: .arrow, or the set's archived format")
+    add("--number", default=5000, type=utils.positive_int, help="images to hold out")
+    add("--seed", default=0, type=utils.natural, help="of the draw")
+    add("--output", default="train.arrow", help="Arrow file of the other pairs")
+    add("--held-out", default="val.arrow", help="Arrow file of the pairs held out")
+    add_table_flags(add)
+
+
 def add_check(commands):
     text = "tells which sets of the catalog, and whether a pre-training set, can be used"
     add = add_command(commands, "check", text, check)
@@ -345,7 +365,7 @@ def add_digits(commands):
 
 
 COMMANDS = (add_yfcc15m, add_redcaps, add_conceptual, add_csv, add_coco)
-COMMANDS += (add_check, add_download, add_digits)
+COMMANDS += (add_split, add_check, add_download, add_digits)
 
 
 def get_args_parser():
