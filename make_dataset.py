@@ -23,6 +23,7 @@ from catalog import (
     LABELS,
     add_names_flag,
     add_outside_flag,
+    classes_of,
     download_split,
     get_downstream_dataset,
     is_present,
@@ -115,12 +116,15 @@ def split_is_present(entry, split):
 
 
 def check_labelled(catalog, name, labels):
-    """A line on a labelled set. Raises InputError for an unusable set."""
+    """A line on a set of the catalog; labels: {name: classes}. Raises InputError if not usable."""
+    if catalog[name]["labels"] not in labels:
+        raise InputError("labels.json has no classes for it")
     parts, entry = [], catalog[name]
     for is_train in (False, True):
         split = split_name(catalog, name, is_train)
         try:
-            found = get_downstream_dataset(catalog, name, is_train, np.asarray, labels)
+            classes = classes_of(catalog, name, is_train, labels)
+            found = get_downstream_dataset(catalog, name, is_train, np.asarray, classes)
         except InputError:
             if not is_train or split_is_present(entry, split):
                 raise
@@ -132,8 +136,8 @@ def check_labelled(catalog, name, labels):
     if entry["ignore_names"]:
         order = "folder names ignored"
     elif hasattr(found, "class_to_idx"):
-        order = describe_order(*check_order(name, found, labels))
-    return f"{', '.join(parts)}, some decoded; {len(labels)} classes, {order}"
+        order = describe_order(*check_order(name, found, classes))
+    return f"{', '.join(parts)}, some decoded; {len(classes)} classes, {order}"
 
 
 def check_pairs(args):
@@ -159,13 +163,6 @@ def is_usable(name, look):
     return True
 
 
-def check_entry(catalog, name, labels):
-    """A line on a set of the catalog; labels: {name: classes}. Raises InputError if not usable."""
-    if name not in labels:
-        raise InputError("labels.json has no classes for it")
-    return check_labelled(catalog, name, labels[name])
-
-
 def check(args):
     catalog = load_catalog(args.catalog, args.allow_outside_root, args.ignore_folder_names)
     labels = utils.read_json(LABELS, "labels")
@@ -173,7 +170,7 @@ def check(args):
     for name, entry in catalog.items():
         if not is_present(entry):
             print(f"{name:20} absent    {entry['path']}")
-        elif not is_usable(name, lambda name=name: check_entry(catalog, name, labels)):
+        elif not is_usable(name, lambda name=name: check_labelled(catalog, name, labels)):
             failed.append(name)
     if args.metadata and not is_usable(args.dataset, lambda: check_pairs(args)):
         failed.append(args.dataset)

@@ -258,7 +258,7 @@ def clip(device):
 def test_zero_shot_classification(device, clip):
     """By design it waits for the scores at the end, and as rows of prompts and images are sent."""
     texts = ["a photo of a {}.", "the {}"], ["cat", ["dog", "hound"], "owl"]
-    task = eval_zeroshot.Task("digits", LABELLED, "test", texts[1], texts[0])
+    task = eval_zeroshot.Task("digits", LABELLED, "test", "digits", texts[1], texts[0])
     ranking = eval_zeroshot.rank_images(clip, task, evaluation())
     assert ranking.top.shape == (10, 3) and not ranking.top.is_cuda
     assert device.waits["copy to the CPU"] == 1 and not device.waits["mask as an index"]
