@@ -5,6 +5,8 @@
     python main.py --device cpu ...  # one process, any machine
 """
 
+import os
+
 import torch
 from torchvision.utils import make_grid
 
@@ -23,7 +25,7 @@ from infra import devices, distributed
 from infra.run import Run
 from transforms import to_unit
 from utils import InputError, natural, not_negative, number, positive, positive_int
-from validation import evaluate_only, open_validation
+from validation import add_validation_flags, evaluate_only, open_validation
 
 
 def get_args_parser():
@@ -37,15 +39,11 @@ def get_args_parser():
     add("--augment", choices=("cpu", "device"), help="by default device on CUDA, else cpu")
     add("--archived-pixels", action="store_true", help="ignore EXIF's turns and transparency")
     add("--max-bad-fraction", default=0.01, type=number(float, 0, 1), help="of unreadable images")
-    text = "sets scored zero-shot as it trains, the first for checkpoint_best.pt; or none"
-    add("--val-dataset", default=["imagenet"], nargs="+", help=text)
-    add("--val-metadata", help="captions of held-out pairs: their loss and retrieval, or none")
-    add("--val-root", help="folder of their images; by default --root")
-    add("--val-source", help="their kind, as --dataset, which is the default")
-    add("--catalog", default=catalog.CATALOG, help="places of the labelled sets (JSON)")
     catalog.add_outside_flag(add)
-    catalog.add_names_flag(add)
+    add_validation_flags(add)
     add("--output-dir", default="./", help="folder of checkpoints and logs")
+    add("--name", help="of the run: its folder is LOGS/NAME instead of --output-dir")
+    add("--logs", help="folder of named runs; by default logs")
 
     add = parser.add_argument_group("Model").add_argument
     add("--model", default="SLIP_VITB16", help="METHOD_TOWER: CLIP_VITS16, SLIP_convnext_tiny")
@@ -86,6 +84,19 @@ def get_args_parser():
     add("--evaluate", action="store_true", help="validate the checkpoint and stop")
     add("--seed", default=0, type=natural)
     return parser
+
+
+def output_folder(args):
+    """--output-dir or, of a run with a --name, the folder of that name in --logs."""
+    if args.name is None:
+        if args.logs is not None:
+            raise InputError(f"--logs {args.logs}: the run in it has no name; give --name as well")
+        return args.output_dir
+    if args.output_dir != "./":
+        raise InputError(f"--name {args.name} and --output-dir {args.output_dir}: give one of them")
+    if os.path.basename(args.name) != args.name or args.name in ("", ".", ".."):
+        raise InputError(f"--name {args.name!r} is no name of a folder; put the path into --logs")
+    return os.path.join("logs" if args.logs is None else args.logs, args.name)
 
 
 def create_model(args):
@@ -196,8 +207,9 @@ def main(args):
     if args.disable_amp and args.precision not in (None, "fp32"):
         raise InputError(f"--disable-amp contradicts --precision {args.precision}; give one")
     precision = devices.Precision("fp32" if args.disable_amp else args.precision, device)
+    folder = output_folder(args)
     if args.evaluate:
-        return evaluate_only(precision, args)
+        return evaluate_only(precision, folder, args)
 
     model, notes = create_model(args)
     model.to(device)
@@ -206,7 +218,7 @@ def main(args):
     training = create_training(model, precision, len(loader) // args.update_freq, args)
 
     facts = {"preprocessing": model.preprocessing.to_dict()}
-    with Run(args.output_dir, training, args, {"state_dict": model}, **facts) as run:
+    with Run(folder, training, args, {"state_dict": model}, **facts) as run:
         run.notes += notes
         run.resume(args.resume, check="--model", fixed=("init_from", "preprocessing"))
         # The picture first: if --root is wrong it fails before anything is written.

@@ -24,8 +24,21 @@ from losses import InfoNCE
 from transforms import CenterCrop
 from utils import InputError
 
+
 LOSS_BATCH = 1024  # pairs that the loss contrasts at once, whatever the training's batch is
 CAPTIONS = 5  # the first so many of an image, as in eval_retrieval.py
+
+
+def add_validation_flags(add):
+    """Adds the flags of main.py that say what to validate on."""
+    text = "sets scored zero-shot as it trains, the first for checkpoint_best.pt; or none"
+    add("--val-dataset", default=["imagenet"], nargs="+", help=text)
+    add("--catalog", default=catalog.CATALOG, help="places of the labelled sets (JSON)")
+    catalog.add_names_flag(add)
+    add("--val-metadata", help="captions of held-out pairs: their loss and retrieval, or none")
+    add("--val-root", help="folder of their images; by default --root")
+    add("--val-source", help="their kind, as --dataset, which is the default")
+
 
 # ---------------------------------------------------------------------------------------------
 # Held-out pairs
@@ -245,11 +258,11 @@ def open_tasks(model, args):
 # --evaluate
 
 
-def evaluate_only(precision, args):
-    """Prints the validation of a checkpoint: --resume, or the latest of --output-dir."""
+def evaluate_only(precision, folder, args):
+    """Prints the validation of a checkpoint: --resume, or the latest in the run's folder."""
     if args.val_dataset == ["none"] and not args.val_metadata:
         raise InputError("--evaluate has nothing to score: --val-dataset none; choose a set")
-    path = args.resume or os.path.join(args.output_dir, "checkpoint.pt")
+    path = args.resume or os.path.join(folder, "checkpoint.pt")
     model, name = eval_zeroshot.open_model(path)
     if name != args.model:
         raise InputError(f"{path} holds {name}, not {args.model}; check --model")

@@ -190,6 +190,7 @@ def test_a_progress_bar_on_a_terminal(tiny, tmp_path, monkeypatch, capsys):
             "no gradient checkpointing",
         ),
         (["--evaluate", "--val-dataset", "none"], "--evaluate has nothing to score"),
+        (["--name", "x"], "--name x and --output-dir .*out: give one of them"),
         (["--evaluate"], "weights .*checkpoint.pt' is absent"),
     ],
 )
