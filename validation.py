@@ -24,7 +24,6 @@ from losses import InfoNCE
 from transforms import CenterCrop
 from utils import InputError
 
-
 LOSS_BATCH = 1024  # pairs that the loss contrasts at once, whatever the training's batch is
 CAPTIONS = 5  # the first so many of an image, as in eval_retrieval.py
 
