@@ -129,7 +129,7 @@ def draw_robustness(runs, colours):
     found = {key: points for key, points in found.items() if points}
     if not found:
         return None
-    figure = Figure(figsize=(6, 5), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
     axes.axline((0, 0), slope=1, color="0.6", linestyle="--")
     for (run, name), points in found.items():

@@ -21,9 +21,10 @@ from torch.utils.data import Dataset
 
 import catalog
 import utils
-from captions import coco_file, coco_id
+from captions import SOURCES, coco_file, coco_id, load_captions
 from evaluation import Evaluation, check_finite, check_results, predict, split_rows
 from infra import devices, distributed
+from infra.archives import has_file
 from infra.rows import Files, kept_rows, only_text, plain_text
 from infra.untrusted import check_inside
 from pretrained import load_model
@@ -37,7 +38,11 @@ def get_args_parser():
     parser = utils.ArgumentParser("eval_retrieval.py", "Image-text retrieval of a checkpoint")
     add = parser.add_argument
     add("--resume", required=True, help="weights: a file, NAME:TAG, see docs/weights.md")
-    add("--captions", required=True, help="Karpathy's split file or a COCO captions file (JSON)")
+    text = "Karpathy's split file or a COCO captions file (JSON); .arrow, or as --dataset says"
+    add("--captions", required=True, help=text)
+    add("--dataset", help=f"kind of another caption set: one of {', '.join(SOURCES)}")
+    add("--csv-img-key", default="filepath", help="image column of --dataset csv")
+    add("--csv-caption-key", default="title", help="caption column of --dataset csv")
     add("--root", required=True, help="folder of the images")
     catalog.add_outside_flag(add)
     add("--archived-pixels", action="store_true", help="ignore EXIF's turns and transparency")
@@ -122,13 +127,30 @@ def read_captions(path, split, per_image):
     return rows, +left_out
 
 
+def first_texts(captions, number):
+    """The first so many captions of an image that are not blank."""
+    return [text for text in captions if text.strip()][:number]
+
+
+def read_images(args):
+    """read_captions for the flags: of a caption set of main.py's, or of a captions file."""
+    if not args.dataset and not args.captions.endswith(".arrow"):
+        return read_captions(args.captions, args.split, args.captions_per_image)
+    columns = (args.csv_img_key, args.csv_caption_key)
+    pairs = distributed.rank_zero_first(
+        lambda: load_captions(args.dataset or "csv", args.captions, columns)
+    )
+    rows = map(pairs.__getitem__, range(len(pairs)))
+    return [(path, first_texts(texts, args.captions_per_image)) for path, texts in rows], {}
+
+
 class Images(Dataset):
     """Files as `view` makes them of PIL's, labelled by their number. All must be below root."""
 
     def __init__(self, root, paths, view, allow_outside=False, archived=False):
         for path in paths:
             check_inside(root, path, "image", allow_outside)
-        absent = [p for p in paths if not os.path.isfile(os.path.join(root, p))]
+        absent = [path for path in paths if not has_file(root, path)]
         if absent:
             raise InputError(
                 f"{len(absent)} of {len(paths)} captioned images are absent below --root {root}, "
@@ -242,7 +264,7 @@ def main(args):
     model.to(device)
     precision = devices.Precision(args.precision, device)
 
-    rows, left_out = read_captions(args.captions, args.split, args.captions_per_image)
+    rows, left_out = read_images(args)
     paths = [path for path, _ in rows]
     options = args.allow_outside_root, args.archived_pixels
     dataset = Images(args.root, paths, CenterCrop.of(model.preprocessing), *options)

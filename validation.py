@@ -15,7 +15,14 @@ import catalog
 import eval_zeroshot
 import utils
 from decoding import decode_image
-from eval_retrieval import COLUMNS, describe_scores, embed_images, embed_texts, retrieval_scores
+from eval_retrieval import (
+    COLUMNS,
+    describe_scores,
+    embed_images,
+    embed_texts,
+    first_texts,
+    retrieval_scores,
+)
 from evaluation import METRICS, Evaluation, top1
 from infra import distributed
 from infra.archives import read_file
@@ -84,7 +91,7 @@ class HeldOutPairs(Dataset):
         """(the captions of some rows, and (m,) the place among these rows of each one's)."""
         texts, owners = [], []
         for place, row in enumerate(rows):
-            own = [text for text in self.pairs[row][1] if text.strip()][:CAPTIONS]
+            own = first_texts(self.pairs[row][1], CAPTIONS)
             texts, owners = texts + own, owners + [place] * len(own)
         return texts, torch.tensor(owners)
 

@@ -125,6 +125,20 @@ def test_the_command_on_one_and_two_ranks(retrieval, tmp_path, capsys):
     assert both["coco"]["images"] == 9 and both["karpathy"] == one["karpathy"]
 
 
+def test_a_caption_set_of_any_kind(retrieval, tmp_path):
+    """The same pairs as a table and as its Arrow file; a blank caption is none."""
+    lines = [f"val/{i}.jpg,picture {i}" for i in range(9)]
+    (tmp_path / "t.csv").write_text("\n".join(["filepath,title", *lines]) + "\n")
+    call(retrieval, tmp_path, tmp_path / "t.csv", "", "--dataset", "csv", "--name", "table")
+    (arrow,) = tmp_path.glob("*.arrow")
+    call(retrieval, tmp_path, arrow, "", "--name", "arrow")
+    scores = json.loads((tmp_path / "retrieval.json").read_text())
+    assert scores["table"] == scores["arrow"]
+    assert (scores["table"]["images"], scores["table"]["captions"]) == (9, 9)
+    assert scores["table"]["image_to_text_median_rank"] >= 1
+    assert eval_retrieval.first_texts(["", "a", " ", "b", "c"], 2) == ["a", "b"]
+
+
 def test_a_coco_file_without_a_list_of_images(tmp_path):
     table = {"annotations": [{"image_id": 7, "caption": "a"}, {"image_id": 7, "caption": "b"}]}
     (tmp_path / "c.json").write_text(json.dumps(table))
