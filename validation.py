@@ -36,7 +36,7 @@ CAPTIONS = 5  # the first so many of an image, as in eval_retrieval.py
 
 
 def add_validation_flags(add):
-    """Adds the flags of main.py that say what to validate on."""
+    """Adds main.py's flags of validation."""
     text = "sets scored zero-shot as it trains, the first for checkpoint_best.pt; or none"
     add("--val-dataset", default=["imagenet"], nargs="+", help=text)
     add("--catalog", default=catalog.CATALOG, help="places of the labelled sets (JSON)")
@@ -92,7 +92,8 @@ class HeldOutPairs(Dataset):
         texts, owners = [], []
         for place, row in enumerate(rows):
             own = first_texts(self.pairs[row][1], CAPTIONS)
-            texts, owners = texts + own, owners + [place] * len(own)
+            texts += own
+            owners += [place] * len(own)
         return texts, torch.tensor(owners)
 
     def check(self, labels, say):
@@ -141,7 +142,7 @@ def contrastive_loss(images, texts, scale):
 def score_pairs(model, pairs, evaluation, say):
     """Loss and retrieval of held-out pairs, {name: number}, the same on every rank.
 
-    The loss contrasts each image with its first caption, retrieval takes all of its captions.
+    The loss contrasts each image with its first caption, retrieval takes the first CAPTIONS.
     Memory grows with the number of pairs, not with its square.
 
     Args:
@@ -163,7 +164,7 @@ def score_pairs(model, pairs, evaluation, say):
 
 
 # ---------------------------------------------------------------------------------------------
-# All that a run validates on
+# The validation of a run
 
 
 @dataclass

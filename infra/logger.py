@@ -115,7 +115,7 @@ class Wandb:
     """
 
     faults = Exception  # a service elsewhere may fail in any way
-    patience = 30.0  # seconds to wait at the end; one may be preempted, and without a network
+    patience = 10.0  # seconds to wait at the end: a preempted job has to queue itself again
 
     def __init__(self, folder, update):
         import wandb
@@ -265,6 +265,7 @@ class Logger:
 
     def close(self):
         self.write("close")
+        self.writers = {}  # a run that is stopped closes its log twice
 
 
 class SilentLog:
