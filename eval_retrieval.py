@@ -279,7 +279,7 @@ def main(args):
     images, _ = embed_images(model, dataset, evaluation)
     texts = embed_texts(model, captions, evaluation)
     result = retrieval_scores(images, texts, owners)
-    result |= {"images": len(rows), "captions": len(captions)}
+    result |= {"images": len(rows), "captions": len(captions), "checkpoint": args.resume}
     if distributed.is_main_process():
         name = args.name or os.path.splitext(os.path.basename(args.captions))[0]
         utils.make_folder(args.output_dir)

@@ -17,10 +17,11 @@ import report
 import utils
 from formats import Source, write_huggingface, write_open_clip, write_timm
 from infra import distributed
-from models import parse_name
+from models import CLIP
 from onnx_files import write_onnx
-from pretrained import load_model
+from pretrained import add_arch_flag, open_weights
 from utils import InputError
+from weight_names import tower_of
 
 MARK = "<!-- by export.py -->"  # the README of a folder that may be replaced begins with it
 
@@ -67,7 +68,8 @@ text = onnxruntime.InferenceSession("FOLDER/text.onnx")  # if the method reads t
 def get_args_parser():
     parser = utils.ArgumentParser("export.py", "A checkpoint's model in the format of another tool")
     add = parser.add_argument
-    add("--resume", required=True, help="checkpoint file, ours or a released one")
+    add("--resume", required=True, help="weights: a file, NAME:TAG, see docs/weights.md")
+    add_arch_flag(add)
     add("--format", required=True, choices=FORMATS, help="the tool that is to open the folder")
     add("--output", required=True, help="folder to write; an older export there is replaced")
     return parser
@@ -88,8 +90,9 @@ def new_folder(path):
     new = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     old = new.with_suffix(".old")
     try:
-        new.mkdir()
+        utils.make_folder(new)
         yield new
+        check_free(path)  # what came in the meantime is not ours to remove
         if path.exists():
             path.rename(old)
         new.rename(path)
@@ -105,6 +108,8 @@ def check_free(path):
         return
     if not path.is_dir():
         raise InputError(f"output {path} is a file; choose a folder")
+    if path.samefile(os.curdir):  # which a new folder would take from below the user's shell
+        raise InputError(f"output {path} is the folder that you are in; choose a new one")
     names, readme = os.listdir(path), path / "README.md"
     is_export = readme.is_file() and readme.read_bytes().startswith(MARK.encode())
     if names and not is_export:
@@ -115,71 +120,83 @@ def check_free(path):
 # The README
 
 
-def read_scores(path):
-    """[(set, evaluation, "12.34")] of a checkpoint, from the result files beside it."""
-    results = report.read_evaluations(path.parent)
+def read_scores(source):
+    """[(set, evaluation, "12.34")] of a file of weights, from the result files beside it."""
+    if not os.path.isfile(source):  # NAME:TAG or a folder
+        return []
+    path = Path(source)
     recalls = report.read_scores(path.parent / "retrieval.json", report.RECALLS)
-    found = [
-        (name, kind, f"{row['accuracy']:.2f}")
+    results = {**report.read_evaluations(path.parent), "retrieval": recalls}
+    return [
+        (name, *score)
         for kind, rows in results.items()
         for name, row in rows.items()
         if Path(str(row.get("checkpoint", path))).name == path.name
+        for score in scores_of(kind, row)
     ]
-    for name, row in recalls.items():
-        for way in ("image_to_text", "text_to_image"):
-            numbers = " ".join(f"{row[f'{way}_recall{k}']:.2f}" for k in (1, 5, 10))
-            found.append((name, f"{way.replace('_', ' ')}, recall at 1, 5, 10", numbers))
-    return found
 
 
-def describe(source, args, path, notes):
+def scores_of(kind, row):
+    if "accuracy" in row:
+        return [(kind, f"{row['accuracy']:.2f}")]
+    return [
+        (
+            f"{way.replace('_', ' ')}, recall at 1, 5, 10",
+            " ".join(f"{row[f'{way}_recall{k}']:.2f}" for k in (1, 5, 10)),
+        )
+        for way in ("image_to_text", "text_to_image")
+    ]
+
+
+def describe(source, data, args, notes):
     """The README: what the model is, how to open it, its scores.
 
     Args:
         source: the model.
+        data: name of its training data, or None.
         args: parsed flags.
-        path: of the checkpoint.
         notes: the writer's.
     """
-    form, (method, _, tower) = source.form, source.name.partition("_")
+    form, tower = source.form, tower_of(source.name)
+    method = source.name.removesuffix(tower).rstrip("_")
     mean, std = (", ".join(map(str, values)) for values in (form.mean, form.std))
     lines = [
         MARK,
         f"# {source.name}",
         "",
-        f"Trained by {method} with the image tower {tower} (timm's {source.tower.timm_name}).",
-        *([f"Training data: {source.data}."] if source.data else []),
+        f"Trained by {method or 'others'} with the image tower {tower} (timm's "
+        f"{source.tower.timm_name}).",
+        *([f"Training data: {data}."] if data else []),
         "",
         f"- Images: shorter side to {form.image_size} pixels, {form.interpolation}, centre crop; "
         f"mean {mean}, deviation {std}",
     ]
-    if method != "SIMCLR":
+    if isinstance(source.model, CLIP):
         lines.append(
             f"- Texts: CLIP's tokenizer, {form.context_length} tokens; activation {form.activation}"
         )
-    if method != "CLIP":
+    if method in ("SIMCLR", "SLIP"):
         lines.append("- The SimCLR head is left out")
     folder = Path(args.output).name
     code = FORMATS[args.format].opening.replace("FOLDER", folder)
     lines += ["", "```python", f"# from the folder above {folder}", code, "```"]
     lines += [line for note in notes for line in ("", note)]
-    if scores := read_scores(path):
+    if scores := read_scores(args.resume):
         lines += ["", "| set | evaluation | % |", "|---|---|---|"]
         lines += [f"| {' | '.join(row)} |" for row in scores]
     return "\n".join(lines) + "\n"
 
 
 def main(args):
-    output, path = Path(args.output).absolute(), Path(args.resume)
+    output = Path(os.path.realpath(args.output))
     check_free(output)  # before the model is loaded
 
-    model, train_args = load_model(args.resume)
-    _, tower = parse_name(train_args.model)
-    source = Source(model, train_args.model, tower, getattr(train_args, "dataset", None))
+    found = open_weights(args.resume, args.arch)
+    source = Source(found.build(), found.name, found.tower)
 
     with new_folder(output) as folder:
         notes = FORMATS[args.format].write(source, folder, output)
-        readme = describe(source, args, path, notes)
+        readme = describe(source, getattr(found.args, "dataset", None), args, notes)
         (folder / "README.md").write_text(readme, encoding="utf-8")
     print("\n".join([f"{output}: {source.name} for {args.format}", *notes]))
 

@@ -24,12 +24,11 @@ from utils import InputError
 
 @dataclass(frozen=True)
 class Source:
-    """A model in eval mode, its METHOD_TOWER name, its row of towers, and the name of its data."""
+    """A model in eval mode, its name, METHOD_TOWER or a tower's, and its row of towers."""
 
     model: nn.Module
     name: str
     tower: Tower
-    data: str | None = None
 
     @property
     def form(self):

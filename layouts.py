@@ -7,9 +7,7 @@ Shapes: W width of a tower, D joint embedding, T positions of a tower.
 
 import math
 import re
-from collections import Counter
 
-import timm
 import torch
 
 from infra.checkpoint import describe_mismatches, mismatches
@@ -253,7 +251,7 @@ def to_huggingface(state_dict):
 # Finding the model
 
 LAYOUTS = {  # an entry that tells a layout of image-text models: its function
-    "image_projection": dict,  # ours
+    "image_projection": dict,  # ours, as it is
     "visual.proj": from_open_clip,
     "visual.attnpool.c_proj.weight": from_open_clip,
     "visual.head.proj.weight": from_open_clip,
@@ -263,7 +261,7 @@ LAYOUTS = {  # an entry that tells a layout of image-text models: its function
 
 def to_ours_if_pair(tensors):
     """The state dict of our CLIP if the tensors are of an image-text model, else None."""
-    return next((to_ours(tensors) for key, to_ours in LAYOUTS.items() if key in tensors), None)
+    return next((read(tensors) for key, read in LAYOUTS.items() if key in tensors), None)
 
 
 def native_size(state_dict):
@@ -276,7 +274,7 @@ def native_size(state_dict):
     return patch.shape[-1] * math.isqrt(positions.shape[1])
 
 
-def find_tower(tensors):
+def match_tower(tensors):
     """The name of the row of CLIP_TOWERS whose CLIP a state dict in our layout fits.
 
     Numbers of positions may differ; a row with equal ones comes first.
@@ -296,103 +294,27 @@ def find_tower(tensors):
     for name in alike or CLIP_TOWERS:
         with torch.device("meta"):
             own = CLIP(CLIP_TOWERS[name]).state_dict()
-        resized = {k for k, axis in POSITIONS.items() if differs_at(own, tensors, k, axis)}
-        faults = mismatches({k: tensors[k] if k in resized else v for k, v in own.items()}, tensors)
+        faults, resized = misfits(own, tensors)
         fits.append((sum(map(len, faults.values())), len(resized), name, faults))
         if not faults and not resized:
             return name
     *_, name, faults = min(fits, key=lambda fit: fit[:2])
-    if faults:
-        text = describe_mismatches(faults)
+    if text := describe_mismatches(faults):
         raise InputError(f"weights fit no tower; the nearest is {name} ({text})")
     return name
 
 
+def misfits(own, tensors):
+    """(mismatches of state dicts, {keys that differ in their number of positions alone})."""
+    resized = {k for k, axis in POSITIONS.items() if differs_at(own, tensors, k, axis)}
+    alike = {key: tensors[key] if key in resized else value for key, value in own.items()}
+    return mismatches(alike, tensors), resized
+
+
 def differs_at(own, tensors, key, axis):
     """Whether a tensor differs from our own in the size of one axis alone."""
-    if key not in own or key not in tensors:
-        return False
-    mine, theirs = list(own[key].shape), list(tensors[key].shape)
+    mine, theirs = (list(getattr(d.get(key), "shape", ())) for d in (own, tensors))
     if mine == theirs or len(mine) != len(theirs):
         return False
     mine[axis] = theirs[axis]
     return mine == theirs
-
-
-def image_tower(tensors, visual):
-    """The weights of a timm model from a checkpoint that holds an image tower alone.
-
-    Keys may have a prefix, as those of MoCo v3, DINO and Lightning: the one below which most of
-    visual's keys lie. Heads are left out; positions are resampled.
-
-    Returns (weights, [a note on the prefix, and one on entries left out]).
-
-    Raises InputError naming keys that are missing, unknown or of other shape.
-    """
-    own, prefix = visual.state_dict(), find_prefix(tensors, visual)
-    weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    weights = resample_positions(weights, visual, prefix="")
-    surplus = [key for key in weights if key not in own and is_head(key, visual)]
-    weights = {key: value for key, value in weights.items() if key not in surplus}
-    if faults := mismatches(own, weights):
-        text = describe_mismatches(faults)
-        raise InputError(f"weights are of another image tower ({text}); choose its architecture")
-    notes = [f"the image tower is read from {prefix}*"] if prefix else []
-    if surplus:
-        first = ", ".join(surplus[:3]) + ", ..." * (len(surplus) > 3)
-        notes.append(f"{len(surplus)} entries are left out: {first}")
-    return weights, notes
-
-
-def find_prefix(tensors, visual):
-    """The prefix of the keys of visual; of equal ones, that of the weights that are published."""
-    own, found = visual.state_dict(), Counter()
-    for key, value in tensors.items():
-        parts = key.split(".")
-        for i in range(len(parts)):
-            rest = ".".join(parts[i:])
-            if rest in own and own[rest].shape == value.shape:
-                found[key.removesuffix(rest)] += 1
-    return max(found, key=lambda p: (found[p], bool(PUBLISHED.search(p))), default="")
-
-
-# Of MoCo v3's two towers, and of DINO's and iBOT's, these are the ones to evaluate.
-PUBLISHED = re.compile(r"(^|\.)(base_encoder|teacher)\.")
-
-
-def is_head(key, visual):
-    """Whether an entry is of a classifier or projector, no part of an image tower."""
-    classifiers = visual.pretrained_cfg.get("classifier") or ()
-    names = (classifiers,) if isinstance(classifiers, str) else classifiers
-    is_classifier = any(f"{key}.".startswith(f"{name}.") for name in names)
-    return is_classifier or not hasattr(visual, key.split(".")[0])
-
-
-def resample_positions(state_dict, visual, prefix="visual.", antialias=True):
-    """A state dict with position embeddings of visual's image size, interpolated bicubically.
-
-    The class token's embedding stays; so do embeddings that fit, or are on no square grid.
-
-    Args:
-        state_dict: of a model (prefix "visual.") or of an image tower (prefix "").
-        visual: a ViT of timm's, (1, T, W), or one of its CLIP ResNets, (T, W).
-        antialias: as open_clip, or not, as BeiT: another kernel, when enlarging too.
-    """
-    grid = getattr(getattr(visual, "patch_embed", None), "grid_size", None)
-    key, prefixes = "pos_embed", getattr(visual, "num_prefix_tokens", 0)
-    if getattr(visual, "no_embed_class", False):
-        prefixes = 0
-    if grid is None:
-        grid = getattr(getattr(visual, "head", None), "feat_size", None)
-        key, prefixes = "head.pos_embed", 1
-    old = state_dict.get(prefix + key)
-    if grid is None or old is None or old.ndim not in (2, 3):
-        return state_dict
-    side = math.isqrt(max(old.shape[-2] - prefixes, 0))
-    if side == 0 or side**2 + prefixes != old.shape[-2]:
-        return state_dict
-    new = old if old.ndim == 3 else old[None]
-    new = timm.layers.resample_abs_pos_embed(
-        new, grid, num_prefix_tokens=prefixes, antialias=antialias
-    )
-    return state_dict | {prefix + key: new if old.ndim == 3 else new[0]}

@@ -6,6 +6,7 @@
 """
 
 import os
+from dataclasses import replace
 
 import torch
 from torchvision.utils import make_grid
@@ -105,7 +106,8 @@ def create_model(args):
     if not args.init_from:
         return models.create_model(args.model, *sizes), []
     weights = pretrained.open_weights(args.init_from, args.model.partition("_")[2])
-    model = models.create_model(args.model, *sizes, weights.tower.preprocessing)
+    form = replace(weights.tower.preprocessing, image_size=None)  # positions are resampled
+    model = models.create_model(args.model, *sizes, form)
     return model, [weights.initialise(model)]
 
 

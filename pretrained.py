@@ -15,11 +15,12 @@ from dataclasses import dataclass, field, replace
 import timm
 import torch
 
+import image_towers
 import layouts
 from infra import checkpoint, weights
 from infra.distributed import is_main_process
 from infra.untrusted import SLACK, first_line, memory_limit
-from models import Method, parse_name
+from models import CLIP, METHODS, Method, parse_name
 from preprocessing import SLIP_PREPROCESSING, Preprocessing
 from towers import CLIP_TOWERS, TOWERS, Tower, create_visual, find_tower, input_size, is_tower
 from transforms import CenterCrop, CropAndFlip, ToInput
@@ -31,7 +32,7 @@ __all__ = ["create_model_and_transforms", "list_pretrained", "load_model", "open
 
 @dataclass
 class Weights:
-    """What a string of weights stands for.
+    """Weights of a known model, and the form in which it wants its input.
 
     source: the string. path: of the file. name: METHOD_TOWER, or a tower's name if the file holds
     no more. method: a class of models.py. tower: its row, with the preprocessing that the weights
@@ -55,7 +56,7 @@ class Weights:
         check_size(model.visual)
         state = self.state_dict
         if image_size:
-            state = layouts.resample_positions(state, model.visual)
+            state = image_towers.resample_positions(state, model.visual)
         checkpoint.load_weights(model, state, self.source, f"its model, {self.name}")
         return model.eval()
 
@@ -88,7 +89,7 @@ class Weights:
         head = {f"head.{key}": value for key, value in vit.head.state_dict().items()}
         with bounded(path):
             own = {k: v for k, v in self.state_dict.items() if k.startswith("visual.")}
-            own = layouts.resample_positions(own, vit, antialias=False)
+            own = image_towers.resample_positions(own, vit, antialias=False)
         own = {key.removeprefix("visual."): value for key, value in own.items()}
         checkpoint.load_weights(vit, own | head, path, "the checkpoint and the image size")
         return vit, replace(tower.preprocessing, image_size=input_size(vit))
@@ -99,7 +100,7 @@ class Weights:
         Returns a note on both. Raises InputError if a part, such as the image tower, is in both and
         does not fit.
         """
-        state = layouts.resample_positions(self.state_dict, model.visual)
+        state = image_towers.resample_positions(self.state_dict, model.visual)
         own = model.state_dict()
         old, new = ({part_of(key) for key in keys} for keys in (state, own))
         shared = {key: value for key, value in state.items() if part_of(key) in new}
@@ -123,7 +124,7 @@ class Weights:
 def check_size(visual):
     """Raises InputError if the patches of a ViT do not divide its image size."""
     size, patches = input_size(visual), getattr(visual, "patch_embed", None)
-    patch = getattr(patches, "patch_size", (1,))[0]
+    patch = timm.layers.to_2tuple(getattr(patches, "patch_size", 1))[0]  # XCiT's is a number
     if size % patch:
         raise InputError(f"image size {size} is no multiple of the patch of {patch} pixels")
 
@@ -147,7 +148,7 @@ def resized(tower, image_size):
 
 
 def open_weights(source, arch=None):
-    """The Weights that a string names, as the module's docstring lists them.
+    """The Weights that a string names, as weight_names.py lists them.
 
     Args:
         source: the string.
@@ -159,7 +160,7 @@ def open_weights(source, arch=None):
     place = find_place(os.fspath(source))
     content = weights.read(place.path)
     try:
-        if content.state:
+        if is_own_run(content.state, place.name or arch):
             found = of_run(source, place, content)
         elif (state := layouts.to_ours_if_pair(content.tensors)) is not None:
             found = of_pair(source, place, content, state, arch)
@@ -181,17 +182,27 @@ def check_named(wanted, name):
 def add_weights_flags(add):
     """--pretrained and --arch."""
     add("--pretrained", required=True, help="weights: a file, NAME:TAG, see docs/weights.md")
+    add_arch_flag(add)
+
+
+def add_arch_flag(add):
     add("--arch", help="tower by timm's name, if the file holds an image tower alone")
 
 
-def of_run(source, place, content):
-    """Of a checkpoint of a training run."""
-    args = content.state["args"]
-    name = getattr(args, "model", None)
-    if not isinstance(name, str):
+def is_own_run(state, named):
+    """Whether a training run's file is ours or SLIP's; timm's also have args with a model."""
+    name = getattr(state.get("args"), "model", None)
+    if state and not named and not isinstance(name, str):
         raise InputError(
             "it does not say which model it holds; its args need one, as 'SLIP_VITB16'"
         )
+    return isinstance(name, str) and name.partition("_")[0] in METHODS
+
+
+def of_run(source, place, content):
+    """Of a checkpoint of a training run of ours."""
+    args = content.state["args"]
+    name = args.model
     check_named(place.name, name)
     saved, (method, tower) = content.state.get("preprocessing"), parse_name(name)
     form = SLIP_PREPROCESSING if saved is None else Preprocessing.from_dict(saved)
@@ -201,21 +212,47 @@ def of_run(source, place, content):
 
 def of_pair(source, place, content, state, arch):
     """Of a state dict with an image and a text tower, which does not say how it was trained."""
-    name = full_name(place.name or arch or layouts.find_tower(state))
-    activation = "quick_gelu" if content.is_torchscript else place.form.get("activation")
-    notes = []
+    name = full_name(place.name or arch or layouts.match_tower(state))
+    activation, notes = place.form.get("activation"), []
+    is_told = place.name or arch or activation
+    is_openai = content.is_torchscript and "input_resolution" in content.tensors
+    if is_openai or (content.is_torchscript and not is_told):
+        activation = "quick_gelu"
+        if not is_openai:
+            notes.append(
+                f"note: {source} is taken for one of OpenAI's archives, with QuickGELU; if it was "
+                f"trained with GELU, give {tower_of(name)}:{source}"
+            )
     if tower_of(name) in CLIP_TOWERS and activation == "quick_gelu":
         name = named(name, True)
-    elif not (place.name or arch or activation):
+    elif not is_told:
         notes.append(
             f"note: {source} does not tell its activation, GELU is assumed; if it was trained "
             f"with QuickGELU, as OpenAI's weights, give {tower_of(name)}-quickgelu:{source}"
         )
     method, tower = parse_name(name)
+    check_fits(name, tower, state)  # before a large model is built for a small file
     form = place.form | {"context_length": len(state["positional_embedding"])}
     form["image_size"] = layouts.native_size(state) or form.get("image_size")
+    if tower_of(name) in CLIP_TOWERS or tower_of(name).endswith("-quickgelu"):
+        form.pop("activation", None)  # the name says it
+    is_foreign = "image_projection" not in content.tensors
+    if is_foreign and tower_of(name) not in TOWERS and "mean" not in form:
+        own, tag = timm_form(tower_of(name))
+        form = {"mean": own.mean, "std": own.std, "interpolation": own.interpolation} | form
+        notes.append(note_on_images(own, tag))
     tower = replace(tower, preprocessing=replace(tower.preprocessing, **form))
     return Weights(source, place.path, name, method, tower, state, Namespace(model=name), notes)
+
+
+def check_fits(name, tower, state):
+    """Raises InputError if the towers and projections are others; a SimCLR head may be there."""
+    with torch.device("meta"):
+        own = CLIP(tower).state_dict()
+    both = {key: value for key, value in state.items() if not key.startswith("image_mlp.")}
+    if faults := layouts.misfits(own, both)[0]:
+        text = checkpoint.describe_mismatches(faults)
+        raise InputError(f"they do not fit {name} ({text}); choose their tower")
 
 
 def of_image_tower(source, place, tensors, arch):
@@ -227,20 +264,28 @@ def of_image_tower(source, place, tensors, arch):
             f"it holds no model of CLIP's kind ({keys}, ...); if it is an image tower, name its "
             "architecture"
         )
-    tower = find_tower(name := tower_of(name))
+    tower, own = find_tower(name := tower_of(name)), []
     if name not in TOWERS:
-        tower = replace(tower, preprocessing=timm_form(name))
+        form, tag = timm_form(name)
+        tower = replace(tower, preprocessing=form)
+        own = [note_on_images(form, tag)]
     with bounded(place.path):
         visual = create_visual(tower)
-    state, notes = layouts.image_tower(tensors, visual)
+    state, notes = image_towers.image_tower(tensors, visual)
+    notes += own
     state = {f"visual.{key}": value for key, value in state.items()}
     return Weights(source, place.path, name, Method, tower, state, Namespace(model=name), notes)
 
 
+def note_on_images(form, tag):
+    return f"note: images take mean {form.mean} and {form.interpolation} resizing of timm's {tag}"
+
+
 def timm_form(name):
-    """The Preprocessing of timm's own weights."""
+    """(Preprocessing, name with tag) of timm's own weights; a tag chooses among several."""
     config = timm.get_pretrained_cfg(name)
-    return Preprocessing(mean=config.mean, std=config.std, interpolation=config.interpolation)
+    form = Preprocessing(mean=config.mean, std=config.std, interpolation=config.interpolation)
+    return form, f"{name.partition('.')[0]}.{config.tag}"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -273,6 +318,7 @@ def create_model_and_transforms(name_or_path, pretrained=None, device="cpu", ima
 
     Raises InputError as load_model.
     """
+    name_or_path = os.fspath(name_or_path)
     is_name = not os.path.exists(name_or_path) and is_tower(tower_of(name_or_path))
     if pretrained or not is_name:
         source = f"{name_or_path}:{pretrained}" if pretrained else name_or_path

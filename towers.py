@@ -40,7 +40,8 @@ def clip_tower(timm_name, embed_dim, text_width=512, text_layers=12, **fields):
 
 def with_quick_gelu(tower):
     """The row of weights that were trained with QuickGELU, as OpenAI's; its ResNets have ReLU."""
-    options = {} if tower.projection_bias else {"act_layer": "quick_gelu"}
+    is_vit = tower.timm_name.startswith("vit_")
+    options = tower.options | ({"act_layer": "quick_gelu"} if is_vit else {})
     form = replace(tower.preprocessing, activation="quick_gelu")
     return replace(tower, options=options, preprocessing=form)
 

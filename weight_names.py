@@ -3,7 +3,7 @@
     checkpoint.pt                   of a training run, ours or released with the paper
     model.safetensors               a state dict of open_clip's, OpenAI's or Hugging Face's layout
     ViT-B-32-quickgelu:FILE         such a file with the name of its tower, or of its model
-    FOLDER                          with open_clip_config.json
+    FOLDER                          with open_clip_config.json, or Hugging Face's config.json
     ViT-B-32:laion2b_s34b_b79k      NAME:TAG of pretrained.json
     hf-hub:org/name                 such a folder on Hugging Face's hub; @ and a revision may follow
 
@@ -16,14 +16,18 @@ from functools import cache
 from pathlib import Path
 
 from infra import hub
+from model_configs import read_huggingface, read_open_clip
 from models import METHODS, parse_name
-from preprocessing import Preprocessing
 from towers import TOWERS
 from utils import InputError, read_json, read_json_object
 
 PRETRAINED = Path(__file__).with_name("pretrained.json")
 CONFIG = "open_clip_config.json"
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+CONFIGS = {  # of a folder: its reader, and the names that the weights may have
+    CONFIG: (read_open_clip, FILES),
+    "config.json": (read_huggingface, ("model.safetensors", "pytorch_model.bin")),
+}
 
 
 def full_name(name):
@@ -123,42 +127,27 @@ def place_of_file(path):
     for key, row in known_weights().items():
         is_release = row["url"] and "/releases/" in row["url"]
         if is_release and os.path.basename(path) == os.path.basename(row["url"]):
-            name = named(key.partition(":")[0], row["quick_gelu"])
-            return Place(path, name, form_of_row(row))
+            activation = "quick_gelu" if row["quick_gelu"] else "gelu"
+            form = form_of_row(row) | {"activation": activation}
+            return Place(path, named(key.partition(":")[0], row["quick_gelu"]), form)
     return Place(path)
 
 
 def place_in_folder(folder):
-    """Of a folder in open_clip's form, ours (export.py) or another's."""
-    path = os.path.join(folder, CONFIG)
-    if not os.path.exists(path):
-        raise InputError(f"folder {folder} has no {CONFIG}; choose another, or one of its files")
-    config = read_json_object(path, "configuration")
-    file = next((f for f in FILES if os.path.exists(os.path.join(folder, f))), None)
+    """Of a folder in open_clip's form, ours (export.py) or another's, or in Hugging Face's."""
+    present = [name for name in CONFIGS if os.path.exists(os.path.join(folder, name))]
+    if not present:
+        known = " or ".join(CONFIGS)
+        raise InputError(f"folder {folder} has no {known}; choose another, or one of its files")
+    read, names = CONFIGS[present[0]]
+    path = os.path.join(folder, present[0])
+    file = next((f for f in names if os.path.exists(os.path.join(folder, f))), None)
     if file is None:
-        raise InputError(f"folder {folder} has none of {', '.join(FILES)}; check that it is whole")
+        raise InputError(f"folder {folder} has none of {', '.join(names)}; check that it is whole")
     try:
-        name, form = read_config(config)
-    except (AttributeError, KeyError, TypeError) as error:
+        name, form = read(read_json_object(path, "configuration"), folder)
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise InputError(f"configuration {path} is of another kind: {error!r}") from error
     except InputError as error:
         raise InputError(f"configuration {path}: {error}") from error
-    return Place(os.path.join(folder, file), name, form)
-
-
-def read_config(config):
-    """(name or None, fields of preprocessing) of an open_clip_config.json."""
-    if "slip" in config:  # ours: a model without its SimCLR head is a CLIP
-        own = config["slip"]
-        return f"CLIP_{tower_of(own['model'])}", Preprocessing.from_dict(
-            own["preprocessing"]
-        ).to_dict()
-    model, images = config["model_cfg"], config.get("preprocess_cfg", {})
-    if "hf_model_name" in model["text_cfg"]:
-        name = model["text_cfg"]["hf_model_name"]
-        raise InputError(f"its text tower is {name}; only CLIP's own is known here")
-    if (mode := images.get("resize_mode", "shortest")) != "shortest":
-        raise InputError(f"resize_mode {mode!r} is unknown; only 'shortest' is known here")
-    form = {k: images[k] for k in ("mean", "std", "interpolation") if k in images}
-    form["activation"] = "quick_gelu" if model.get("quick_gelu") else "gelu"
-    return model["vision_cfg"].get("timm_model_name"), form
+    return Place(os.path.join(folder, file), name and full_name(name), form)

@@ -147,7 +147,11 @@ class MeasuredTraining:
             return main_script.open_loader(self.model, self.device, args)
         pairs, model = captions.load_captions(args.dataset, args.metadata), self.model
         dataset = archived.ArchivedDataset(
-            pairs, Path(args.root), model.views, model.tokenizer, model.image_size
+            pairs,
+            Path(args.root),
+            model.views,
+            getattr(model, "tokenizer", None),
+            model.image_size,
         )
         return archived.ArchivedLoader(
             dataset, args.batch_size, args.workers, self.device, args.seed

@@ -33,10 +33,6 @@ class Content:
     is_torchscript: bool = False
 
 
-# Entries of OpenAI's state dicts that are no weights.
-SURPLUS = {"input_resolution", "context_length", "vocab_size"}
-
-
 def read(path):
     """The Content of a file of weights of any kind, told by the file's bytes and not by its name.
 
@@ -60,7 +56,6 @@ def read(path):
         tensors = state.pop("state_dict")
     else:
         state, tensors = {}, checkpoint.plain_keys(tensors, name)
-    tensors = {key: value for key, value in tensors.items() if key not in SURPLUS}
     if not tensors:
         raise InputError(f"{name} holds no weights: none of its entries is a tensor")
     return Content(in_single(tensors, name, size), state, isinstance(root, Module))

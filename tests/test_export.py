@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from test_formats import open_by_open_clip
 
@@ -60,7 +61,10 @@ def test_the_readme_says_what_the_model_is_and_its_scores(tmp_path, capsys):
     for name, rows in {
         "results": {"digits": accuracy, "elsewhere": other},
         "linear": {"digits": accuracy},
-        "retrieval": {"coco": dict.fromkeys(export.report.RECALLS, 5.0)},
+        "retrieval": {
+            "coco": {**dict.fromkeys(export.report.RECALLS, 5.0), "checkpoint": "c.pt"},
+            "elsewhere": {**dict.fromkeys(export.report.RECALLS, 6.0), "checkpoint": "another.pt"},
+        },
     }.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
     call(tmp_path / "c.pt", "timm", tmp_path / "out")
@@ -95,6 +99,18 @@ def test_an_export_takes_the_place_of_an_older_one_alone(tmp_path):
         call(tmp_path / "absent.pt", "timm", out)  # it is said before the model is read
     with pytest.raises(InputError, match="is a file; choose a folder"):
         call(tmp_path / "c.pt", "timm", tmp_path / "c.pt")
+
+
+def test_a_link_stays_and_the_users_own_folder_too(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "c.pt")
+    (tmp_path / "link").symlink_to(tmp_path / "other disk")
+    for _ in range(2):  # the folder is absent, then an export
+        call(tmp_path / "c.pt", "timm", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "other disk/README.md").exists()
+    monkeypatch.chdir(tmp_path / "link")
+    for output in (".", "../other disk/"):
+        with pytest.raises(InputError, match="is the folder that you are in; choose a new one"):
+            call(tmp_path / "c.pt", "timm", output)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
@@ -134,6 +150,29 @@ def test_the_older_export_comes_back_if_the_new_one_cannot_take_its_place(tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and list(out.iterdir())
 
 
+def test_files_that_came_in_the_meantime_stay(tmp_path):
+    path, match = tmp_path / "out", "holds mine and is no export"
+    with pytest.raises(InputError, match=match), export.new_folder(path):
+        path.mkdir()
+        (path / "mine").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
+
+
+def test_an_image_tower_alone_is_written_for_timm(tmp_path):
+    vit = timm.create_model("test_vit", num_classes=0).eval()
+    torch.save({"model": vit.state_dict()}, tmp_path / "x.pth")
+    flags = ["--resume", str(tmp_path / "x.pth"), "--arch", "test_vit", "--format", "timm"]
+    export.main(export.get_args_parser().parse_args([*flags, "--output", str(tmp_path / "out")]))
+    found = timm.create_model(f"local-dir:{tmp_path}/out", pretrained=True).eval()
+    x = torch.randn(1, 3, 160, 160)
+    with torch.no_grad():
+        assert torch.equal(found(x), vit(x))
+    assert "# test_vit\n\nTrained by others" in (tmp_path / "out/README.md").read_text()
+    with pytest.raises(InputError, match="test_vit has no text tower, which open_clip needs"):
+        flags[-1] = "open_clip"
+        export.main(export.get_args_parser().parse_args([*flags, "--output", str(tmp_path / "b")]))
+
+
 def test_unknown_flags_and_formats_are_one_line(tmp_path):
     parse = export.get_args_parser().parse_args
     with pytest.raises(InputError, match="invalid choice: 'coreml'.*open_clip.*onnx"):
@@ -141,3 +180,6 @@ def test_unknown_flags_and_formats_are_one_line(tmp_path):
     with pytest.raises(InputError, match="absent"):
         call(tmp_path / "absent.pt", "timm", tmp_path / "out")
     assert not list(tmp_path.iterdir())
+    save_checkpoint(tmp_path / "c.pt")
+    with pytest.raises(InputError, match="folder /proc/x.*: No such file or directory; choose"):
+        call(tmp_path / "c.pt", "timm", "/proc/x")

@@ -16,6 +16,7 @@ import main
 import main_finetune
 import main_linear
 import models
+from preprocessing import IMAGENET_MEAN
 from pretrained import load_model, open_weights
 from utils import InputError
 
@@ -44,6 +45,17 @@ def test_the_scripts_take_foreign_weights(probed, tiny, tmp_path, capsys):
     )
 
 
+def test_a_tag_of_timms_chooses_the_form(tmp_path, capsys):
+    """The usual weights of that tower want other images than DINO's."""
+    vit = timm.create_model("vit_small_patch16_224", num_classes=0)
+    path = save(tmp_path / "x.pth", vit.state_dict())
+    for tag, mean in (("", (0.5, 0.5, 0.5)), (".dino", IMAGENET_MEAN)):
+        found = open_weights(path, f"vit_small_patch16_224{tag}")
+        assert found.tower.preprocessing.mean == mean
+        said = capsys.readouterr().err
+        assert f"images take mean {mean} and bicubic resizing of timm's vit_small_patch16_" in said
+
+
 def test_features_of_one_file_under_two_names_are_kept_apart(tmp_path):
     path = save(tmp_path / "x.pt", theirs(small()))
     names = [f"SMALL:{path}", f"SMALL-quickgelu:{path}"]
@@ -67,6 +79,10 @@ def test_image_towers_alone_serve_with_their_architecture(probed, tmp_path, caps
     with torch.no_grad():
         assert torch.equal(found.encode_image(x), vit.eval()(x))
     assert "is read from teacher.backbone.*" in capsys.readouterr().err
+    trained = {"state_dict": vit.state_dict(), "args": {"model": "test_vit"}, "epoch": 3}
+    trained = open_weights(save(tmp_path / "timm.pth.tar", trained), "test_vit").build()  # timm's
+    with torch.no_grad():
+        assert torch.equal(trained.encode_image(x), vit(x))
     for arch, match in (
         (None, "holds no model of CLIP's kind .*name its architecture"),
         ("test_resnet", "of another image tower .*missing"),
@@ -74,6 +90,12 @@ def test_image_towers_alone_serve_with_their_architecture(probed, tmp_path, caps
     ):
         with pytest.raises(InputError, match=match):
             open_weights(path, arch)
+
+
+def test_a_tower_whose_patch_is_a_number(tmp_path):
+    xcit = timm.create_model("xcit_nano_12_p16_224", num_classes=0)
+    found = open_weights(save(tmp_path / "x.pt", xcit.state_dict()), "xcit_nano_12_p16_224")
+    assert found.build().image_size == 224
 
 
 def test_a_run_starts_from_weights(tiny, tmp_path, capsys):

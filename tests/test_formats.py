@@ -12,10 +12,10 @@ from test_layouts import assert_close, assert_same, embed, embed_ours, on_meta, 
 
 import export
 import formats
-import layouts
 import tokenizer
-from models import METHODS, create_model
+from models import METHODS
 from preprocessing import CLIP_PREPROCESSING, Preprocessing
+from pretrained import load_model
 from towers import CLIP_TOWERS, TOWERS, Tower
 from transforms import CenterCrop
 from utils import InputError
@@ -90,12 +90,8 @@ def test_open_clip_opens_an_export(name, towers, tmp_path):
     assert torch.equal(tokens(["a photo of fog"]), model.tokenizer(["a photo of fog"]))
 
     # And back: a CLIP model of ours, bit for bit.
-    entry = config["slip"]
-    back = create_model(
-        entry["model"], preprocessing=Preprocessing.from_dict(entry["preprocessing"])
-    )
-    weights = safetensors.torch.load_file(tmp_path / "open_clip_model.safetensors")
-    back.load_state_dict(layouts.from_open_clip(weights))
+    back, args = load_model(tmp_path)
+    assert args.model == f"CLIP_{name.partition('_')[2]}"
     assert back.preprocessing == model.preprocessing
     kept = {k: v for k, v in model.state_dict().items() if not k.startswith("image_mlp.")}
     assert_same(back.state_dict(), kept)

@@ -145,6 +145,22 @@ def test_towers_and_any_timm_model(name, width, embed_dim, size):
         assert model.encode_image(torch.randn(1, 3, size, size)).shape == (1, embed_dim)
 
 
+@pytest.mark.parametrize(
+    "name", ["SLIP_ViT-B-16-plus-240", "CLIP_ViT-L-14-336", "SLIP_RN50x4", "SIMCLR_RN50-quickgelu"]
+)
+def test_methods_take_clips_towers(name):
+    """Its shapes, on the meta device, where no number is computed."""
+    with torch.device("meta"):
+        model = create_model(name, 32, 16)
+        views = model.dummy_batch(2, "meta")
+        outputs = model(**views)
+    sizes = {"image_embed": model.embed_dim, "text_embed": model.embed_dim, "logit_scale": None}
+    sizes |= {"aug1_embed": 16, "aug2_embed": 16}
+    assert {view.removesuffix("_embed") for view in outputs} >= set(model.views)
+    for key, value in outputs.items():
+        assert value.shape == ((2, sizes[key]) if sizes[key] else ()), key
+
+
 @pytest.mark.parametrize("name", ["SLIP_VITTINY8", "SIMCLR_VITTINY8"])
 def test_all_views_in_one_pass_are_each_view_in_its_own(name):
     torch.manual_seed(0)

@@ -8,16 +8,18 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
+from helpers import assert_equal
 from huggingface_hub import constants
 from safetensors.torch import save_file
 from test_layouts import random_weights
 
+import image_towers
 import layouts
+import model_configs
 import models
-import pretrained
 import towers
 import weight_names
-from preprocessing import CLIP_PREPROCESSING
+from preprocessing import CLIP_PREPROCESSING, SLIP_PREPROCESSING
 from pretrained import list_pretrained, load_model, open_weights
 from utils import InputError
 
@@ -30,7 +32,6 @@ HALF = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
 def small_clip(monkeypatch):
     """A row of CLIP_TOWERS that is small, named SMALL, and weights SMALL:own and SMALL:gelu."""
     quick = towers.with_quick_gelu(ROW)
-    quick = replace(quick, options=SIZES | quick.options)
     for table in (towers.TOWERS, towers.CLIP_TOWERS):
         monkeypatch.setitem(table, "SMALL", ROW)
     monkeypatch.setitem(towers.TOWERS, "SMALL-quickgelu", quick)
@@ -117,27 +118,77 @@ def test_a_bare_file_is_known_by_its_keys(tmp_path, kind, capsys):
     assert not torch.equal(embeddings(quick)[1], embeddings(found)[1])
 
 
-def test_openais_archives_have_quick_gelu(tmp_path, monkeypatch):
-    """What torch.jit.save wrote is told in test_weights.py; here it is of the released kind."""
-    model, read = small("CLIP_SMALL-quickgelu"), pretrained.weights.read
-    torch.save(theirs(model), tmp_path / "x.pt")
-    monkeypatch.setattr(
-        pretrained.weights, "read", lambda path: replace(read(path), is_torchscript=True)
-    )
-    for source in (tmp_path / "x.pt", f"SMALL:{tmp_path}/x.pt", f"CLIP_SMALL:{tmp_path}/x.pt"):
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory):
+    """{is of OpenAI's: (archive of a traced model of open_clip's, half in half, its weights)}"""
+    import open_clip
+
+    image = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8}
+    text = {"width": 64, "heads": 1, "layers": 2}
+    torch.manual_seed(0)
+    peer = open_clip.CLIP(32, image, text, quick_gelu=True).eval()
+    weights, files = {k: v.clone() for k, v in peer.state_dict().items()}, {}
+    for is_openai in (False, True):
+        for name in ("input_resolution", "context_length", "vocab_size") if is_openai else ():
+            vars(peer).pop(name, None)
+            peer.register_buffer(name, torch.tensor(32))
+        with pytest.warns(FutureWarning):  # TorchScript is deprecated
+            inputs = torch.zeros(1, 3, 32, 32), torch.zeros(1, 77, dtype=torch.long)
+            script = torch.jit.trace(peer, inputs, check_trace=False)
+            path = tmp_path_factory.mktemp("archives") / f"{is_openai}.pt"
+            torch.jit.save(script, path)
+        files[is_openai] = path, layouts.from_open_clip(weights)
+    return files
+
+
+def test_openais_archives_have_quick_gelu(archives, capsys):
+    path, expected = archives[True]
+    for source in (path, f"SMALL:{path}", f"CLIP_SMALL:{path}"):
         found, args = load_model(source)
         assert args.model == "CLIP_SMALL-quickgelu"
-        assert_same_model(found, model)
+        assert_equal(found.state_dict(), expected)
     with pytest.raises(InputError, match="it holds SMALL-quickgelu, not SMALL; choose the former"):
-        open_weights(tmp_path / "x.pt", "SMALL")
+        open_weights(path, "SMALL")
+    assert not capsys.readouterr().err
+
+
+def test_the_name_tells_of_somebodys_own_archive(archives, capsys):
+    path, expected = archives[False]
+    found, args = load_model(path)
+    assert args.model == "CLIP_SMALL-quickgelu"
+    assert_equal(found.state_dict(), expected)
+    assert f"trained with GELU, give SMALL:{path}" in capsys.readouterr().err
+    assert load_model(f"SMALL:{path}")[1].model == "CLIP_SMALL"
+
+
+def test_a_name_that_does_not_fit_is_said_by_keys(tmp_path):
+    state = theirs(small())
+    path = save(tmp_path / "x.pt", state)
+    with pytest.raises(
+        InputError, match=r"x.pt: they do not fit CLIP_ViT-H-14 \(.* visual.bl"
+    ) as e:
+        load_model(f"ViT-H-14:{path}")  # whose memory the file's size would not allow
+    assert "\n" not in str(e.value)
+    del state["positional_embedding"]
+    path = save(tmp_path / "y.pt", state)
+    with pytest.raises(InputError, match=r"SMALL \(1 keys missing: positional_embedding\)"):
+        load_model(f"SMALL:{path}")
 
 
 def test_a_released_file_is_known_by_its_name(tmp_path, capsys):
-    model = small("CLIP_SMALL-quickgelu")
-    torch.save(theirs(model), tmp_path / "small-1a2b.pt")
-    found, args = load_model(tmp_path / "small-1a2b.pt")
-    assert args.model == "CLIP_SMALL-quickgelu" and found.preprocessing.mean == (0.5, 0.5, 0.5)
+    path = save(tmp_path / "small-1a2b.pt", theirs(small("CLIP_SMALL-quickgelu")))
+    for source in (path, f"SMALL:{path}", f"SMALL-quickgelu:{path}"):
+        found, args = load_model(source)
+        assert args.model == "CLIP_SMALL-quickgelu" and found.preprocessing.mean == (0.5, 0.5, 0.5)
     assert not capsys.readouterr().err
+
+
+def test_checkpoints_that_say_nothing_have_slips_form(tmp_path):
+    model = small("SIMCLR_SMALL")
+    state = {"state_dict": model.state_dict(), "args": {"model": "SIMCLR_SMALL"}}
+    state["args"] |= {"ssl_mlp_dim": 16, "ssl_emb_dim": 8}
+    found, _ = load_model(save(tmp_path / "x.pt", state))
+    assert found.preprocessing == replace(SLIP_PREPROCESSING, image_size=32)
 
 
 def test_a_slip_by_its_name(tmp_path):
@@ -159,9 +210,10 @@ def test_another_image_size_and_context(tmp_path):
     path = save(tmp_path / "x.pt", state)
     larger, _ = load_model(path, 64)
     assert larger.image_size == 64 and larger.visual.pos_embed.shape[1] == 65
-    with torch.no_grad():
-        assert larger.encode_image(torch.randn(1, 3, 64, 64)).isfinite().all()
-    with pytest.raises(InputError):
+    own = {"visual.pos_embed": small().visual.pos_embed.data}
+    resampled = image_towers.resample_positions(own, larger.visual)["visual.pos_embed"]
+    assert torch.equal(larger.visual.pos_embed, resampled)
+    with pytest.raises(InputError, match="image size 60 is no multiple of the patch of 8 pixels"):
         load_model(path, 60)
     state["positional_embedding"] = state["positional_embedding"][:20]
     state["visual.positional_embedding"] = torch.randn(37, 64)
@@ -213,9 +265,37 @@ BAD = {
     "squashed images": (changed("preprocess_cfg", resize_mode="squash"), "resize_mode 'squash'"),
     "no numbers": (changed("preprocess_cfg", mean=["a", 0, 0]), r"mean \['a', 0, 0\] is not"),
     "another filter": (changed("preprocess_cfg", interpolation="x"), "choose from bilinear, bic"),
+    "texts without a mask": (
+        changed("model_cfg", text_cfg={"no_causal_mask": True}),
+        "its no_causal_mask True is unknown here",
+    ),
+    "another pooling": (
+        changed("model_cfg", vision_cfg={"pool_type": "avg"}),
+        "its pool_type 'avg'; only 'tok' is known here",
+    ),
+    "other heads": (
+        changed("model_cfg", text_cfg={"width": 64}),  # open_clip's usual number is 8
+        "its heads 8; only 1 is known here",
+    ),
+    "timm's pooling": (
+        changed("model_cfg", vision_cfg={"timm_model_name": "test_vit"}),
+        "its timm_pool 'avg'; only '' is known here",
+    ),
+    "oblong images": (
+        changed("model_cfg", vision_cfg={"image_size": [32, 48]}),
+        r"its image_size \[32, 48\] is no square",
+    ),
     "our entry": (CONFIG | {"slip": {"model": "CLIP_ViT-Z", "preprocessing": {}}}, "unknown model"),
     "of no kind": (CONFIG | {"slip": {"model": 7, "preprocessing": {}}}, "is of another kind"),
 }
+
+
+def test_a_config_with_nothing_special_opens():
+    off = {"ls_init_value": None, "no_ln_pre": False, "act_kwargs": {}, "pool_type": "tok"}
+    sizes = {"timm_model_name": "convnext_small", "timm_pool": "", "image_size": [320, 320]}
+    config = changed("model_cfg", vision_cfg=off | sizes, text_cfg={"no_causal_mask": False})
+    name, form = model_configs.read_open_clip(config, "")
+    assert name == "convnext_small" and form["image_size"] == 320
 
 
 @pytest.mark.parametrize("fault", BAD)
