@@ -37,6 +37,7 @@ def get_args_parser():
     add("--csv-img-key", default="filepath", help="image column of --dataset csv")
     add("--csv-caption-key", default="title", help="caption column of --dataset csv")
     add("--json-caption-key", default=[], nargs="+", help="fields of .json in --dataset webdataset")
+    add("--shuffle-window", default=16, type=natural, help="shards shuffled together; 0: all")
     add("--augment", choices=("cpu", "device"), help="by default device on CUDA, else cpu")
     add("--archived-pixels", action="store_true", help="ignore EXIF's turns and transparency")
     add("--max-bad-fraction", default=0.01, type=number(float, 0, 1), help="of unreadable images")
@@ -134,6 +135,7 @@ def open_loader(model, device, args):
         device,
         args.update_freq,
         datasets.Collate(getattr(model, "tokenizer", None)),
+        datasets.window_order(pairs.lengths, args.shuffle_window),
     )
 
 

@@ -100,7 +100,11 @@ def part_path(folder, number):
 def read_facts(path):
     """The facts that write_arrow gave a file; {} of a file by another hand."""
     metadata = pa.ipc.open_file(pa.memory_map(os.fspath(path))).schema.metadata or {}
-    return json.loads(metadata.get(b"facts", "{}"))
+    try:
+        facts = json.loads(metadata.get(b"facts", "{}"))
+    except (ValueError, RecursionError):
+        facts = {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def read_parts(folder, key):
@@ -109,7 +113,7 @@ def read_parts(folder, key):
     parts, facts = [], fresh
     while (path := part_path(folder, len(parts))).exists():
         facts = read_facts(path)
-        if facts["key"] != key:
+        if facts.get("key") != key:
             return [], fresh
         parts.append(path)
     return parts, facts
@@ -218,7 +222,10 @@ def read_batches(path):
 class Captions:
     """Rows (image path, captions) of an Arrow file; processes share its pages, none copies them.
 
-    root: folder that the image paths are relative to, "" if the rows do not tell.
+    Attributes:
+        root: folder that the image paths are relative to, "" if the source does not tell.
+        facts: dict of the conversion, see write_captions; {} of a file by another hand.
+        lengths: number of rows of each shard; rows of another source are as those of one.
     """
 
     def __init__(self, path, root=""):
@@ -228,6 +235,10 @@ class Captions:
             lists = np.frombuffer(captions.buffers()[1], np.int64)
             self.batches.append((Texts(image), lists, Texts(captions.values)))
             self.starts.append(self.starts[-1] + len(batch))
+        self.facts = read_facts(path)
+        lengths = self.facts.get("lengths")
+        is_sound = isinstance(lengths, list) and all(type(n) is int and n >= 0 for n in lengths)
+        self.lengths = lengths if is_sound and sum(lengths) == len(self) else [len(self)]
 
     def __reduce__(self):  # a spawned worker maps the file itself
         return Captions, (self.path, self.root)
