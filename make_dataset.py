@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 import captions
+import shard_writer
 import utils
 from catalog import (
     CATALOG,
@@ -82,6 +83,20 @@ def convert(args):
     print(f"{args.output}: {describe(counts)}")
 
 
+def columns_of(args):
+    return (args.csv_img_key, args.csv_caption_key, *args.json_caption_key)
+
+
+def write_shards(args):
+    rows = shard_writer.open_rows(
+        args.dataset, args.metadata, columns_of(args), args.root, args.allow_outside_root
+    )
+    counts, several, bad = shard_writer.write_shards(rows, args.output, args.per_shard)
+    print(f"{args.output}: {describe(counts)}" + (f"; the first: {bad}" if bad else ""))
+    keys = f" --json-caption-key {shard_writer.FIELD}" if several else ""
+    print(f"read them by --dataset webdataset --metadata {args.output}{keys}")
+
+
 # ---------------------------------------------------------------------------------------------
 # Checks of the sets on disk
 
@@ -129,8 +144,7 @@ def check_labelled(catalog, name, labels):
 
 
 def check_pairs(args):
-    columns = (args.csv_img_key, args.csv_caption_key)
-    pairs = captions.load_captions(args.dataset, args.metadata, columns)
+    pairs = captions.load_captions(args.dataset, args.metadata, columns_of(args))
 
     def read(index):
         path, _ = pairs[index]
@@ -283,6 +297,15 @@ def add_table_flags(add):
     add("--csv-caption-key", default="title", help="caption column of a table")
 
 
+def add_set_flags(add):
+    """Those of a pre-training set, as main.py has them."""
+    add("--dataset", default="csv", help=f"its kind: one of {', '.join(captions.SOURCES)}")
+    add("--root", default="", help="folder of its images")
+    add("--json-caption-key", default=[], nargs="+", help="caption fields of shards' .json")
+    add_table_flags(add)
+    add_outside_flag(add)
+
+
 def add_yfcc15m(commands):
     text = "YFCC100M's list of photos to YFCC15M's pairs"
     add = add_converter(commands, "yfcc15m", text, open_yfcc15m)
@@ -324,11 +347,17 @@ def add_check(commands):
     add = add_command(commands, "check", text, check)
     add("--catalog", default=CATALOG, help="JSON file with the paths of the labelled sets")
     add("--metadata", help="captions of a pre-training set to check as well")
-    add("--dataset", default="csv", help=f"its kind: one of {', '.join(captions.SOURCES)}")
-    add("--root", default="", help="folder of its images")
-    add_outside_flag(add)
     add_names_flag(add)
-    add_table_flags(add)
+    add_set_flags(add)
+
+
+def add_shards(commands):
+    text = "any caption set, or parquet with the bytes of images, as tar shards"
+    add = add_command(commands, "shards", text, write_shards)
+    add("--metadata", required=True, help="as main.py's; .parquet also as folder or pattern")
+    add("--output", required=True, help="folder to write")
+    add("--per-shard", default=10_000, type=utils.positive_int, help="rows of a shard")
+    add_set_flags(add)
 
 
 def add_download(commands):
@@ -345,7 +374,7 @@ def add_digits(commands):
 
 
 COMMANDS = (add_yfcc15m, add_redcaps, add_conceptual, add_csv, add_coco)
-COMMANDS += (add_check, add_download, add_digits)
+COMMANDS += (add_shards, add_check, add_download, add_digits)
 
 
 def get_args_parser():
