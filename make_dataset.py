@@ -24,18 +24,14 @@ from catalog import (
     add_names_flag,
     add_outside_flag,
     download_split,
-    get_downstream_dataset,
     is_present,
     load_catalog,
     split_name,
 )
-from classes import check_order
-from decoding import decode_image
+from checks import check_entry, describe_pairs, is_usable
 from infra import distributed
-from infra.archives import read_file
 from infra.arrow import describe, write_captions
 from infra.rows import Files
-from infra.untrusted import check_inside
 from utils import InputError
 
 # ---------------------------------------------------------------------------------------------
@@ -98,78 +94,12 @@ def write_shards(args):
 
 
 # ---------------------------------------------------------------------------------------------
-# Checks of the sets on disk
-
-
-def decode_some(read, number, count=10):
-    """Calls read(index), which raises InputError for a bad image, for a few of `number` images."""
-    for index in np.random.default_rng(0).permutation(number)[:count].tolist():
-        read(index)
-
-
-def describe_order(agreed, silent):
-    """A text on the order of class folders, from classes.check_order's result."""
-    if not agreed:
-        return "order not told by folder names"
-    of = f" of {len(agreed) + len(silent)}" if silent else ""
-    return f"order agrees by {len(agreed)}{of} names"
-
-
-def split_is_present(entry, split):
-    """Whether there is a folder or a list of a split."""
-    ends = ("", "_images.npy")
-    return any(os.path.exists(os.path.join(entry["path"], f"{split}{end}")) for end in ends)
-
-
-def check_labelled(catalog, name, labels):
-    """A line on a labelled set. Raises InputError for an unusable set."""
-    parts, entry = [], catalog[name]
-    for is_train in (False, True):
-        split = split_name(catalog, name, is_train)
-        try:
-            found = get_downstream_dataset(catalog, name, is_train, np.asarray, labels)
-        except InputError:
-            if not is_train or split_is_present(entry, split):
-                raise
-            parts.append("no training split")  # zero-shot needs none
-            continue
-        parts.append(f"{split} {len(found):,} images")
-        decode_some(found.__getitem__, len(found))
-    order = "classes by name"
-    if entry["ignore_names"]:
-        order = "folder names ignored"
-    elif hasattr(found, "class_to_idx"):
-        order = describe_order(*check_order(name, found, labels))
-    return f"{', '.join(parts)}, some decoded; {len(labels)} classes, {order}"
+# Checks of the sets on disk, and downloads
 
 
 def check_pairs(args):
     pairs = captions.load_captions(args.dataset, args.metadata, columns_of(args))
-
-    def read(index):
-        path, _ = pairs[index]
-        check_inside(args.root, path, f"{pairs.path}: image", args.allow_outside_root)
-        return decode_image(read_file(args.root, path), f"{args.root}/{path}")
-
-    decode_some(read, len(pairs))
-    return f"{len(pairs):,} images with captions, some decoded"
-
-
-def is_usable(name, look):
-    """Prints and returns a verdict; look() returns a text, or raises InputError."""
-    try:
-        print(f"{name:20} usable    {look()}")
-    except InputError as error:
-        print(f"{name:20} UNUSABLE  {error}")
-        return False
-    return True
-
-
-def check_entry(catalog, name, labels):
-    """A line on a set of the catalog; labels: {name: classes}. Raises InputError if not usable."""
-    if name not in labels:
-        raise InputError("labels.json has no classes for it")
-    return check_labelled(catalog, name, labels[name])
+    return describe_pairs(pairs, args.root, args.allow_outside_root)
 
 
 def check(args):
