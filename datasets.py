@@ -80,9 +80,11 @@ class CaptionDataset(Dataset):
         raise InputError(f"{len(bad)} samples in a row cannot be read; check the root; {bad[0]}")
 
     def read_views(self, path, rng):
-        """The image views: draws their parameters first, then decodes the image once."""
-        data = read_file(self.root, path)
-        image = EncodedImage(data, f"{self.root}/{path}", self.archived)
+        return self.make_views(read_file(self.root, path), f"{self.root}/{path}", rng)
+
+    def make_views(self, data, name, rng):
+        """The image views of encoded bytes: draws their parameters first, then decodes once."""
+        image = EncodedImage(data, name, self.archived)
         form = self.preprocessing
         drawn = {v: IMAGE_VIEWS[v](rng, *image.size, form.crop_min) for v in self.image_views}
         boxes = [box for box, _ in drawn.values()]
