@@ -85,6 +85,8 @@ def root_of(paths):
 
 def plain_name(name):
     """A member's name as text that leads nowhere: it is shown, and never opened."""
+    if name.isascii() and "/" not in name:  # as most are
+        return name
     name = name.encode(errors="surrogateescape").decode(errors="replace")
     return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
 
