@@ -43,6 +43,7 @@ def get_args_parser():
     add("--dataset", help=f"kind of another caption set: one of {', '.join(SOURCES)}")
     add("--csv-img-key", default="filepath", help="image column of --dataset csv")
     add("--csv-caption-key", default="title", help="caption column of --dataset csv")
+    add("--json-caption-key", default=[], nargs="+", help="fields of .json of --dataset webdataset")
     add("--root", required=True, help="folder of the images")
     catalog.add_outside_flag(add)
     add("--archived-pixels", action="store_true", help="ignore EXIF's turns and transparency")
@@ -136,7 +137,7 @@ def read_images(args):
     """read_captions for the flags: of a caption set of main.py's, or of a captions file."""
     if not args.dataset and not args.captions.endswith(".arrow"):
         return read_captions(args.captions, args.split, args.captions_per_image)
-    columns = (args.csv_img_key, args.csv_caption_key)
+    columns = (args.csv_img_key, args.csv_caption_key, *args.json_caption_key)
     pairs = distributed.rank_zero_first(
         lambda: load_captions(args.dataset or "csv", args.captions, columns)
     )

@@ -1,5 +1,7 @@
 """Holds out pairs of a caption set: a seed draws images, and no image is in both parts."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from infra.arrow import Source, describe, write_captions
@@ -18,11 +20,22 @@ class RowFiles(Files):
         return self.done / self.rows
 
 
+@dataclass
+class Remaining(Source):
+    """The rows that are not held out; the facts of their file say how many each shard has."""
+
+    facts: dict
+
+    def chunks(self, facts, title):
+        return super().chunks(facts | self.facts, title)
+
+
 class Split:
     """The two parts of a caption set.
 
     Attributes:
         held: {image path: captions} of the images held out, in the order of the set.
+        lengths: number of rows of the other part in each shard, see arrow.Captions.
         repeated: captions held out that an image of the other part has too, each counted once;
             known when `remaining` is read to its end.
     """
@@ -44,9 +57,13 @@ class Split:
             raise InputError(
                 f"metadata {pairs.path} has {len(names)} images, too few to hold out {number}"
             )
-        for path, captions in self.rows():
+        is_held = np.zeros(len(pairs), bool)
+        for row, (path, captions) in enumerate(self.rows()):
             if path in names:
+                is_held[row] = True
                 self.held.setdefault(path, []).extend(captions)
+        shards = np.split(~is_held, np.cumsum(pairs.lengths)[:-1])
+        self.lengths = [int(kept.sum()) for kept in shards]
 
     def rows(self):
         return map(self.pairs.__getitem__, range(len(self.pairs)))
@@ -78,7 +95,9 @@ def hold_out(pairs, number, seed, output, held_out):
     split, key = Split(pairs, number, seed), ["hold out", number, seed]
     files = RowFiles(pairs.path, len(pairs))
     write_captions(held_out, Source(files, iter(split.held.items()), unchanged), key)
-    counts = write_captions(output, Source(files, split.remaining(files), unchanged), key)
+    facts = {"lengths": split.lengths} if "lengths" in pairs.facts else {}
+    rest = Remaining(files, split.remaining(files), unchanged, facts)
+    counts = write_captions(output, rest, key)
     texts = sum(map(len, split.held.values()))
     return (
         f"{held_out}: {number:,} images, {texts:,} captions, seed {seed}\n"

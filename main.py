@@ -34,9 +34,11 @@ def get_args_parser():
     add = parser.add_argument_group("Data").add_argument
     add("--dataset", default="yfcc15m", help=f"one of {', '.join(captions.SOURCES)}")
     add("--root", default="", help="folder of the images")
-    add("--metadata", default="yfcc15m.pkl", help="captions: .arrow, or the set's archived format")
+    add("--metadata", default="yfcc15m.pkl", help="captions: .arrow, an archived format, tars")
     add("--csv-img-key", default="filepath", help="image column of --dataset csv")
     add("--csv-caption-key", default="title", help="caption column of --dataset csv")
+    add("--json-caption-key", default=[], nargs="+", help="fields of .json in --dataset webdataset")
+    add("--shuffle-window", default=16, type=natural, help="shards shuffled together; 0: all")
     add("--augment", choices=("cpu", "device"), help="by default device on CUDA, else cpu")
     add("--archived-pixels", action="store_true", help="ignore EXIF's turns and transparency")
     add("--max-bad-fraction", default=0.01, type=number(float, 0, 1), help="of unreadable images")
@@ -117,13 +119,14 @@ def create_model(args):
 
 def open_loader(model, device, args):
     """The loader of one rank: whole updates of whole batches, shuffled anew every epoch."""
-    columns = (args.csv_img_key, args.csv_caption_key)
+    columns = (args.csv_img_key, args.csv_caption_key, *args.json_caption_key)
     pairs = distributed.rank_zero_first(
         lambda: captions.load_captions(args.dataset, args.metadata, columns)
     )
     augment = args.augment or ("device" if device.type == "cuda" else "cpu")
     options = args.seed, augment, args.allow_outside_root, args.archived_pixels
-    dataset = datasets.CaptionDataset(pairs, args.root, model.views, model.preprocessing, *options)
+    root, form = args.root or pairs.root, model.preprocessing
+    dataset = datasets.CaptionDataset(pairs, root, model.views, form, *options)
     if "aug1" in model.views and args.batch_size * distributed.get_world_size() == 1:
         raise InputError("--batch-size 1 is too few for the SimCLR head's batch norm; raise it")
     return datasets.open_loader(
@@ -133,6 +136,7 @@ def open_loader(model, device, args):
         device,
         args.update_freq,
         datasets.Collate(getattr(model, "tokenizer", None)),
+        datasets.window_order(pairs.lengths, args.shuffle_window),
     )
 
 

@@ -233,12 +233,13 @@ def open_pairs(model, args):
     """The HeldOutPairs of --val-metadata, None without that flag."""
     if not args.val_metadata:
         return None
-    source, columns = args.val_source or args.dataset, (args.csv_img_key, args.csv_caption_key)
-    root = args.val_root or args.root
+    source = args.val_source or args.dataset
+    columns = (args.csv_img_key, args.csv_caption_key, *args.json_caption_key)
     try:
         pairs = distributed.rank_zero_first(
             lambda: captions.load_captions(source, args.val_metadata, columns)
         )
+        root = args.val_root or args.root or pairs.root
         options = args.max_bad_fraction, args.allow_outside_root, args.archived_pixels
         return HeldOutPairs(pairs, root, CenterCrop.of(model.preprocessing), *options)
     except InputError as error:

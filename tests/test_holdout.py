@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from helpers import rows as logged
+from helpers import train, write_shards
 
 import make_dataset
 from infra import arrow
@@ -89,3 +91,20 @@ def test_the_kind_of_a_set_is_any_source(table):
     (table / "c.json").write_text(json.dumps({"annotations": captions}))
     train, val = split(table, "--dataset", "coco", "--metadata", table / "c.json")
     assert len(train) == 2 and len(val) == 7
+
+
+def test_pairs_of_shards_train_and_validate(table, capsys):
+    """The training part keeps its shards; pairs held out are read from theirs."""
+    pattern, folder = write_shards(table / "tars", [10, 10, 3]), str(table / "tars")
+    train_part, _ = split(table, "--dataset", "webdataset", "--metadata", pattern)
+    lengths = Captions(table / "train.arrow").lengths
+    places = [int(path[:5]) for path, _ in train_part]
+    assert lengths == [places.count(shard) for shard in range(3)] and sum(lengths) == 16
+    flags = ["--dataset", "webdataset", "--metadata", table / "train.arrow", "--root", folder]
+    flags += ["--val-metadata", table / "val.arrow", "--shuffle-window", 1]
+    train(table, table / "run", *flags, model="CLIP_NANO8", val="none")
+    (row,) = logged(table / "run")
+    assert (row["val_images"], row["val_bad_images"], row["pairs"]) == (7, 0, 16)
+    flags = ["--val-source", "webdataset", "--val-metadata", pattern, "--val-root", folder]
+    train(table, table / "run", *flags, "--evaluate", model="CLIP_NANO8", val="none")
+    assert "held-out pairs: loss" in capsys.readouterr().out.splitlines()[-3]
