@@ -6,7 +6,7 @@ from infra import distributed
 MIN_SSL_BATCH = 64  # samples per step below which the SimCLR head's batch statistics mislead
 
 
-def log_summary(log, model, task, loader, training, args):
+def log_summary(log, model, validation, loader, training, args):
     """The first lines of a run's log."""
     precision, k = training.precision, args.update_freq
     batch = args.batch_size * distributed.get_world_size()
@@ -30,7 +30,7 @@ def log_summary(log, model, task, loader, training, args):
             f"warning: {contrasted} samples over all ranks are few for the batch statistics "
             f"of the SimCLR head; use {MIN_SSL_BATCH} or more"
         )
-    if task is None:
+    if not validation.tasks:
         log.info("no zero-shot validation: --val-dataset none, or a method without text")
 
 

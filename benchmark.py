@@ -6,6 +6,7 @@
     python benchmark.py save --model SLIP_VITB16  # time that training waits for a checkpoint
     torchrun --nproc-per-node 2 benchmark.py agreement  # time that ranks spend on agreeing
     python benchmark.py data        # samples per second and core: archived code and ours
+    python benchmark.py shards      # tar shards: index, orders of reading, beside webdataset
     python benchmark.py augment     # kernels, bytes and time of a view with --augment device
     python benchmark.py classifier  # prompts to a zero-shot classifier
     python benchmark.py features    # memory of classifiers on ImageNet-sized features
@@ -26,6 +27,7 @@ from benchmarks import (
     logistic,
     memory,
     saving,
+    shards,
     training,
 )
 from infra.distributed import run_script
@@ -57,6 +59,16 @@ def add_data_commands(commands):
     add("--samples", default=512, type=number(int, 2 * data.BATCH), help="JPEGs per round")
     add("--workers", default=0, type=natural, help="loader processes; 0: this process loads")
     add("--rounds", default=5, type=positive_int, help="rounds; their median counts")
+
+    description = "index of tar shards, and reading in several orders, beside webdataset"
+    add = add_command(commands, "shards", description, shards.benchmark_shards)
+    add("--shards", default=32, type=number(int, 4), help="shards to write")
+    add("--per-shard", default=1000, type=positive_int, help="samples of a shard")
+    add("--samples", default=16_000, type=positive_int, help="images read per round")
+    add("--batches", default=40, type=positive_int, help="batches loaded per round")
+    add("--workers", default=0, type=natural, help="loader processes; 0: this process loads")
+    add("--rounds", default=3, type=positive_int, help="rounds; their median counts")
+    add("--folder", help="for the shards; by default the system's temporary folder")
 
     description = "kernels, bytes and time of a view with --augment device"
     add = add_command(commands, "augment", description, augmentation.benchmark_augment)

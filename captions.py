@@ -11,10 +11,8 @@ import json
 import os
 import re
 import sqlite3
-import tarfile
 import zlib
 from collections import Counter
-from functools import lru_cache
 from hashlib import md5
 from itertools import groupby
 from operator import itemgetter
@@ -39,6 +37,7 @@ from infra.rows import (
     table_rows,
 )
 from infra.untrusted import check_inside, read_metadata, read_npy, read_pickle
+from shards import Shards, find_shards, root_of, shard_images
 from utils import InputError
 
 # ---------------------------------------------------------------------------------------------
@@ -140,7 +139,7 @@ def pick_redcaps(row):
 
 def open_csv(path, columns):
     """A table: .parquet, or text with a header and the separator that splits it into `columns`."""
-    files = Files([path])
+    files, columns = Files([path]), columns[:2]
     if str(path).endswith(".parquet"):
         return Source(files, parquet_rows(files, columns), itemgetter(*columns))
     lines = files.lines()
@@ -177,7 +176,9 @@ SOURCES = {
     "cc12m": open_cc12m,
     "redcaps": open_redcaps,
     "csv": open_csv,
+    "webdataset": lambda path, columns: Shards(find_shards(path), columns[2:]),
 }
+FINDERS = {"webdataset": find_shards}  # of the sets in several files: metadata -> their paths
 
 
 # ---------------------------------------------------------------------------------------------
@@ -311,22 +312,6 @@ def open_img2dataset(folder):
     return Source(files, parquet_rows(files, ["key", "caption", "status"]), pick)
 
 
-@lru_cache(maxsize=1)
-def shard_images(folder, shard):
-    """{key: path below folder} of a shard that img2dataset wrote, a tar or a folder."""
-    is_image = re.compile(r"(.+)\.(jpe?g|png|webp)")
-    tar, plain = folder / f"{shard}.tar", folder / shard
-    if tar.exists() and not tar.is_dir():
-        with (
-            open(tar, "rb", opener=utils.regular_file) as file,
-            tarfile.open(fileobj=file, mode="r:") as members,
-        ):
-            names = {m.name: f"{shard}.tar/{m.name}@{m.offset_data}+{m.size}" for m in members}
-    else:
-        names = {n: f"{shard}/{n}" for n in (os.listdir(plain) if plain.exists() else ())}
-    return {m[1]: names[name] for name in names if (m := is_image.fullmatch(name))}
-
-
 # ---------------------------------------------------------------------------------------------
 # From a source to its Captions
 
@@ -349,20 +334,20 @@ def only_present(source, root, allow_outside=False):
     return Source(source.files, source.rows, pick)
 
 
-def cache_path(dataset, metadata, columns):
-    """The path of the converted file: beside the metadata, or in ~/.cache/slip if read-only.
+def cache_path(dataset, paths, columns):
+    """The path of the converted file: beside the first input, or in ~/.cache/slip if read-only.
 
     Its name holds a digest of all that it depends on, so that no stale one is ever opened.
     """
-    key = json.dumps([2, dataset, columns, Files([metadata]).signature()])
-    name = f"{os.path.basename(metadata)}.{hashlib.sha256(key.encode()).hexdigest()[:12]}.arrow"
-    beside = Path(metadata).absolute().parent
+    key = json.dumps([2, dataset, columns, Files(paths).signature()])
+    name = f"{os.path.basename(paths[0])}.{hashlib.sha256(key.encode()).hexdigest()[:12]}.arrow"
+    beside = Path(paths[0]).absolute().parent
     if os.access(beside, os.W_OK):
         return beside / name
     try:
         return utils.make_folder(os.path.expanduser("~/.cache/slip")) / name
     except InputError as error:
-        raise InputError(f"metadata {metadata} is in a read-only folder: {error} HOME") from error
+        raise InputError(f"metadata {paths[0]} is in a read-only folder: {error} HOME") from error
 
 
 def load_captions(dataset, metadata, columns=("filepath", "title")):
@@ -371,20 +356,23 @@ def load_captions(dataset, metadata, columns=("filepath", "title")):
     Args:
         dataset: a name of SOURCES.
         metadata: path of an .arrow file, or of the set's archived format.
-        columns: image and caption column, for "csv".
+        columns: image and caption column, for "csv"; behind them fields of captions in the .json
+            of "webdataset".
 
     Raises InputError for an unknown set, and for metadata that are absent, damaged or empty.
     """
     if dataset not in SOURCES:
         raise InputError(f"unknown dataset {dataset!r}; choose from {', '.join(SOURCES)}")
-    path = Path(metadata)
+    path, root = Path(metadata), ""
     if path.suffix != ".arrow":
-        path = cache_path(dataset, metadata, columns)
+        paths = FINDERS[dataset](metadata) if dataset in FINDERS else [metadata]
+        root = root_of(paths) if dataset in FINDERS else ""
+        path = cache_path(dataset, paths, columns)
         if not path.exists():
             counts = write_captions(path, SOURCES[dataset](metadata, columns), reuse=True)
             if counts.total() > counts[KEPT]:
                 print(f"{path}: {describe(counts)}", flush=True)
-    captions = Captions(path)
+    captions = Captions(path, root)
     if not len(captions):
         raise InputError(f"metadata {metadata} holds no image; check the file")
     return captions

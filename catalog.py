@@ -12,9 +12,16 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from classes import check_labels, check_names, check_order, class_numbers, note_order
+from classes import (
+    check_labels,
+    check_names,
+    check_order,
+    class_numbers,
+    note_order,
+    shared_classes,
+)
 from decoding import decode_image
-from folders import ImageFolder
+from folders import ImageFolder, by_number, class_folders
 from infra.archives import file_of, read_file
 from infra.untrusted import check_inside, read_metadata, read_npy
 from torchvision_sets import SETS, open_torchvision
@@ -31,9 +38,10 @@ CATALOG, LABELS, TEMPLATES = (
 
 
 def load_catalog(path=CATALOG, allow_outside=False, ignore_names=False):
-    """The catalog, {name: {"type", "path", "train", "test", "pixels"}}.
+    """The catalog, {name: {"type", "path", "train", "test", "pixels", "labels"}}.
 
     Paths are relative to its file. "pixels" is "upright", or "archived" as in decoding.py.
+    "labels" is the set whose classes and prompts a set has; without it they are its own.
 
     A set may lie anywhere by an absolute path or one with ~. A relative path may leave its folder
     by "../" only if allow_outside; each entry carries that flag for the paths that its set lists.
@@ -49,6 +57,7 @@ def load_catalog(path=CATALOG, allow_outside=False, ignore_names=False):
             raise InputError(f"catalog {path}: entry {name!r} needs a type and a path, as texts")
         if (pixels := entry.setdefault("pixels", "upright")) not in ("upright", "archived"):
             raise InputError(f"catalog {path}: {name!r}: pixels are upright or archived: {pixels}")
+        entry.setdefault("labels", name)
         what, own = f"catalog {path}: {name!r}", os.path.expanduser(entry["path"])
         if not os.path.isabs(own):
             check_inside(folder, own, what, allow_outside)
@@ -158,7 +167,9 @@ def open_imagefolder(name, entry, split, transform, labels):
     """A folder a class: the sorted folders have the labels' order."""
     folder = os.path.join(entry["path"], split)
     loader = partial(load_image, archived=is_archived(entry))
-    dataset = ImageFolder(name, folder, transform, loader)
+    # Of another set's classes by number, folder 10 comes after folder 9.
+    key = by_number if entry["labels"] != name else None
+    dataset = ImageFolder(name, folder, transform, loader, key)
     check_labels(len(dataset.classes), labels, folder)
     return dataset
 
@@ -216,19 +227,8 @@ CATALOG_TYPES = {
 # Opening a set
 
 
-def get_downstream_dataset(catalog, name, is_train, transform, labels):
-    """Opens one split of a labelled set: a dataset of (transform(PIL image), class number).
-
-    Args:
-        catalog: as load_catalog returns it.
-        name: name of the set.
-        is_train: bool, the training or the test split.
-        transform: function of a PIL image.
-        labels: list of the set's classes, each a text or a list of synonyms.
-
-    Raises InputError if the set is unknown or absent, or its classes are not those of `labels`.
-    Says so if the names of its class folders confirm only some classes.
-    """
+def find_entry(catalog, name):
+    """The entry of a set that is there. Raises InputError for another."""
     if name not in catalog:
         raise InputError(f"unknown dataset {name!r}; choose from {', '.join(catalog)}")
     entry = catalog[name]
@@ -242,6 +242,43 @@ def get_downstream_dataset(catalog, name, is_train, transform, labels):
             f"{name}: folder {entry['path']} is absent; put the set there or change its path in "
             "the catalog"
         )
+    return entry
+
+
+def classes_of(catalog, name, is_train, labels):
+    """The list of the classes of a split; of another set's those that have a folder.
+
+    Args:
+        catalog: as load_catalog returns it.
+        name: name of the set.
+        is_train: bool, the training or the test split.
+        labels: {name: classes}.
+    """
+    entry = find_entry(catalog, name)
+    source = entry["labels"]
+    if source not in labels:
+        raise InputError(f"labels: unknown dataset {source!r}; choose from {', '.join(labels)}")
+    check_names(source, labels[source])
+    if source == name or entry["type"] != "imagefolder":
+        return labels[source]
+    folder = os.path.join(entry["path"], split_name(catalog, name, is_train))
+    return shared_classes(name, source, class_folders(name, folder, by_number), labels[source])
+
+
+def get_downstream_dataset(catalog, name, is_train, transform, labels):
+    """Opens one split of a labelled set: a dataset of (transform(PIL image), class number).
+
+    Args:
+        catalog: as load_catalog returns it.
+        name: name of the set.
+        is_train: bool, the training or the test split.
+        transform: function of a PIL image.
+        labels: list of the set's classes, each a text or a list of synonyms.
+
+    Raises InputError if the set is unknown or absent, or its classes are not those of `labels`.
+    Says so if the names of its class folders confirm only some classes.
+    """
+    entry = find_entry(catalog, name)
     check_names(name, labels)
     split = split_name(catalog, name, is_train)
     dataset = CATALOG_TYPES[entry["type"]](name, entry, split, transform, labels)
@@ -264,15 +301,16 @@ def open_splits(name, catalog, labels, allow_outside=False, ignore_names=False):
     """
     table = read_json_object(labels, "labels")
     catalog = load_catalog(catalog, allow_outside, ignore_names)
-    if name not in table:
-        raise InputError(f"{labels}: unknown dataset {name!r}; choose from {', '.join(table)}")
+    classes = [classes_of(catalog, name, is_train, table) for is_train in (True, False)]
+    if classes[0] != classes[1]:
+        raise InputError(f"{name}: train and test have other classes; a classifier needs the same")
     train, test = (
-        get_downstream_dataset(catalog, name, is_train, unchanged, table[name])
+        get_downstream_dataset(catalog, name, is_train, unchanged, classes[0])
         for is_train in (True, False)
     )
     if (split := split_name(catalog, name, True)) == split_name(catalog, name, False):
         raise InputError(f"{name}: train and test are both {split!r}; correct the catalog")
-    return train, test, table[name]
+    return train, test, classes[0]
 
 
 def download_split(catalog, name, is_train, labels):

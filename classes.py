@@ -80,6 +80,53 @@ def check_order(name, dataset, labels):
     return agreed, silent
 
 
+def wordnet_ids():
+    """{WordNet's id: class number} of ImageNet's 1,000 classes, as timm lists them."""
+    from timm.data import ImageNetInfo  # slow to import: only when needed
+
+    return {wnid: i for i, wnid in enumerate(ImageNetInfo("imagenet-1k").label_names())}
+
+
+def shared_classes(name, source, folders, labels):
+    """The classes that a set has of another set's, told by the names of its class folders.
+
+    A folder is named by the class, by its WordNet id if the other set is ImageNet, or by its
+    number from 0. Numbers tell the class only if all are there: without the first or the last,
+    folders counted from 1 would look the same.
+
+    Args:
+        name: of the set.
+        source: name of the other set.
+        folders: in the order of the set's classes.
+        labels: list of the other set's classes.
+
+    Returns the list of the folders' classes. Raises InputError for a folder of no class, and for
+    another order than that of `labels`.
+    """
+    ids = wordnet_ids() if source == "imagenet" else {}
+    names = {n: min(found) for n, found in plain_names(labels).items() if len(found) == 1}
+    if all(folder.isdecimal() for folder in folders):
+        if list(map(int, folders)) != list(range(len(labels))):
+            raise InputError(
+                f"{name}: its {len(folders)} folders are numbers, but not {source}'s classes 0 to "
+                f"{len(labels) - 1}, each once; rename them"
+            )
+        return labels
+    numbers = [ids.get(folder[:9], names.get(joined(folder))) for folder in folders]
+    if None in numbers:
+        raise InputError(
+            f"{name}: folder {folders[numbers.index(None)]!r} is no class of {source}; name the "
+            "folders as its classes, or omit labels in the catalog"
+        )
+    for i in range(1, len(numbers)):
+        if numbers[i - 1] >= numbers[i]:
+            raise InputError(
+                f"{name}: folders {folders[i - 1]!r} and {folders[i]!r} are not in the order of "
+                f"{source}'s classes {numbers[i - 1]} and {numbers[i]}; rename them"
+            )
+    return [labels[number] for number in numbers]
+
+
 @functools.cache  # said once, however often the set is opened
 def note_order(name, agreed, silent):
     """Says on rank 0 that only some class folders have the name of their class."""

@@ -80,9 +80,11 @@ class CaptionDataset(Dataset):
         raise InputError(f"{len(bad)} samples in a row cannot be read; check the root; {bad[0]}")
 
     def read_views(self, path, rng):
-        """The image views: draws their parameters first, then decodes the image once."""
-        data = read_file(self.root, path)
-        image = EncodedImage(data, f"{self.root}/{path}", self.archived)
+        return self.make_views(read_file(self.root, path), f"{self.root}/{path}", rng)
+
+    def make_views(self, data, name, rng):
+        """The image views of encoded bytes: draws their parameters first, then decodes once."""
+        image = EncodedImage(data, name, self.archived)
         form = self.preprocessing
         drawn = {v: IMAGE_VIEWS[v](rng, *image.size, form.crop_min) for v in self.image_views}
         boxes = [box for box, _ in drawn.values()]
@@ -121,6 +123,41 @@ class Collate:
         return self.tokenizer.trim(self.tokenizer(captions))
 
 
+def uniform_order(size):
+    """An order of an epoch: a function of a NumPy generator that returns a permutation."""
+    return lambda rng: rng.permutation(size)
+
+
+def window_order(lengths, window):
+    """An order of an epoch that reads few shards at a time.
+
+    Shards are shuffled, then the samples of each `window` consecutive ones. Memory is that of one
+    permutation.
+
+    Args:
+        lengths: number of samples of each shard, in the order of the samples.
+        window: shards whose samples are shuffled together; 0 for all, as uniform_order does.
+    """
+    ends = np.cumsum(lengths, dtype=np.int64)
+    if not window or len(lengths) < 2:
+        return uniform_order(ends[-1])
+
+    def order(rng):
+        samples, start = np.empty(ends[-1], np.int64), 0
+        shards = rng.permutation(len(lengths))
+        for first in range(0, len(shards), window):
+            end = start
+            for shard in shards[first : first + window]:
+                count = lengths[shard]
+                samples[end : end + count] = np.arange(ends[shard] - count, ends[shard])
+                end += count
+            rng.shuffle(samples[start:end])
+            start = end
+        return samples
+
+    return order
+
+
 class EpochSampler(Sampler):
     """One rank's keys (epoch, indices) of a shuffled epoch of whole batches.
 
@@ -134,10 +171,12 @@ class EpochSampler(Sampler):
         batches: batches of an epoch on this rank.
         rank, world_size: this rank and the number of ranks.
         seed: int; with the epoch's number it determines the order.
+        order: function of a NumPy generator that returns a permutation, by default uniform_order.
     """
 
-    def __init__(self, size, batch_size, batches, rank, world_size, seed=0):
+    def __init__(self, size, batch_size, batches, rank, world_size, seed=0, order=None):
         self.size, self.seed, self.rank = size, seed, rank
+        self.order = order or uniform_order(size)
         self.shape = (batches, world_size, batch_size)
         self.go_to(0)
 
@@ -154,7 +193,7 @@ class EpochSampler(Sampler):
 
     def keys(self, epoch, batch=0):
         """Yields the keys of an epoch, from one of its batches on."""
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.size)
+        order = self.order(np.random.default_rng((self.seed, epoch)))
         places = np.arange(np.prod(self.shape)).reshape(self.shape)[batch:, self.rank].ravel()
         tries = min(TRIES, self.size)
         for place in places:
@@ -201,7 +240,7 @@ class EpochLoader:
         return self.loader.collate_fn([self.loader.dataset[key] for key in keys])
 
 
-def open_loader(dataset, batch_size, workers, device, update_freq=1, collate_fn=None):
+def open_loader(dataset, batch_size, workers, device, update_freq=1, collate_fn=None, order=None):
     """The EpochLoader of this rank: whole updates of whole batches, shuffled anew every epoch.
 
     Args:
@@ -211,6 +250,7 @@ def open_loader(dataset, batch_size, workers, device, update_freq=1, collate_fn=
         device: torch.device of the training; batches are in pinned memory if that is CUDA.
         update_freq: micro-batches per update.
         collate_fn: function of a list of samples, by default PyTorch's.
+        order: that of an epoch, as EpochSampler takes it.
 
     Raises InputError if the dataset is too small for one update.
     """
@@ -227,5 +267,6 @@ def open_loader(dataset, batch_size, workers, device, update_freq=1, collate_fn=
             "epoch; lower their number"
         )
     batches -= batches % update_freq
-    sampler = EpochSampler(len(dataset), batch_size, batches, get_rank(), world_size, dataset.seed)
+    shape = len(dataset), batch_size, batches, get_rank(), world_size
+    sampler = EpochSampler(*shape, dataset.seed, order)
     return EpochLoader(dataset, sampler, batch_size, workers, device, collate_fn)

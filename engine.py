@@ -23,6 +23,7 @@ from infra.distributed import (
     get_rank,
     get_world_size,
 )
+from infra.logger import WRITERS
 from utils import InputError, get_rng_state, natural, not_negative, positive_int, set_rng_state
 
 
@@ -31,6 +32,8 @@ def add_training_flags(add):
     add("--print-freq", default=10, type=positive_int, help="updates between readings of metrics")
     add("--skip-nonfinite", default=0, type=natural, help="updates a run may skip as nan or inf")
     add("--save-every-minutes", default=30, type=not_negative, help="also at epoch ends; 0: never")
+    text = "writers of the log beside log.txt; wandb if it is installed"
+    add("--report-to", default=["tensorboard"], nargs="*", choices=WRITERS, help=text)
     add("--keep-last", default=2, type=positive_int, help="checkpoints kept, the latest first")
 
 

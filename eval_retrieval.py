@@ -1,26 +1,30 @@
-"""Image-text retrieval: recall at 1, 5 and 10 in both directions, on COCO, Flickr30k and the like.
+"""Image-text retrieval on COCO, Flickr30k and the like: recall at 1, 5, 10, mean and median rank.
 
     python eval_retrieval.py --resume checkpoint.pt --captions dataset_coco.json --root COCO
     python eval_retrieval.py --resume checkpoint.pt --captions captions_val2017.json --root val2017
 
 Reads Karpathy's split files and COCO's caption files. As usual in the field an image has its first
 five captions; it is found by its text if it is among the k best images, and its text is found if
-any of the five is among the k best texts. Shapes: n images, m captions, D joint embedding.
+any of the five is among the k best texts. Rank 1 is the best.
+Shapes: n images, m captions, D joint embedding.
 """
 
+import math
 import os
 from collections import Counter
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 import catalog
 import utils
-from captions import coco_file, coco_id
-from evaluation import Evaluation, check_finite, check_results, predict
+from captions import SOURCES, coco_file, coco_id, load_captions
+from evaluation import Evaluation, check_finite, check_results, predict, split_rows
 from infra import devices, distributed
+from infra.archives import has_file
 from infra.rows import Files, kept_rows, only_text, plain_text
 from infra.untrusted import check_inside
 from pretrained import load_model
@@ -34,7 +38,12 @@ def get_args_parser():
     parser = utils.ArgumentParser("eval_retrieval.py", "Image-text retrieval of a checkpoint")
     add = parser.add_argument
     add("--resume", required=True, help="weights: a file, NAME:TAG, see docs/weights.md")
-    add("--captions", required=True, help="Karpathy's split file or a COCO captions file (JSON)")
+    text = "Karpathy's split file or a COCO captions file (JSON); .arrow, or as --dataset says"
+    add("--captions", required=True, help=text)
+    add("--dataset", help=f"kind of another caption set: one of {', '.join(SOURCES)}")
+    add("--csv-img-key", default="filepath", help="image column of --dataset csv")
+    add("--csv-caption-key", default="title", help="caption column of --dataset csv")
+    add("--json-caption-key", default=[], nargs="+", help="fields of .json of --dataset webdataset")
     add("--root", required=True, help="folder of the images")
     catalog.add_outside_flag(add)
     add("--archived-pixels", action="store_true", help="ignore EXIF's turns and transparency")
@@ -119,13 +128,30 @@ def read_captions(path, split, per_image):
     return rows, +left_out
 
 
+def first_texts(captions, number):
+    """The first so many captions of an image that are not blank."""
+    return [text for text in captions if text.strip()][:number]
+
+
+def read_images(args):
+    """read_captions for the flags: of a caption set of main.py's, or of a captions file."""
+    if not args.dataset and not args.captions.endswith(".arrow"):
+        return read_captions(args.captions, args.split, args.captions_per_image)
+    columns = (args.csv_img_key, args.csv_caption_key, *args.json_caption_key)
+    pairs = distributed.rank_zero_first(
+        lambda: load_captions(args.dataset or "csv", args.captions, columns)
+    )
+    rows = map(pairs.__getitem__, range(len(pairs)))
+    return [(path, first_texts(texts, args.captions_per_image)) for path, texts in rows], {}
+
+
 class Images(Dataset):
     """Files as `view` makes them of PIL's, labelled by their number. All must be below root."""
 
     def __init__(self, root, paths, view, allow_outside=False, archived=False):
         for path in paths:
             check_inside(root, path, "image", allow_outside)
-        absent = [p for p in paths if not os.path.isfile(os.path.join(root, p))]
+        absent = [path for path in paths if not has_file(root, path)]
         if absent:
             raise InputError(
                 f"{len(absent)} of {len(paths)} captioned images are absent below --root {root}, "
@@ -167,39 +193,64 @@ def ranks_of_matches(queries, keys, groups, query_groups):
     return torch.cat(ranks)
 
 
-def recalls(images, texts, owners):
-    """Recall in percent. images (n, D), texts (m, D) unit rows, owners (m,) the image of a text."""
+def retrieval_scores(images, texts, owners):
+    """Recall in percent, mean and median rank (1: the first) in both directions.
+
+    Args:
+        images: (n, D) unit rows.
+        texts: (m, D) unit rows.
+        owners: (m,) the image of each text.
+    """
     numbers = torch.arange(len(images), device=images.device)
     directions = {
         "image_to_text": ranks_of_matches(images, texts, owners, numbers),
         "text_to_image": ranks_of_matches(texts, images, numbers, owners),
     }
-    return {
-        f"{name}_recall{k}": 100 * (ranks < k).double().mean().item()
-        for name, ranks in directions.items()
-        for k in (1, 5, 10)
-    }
+    scores = {}
+    for name, ranks in directions.items():
+        ranks = ranks.cpu().numpy() + 1
+        scores |= {f"{name}_recall{k}": 100 * float((ranks <= k).mean()) for k in (1, 5, 10)}
+        scores[f"{name}_mean_rank"] = float(ranks.mean())
+        scores[f"{name}_median_rank"] = float(np.median(ranks))
+    return scores
+
+
+COLUMNS = "recall at 1, 5, 10, mean and median rank"
+
+
+def describe_scores(scores):
+    """A line for each direction of retrieval_scores, with the numbers of COLUMNS."""
+    keys = ("recall1", "recall5", "recall10", "mean_rank", "median_rank")
+    for way in ("image_to_text", "text_to_image"):
+        numbers = "  ".join(f"{scores[f'{way}_{key}']:6.2f}" for key in keys)
+        yield f"{way.replace('_', ' ')}  {numbers}"
 
 
 @torch.no_grad()
-def embed_texts(model, texts, precision, batch_size=256):
-    """(m, D) unit rows in float64, each as evaluation.predict keeps images."""
-    rows, tokenizer = [], model.tokenizer
-    for start in range(0, len(texts), batch_size):
-        tokens = tokenizer.trim(tokenizer(texts[start : start + batch_size])).to(precision.device)
-        with precision.autocast():
-            rows.append(F.normalize(model.encode_text(tokens).float(), dim=-1).double())
-    return check_finite(torch.cat(rows))
+def embed_texts(model, texts, evaluation, batch_size=256):
+    """(m, D) unit rows in float64, each as evaluation.predict keeps images; ranks share them."""
+    device, tokenizer = evaluation.precision.device, model.tokenizer
+    mine = split_rows(len(texts))[distributed.get_rank()]
+    rows = torch.zeros(len(texts), model.embed_dim, dtype=torch.float64, device=device)
+    for start in range(0, math.ceil(len(texts) / distributed.get_world_size()), batch_size):
+        evaluation.poll()
+        part = mine[start : start + batch_size]
+        if len(part):  # a rank may have a batch less than others
+            tokens = tokenizer.trim(tokenizer([texts[i] for i in part])).to(device)
+            with evaluation.precision.autocast():
+                embeds = F.normalize(model.encode_text(tokens).float(), dim=-1)
+            rows[part.to(device)] = embeds.double()
+    return check_finite(distributed.all_reduce(rows))
 
 
 def embed_images(model, dataset, evaluation):
-    """(n, D) unit rows in float64, on every rank."""
+    """(unit rows (n, D) in float64, labels (n,)) of a labelled set, on every rank."""
 
     def embed(images):
         return F.normalize(model.encode_image(model.normalize(images)).float(), dim=-1)
 
-    rows, _ = predict(embed, model.embed_dim, dataset, evaluation)
-    return rows.to(evaluation.precision.device)
+    rows, labels = predict(embed, model.embed_dim, dataset, evaluation)
+    return rows.to(evaluation.precision.device), labels
 
 
 def main(args):
@@ -214,7 +265,7 @@ def main(args):
     model.to(device)
     precision = devices.Precision(args.precision, device)
 
-    rows, left_out = read_captions(args.captions, args.split, args.captions_per_image)
+    rows, left_out = read_images(args)
     paths = [path for path, _ in rows]
     options = args.allow_outside_root, args.archived_pixels
     dataset = Images(args.root, paths, CenterCrop.of(model.preprocessing), *options)
@@ -226,18 +277,17 @@ def main(args):
 
     check_results(args.output_dir, "retrieval")
     evaluation = Evaluation(precision, args.batch_size, args.workers)
-    images = embed_images(model, dataset, evaluation)
-    texts = embed_texts(model, captions, precision)
-    result = recalls(images, texts, owners) | {"images": len(rows), "captions": len(captions)}
-    result |= {"checkpoint": args.resume}
+    images, _ = embed_images(model, dataset, evaluation)
+    texts = embed_texts(model, captions, evaluation)
+    result = retrieval_scores(images, texts, owners)
+    result |= {"images": len(rows), "captions": len(captions), "checkpoint": args.resume}
     if distributed.is_main_process():
         name = args.name or os.path.splitext(os.path.basename(args.captions))[0]
         utils.make_folder(args.output_dir)
         utils.update_json(os.path.join(args.output_dir, "retrieval.json"), {name: result})
-        print(f"{name}: {len(rows)} images, {len(captions)} captions; recall at 1, 5, 10")
-        for direction in ("image_to_text", "text_to_image"):
-            numbers = "  ".join(f"{result[f'{direction}_recall{k}']:6.2f}" for k in (1, 5, 10))
-            print(f"  {direction.replace('_', ' ')}  {numbers}")
+        print(f"{name}: {len(rows)} images, {len(captions)} captions; {COLUMNS}")
+        for line in describe_scores(result):
+            print(f"  {line}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from catalog import (
     TEMPLATES,
     add_names_flag,
     add_outside_flag,
+    classes_of,
     get_downstream_dataset,
     is_present,
     load_catalog,
@@ -54,6 +55,7 @@ class Task:
     name: str
     dataset: Dataset
     split: str
+    source: str  # the set whose classes and prompts these are: most often this one
     classes: list
     templates: list
 
@@ -61,22 +63,28 @@ class Task:
 def open_task(name, view, catalog, labels, templates):
     """A Task of images as `view` makes them of PIL's.
 
+    A set with some of another's classes is scored among these alone, as the field does.
+
     Raises InputError if the set, its labels or its prompts are absent or do not fit.
     """
-    for place, table in (("", catalog), ("labels: ", labels), ("templates: ", templates)):
-        if name not in table:
-            raise InputError(f"{place}unknown dataset {name!r}; choose from {', '.join(table)}")
-    if not isinstance(labels[name], list) or not isinstance(templates[name], list):
-        raise InputError(f"labels and templates of {name!r} must be lists of texts")
-    if not templates[name]:
-        raise InputError(f"templates of {name!r}: there is none; give one with {{}} for the class")
-    if not all(isinstance(template, str) and "{}" in template for template in templates[name]):
-        raise InputError(f"templates of {name!r}: each must be a text with {{}} for the class")
-    dataset = get_downstream_dataset(
-        catalog, name, is_train=False, transform=view, labels=labels[name]
-    )
+    if name not in catalog:
+        raise InputError(f"unknown dataset {name!r}; choose from {', '.join(catalog)}")
+    source = catalog[name]["labels"]
+    for kind, table in (("labels", labels), ("templates", templates)):
+        if source not in table:
+            raise InputError(f"{kind}: unknown dataset {source!r}; choose from {', '.join(table)}")
+        if not isinstance(table[source], list):
+            raise InputError(f"labels and templates of {source!r} must be lists of texts")
+    if not templates[source]:
+        raise InputError(
+            f"templates of {source!r}: there is none; give one with {{}} for the class"
+        )
+    if not all(isinstance(template, str) and "{}" in template for template in templates[source]):
+        raise InputError(f"templates of {source!r}: each must be a text with {{}} for the class")
+    classes = classes_of(catalog, name, is_train=False, labels=labels)
+    dataset = get_downstream_dataset(catalog, name, is_train=False, transform=view, labels=classes)
     split = split_name(catalog, name, is_train=False)
-    return Task(name, dataset, split, labels[name], templates[name])
+    return Task(name, dataset, split, source, classes, templates[source])
 
 
 @torch.no_grad()
@@ -215,7 +223,7 @@ def evaluate_checkpoint(path, tasks_of, device, args):
         ranking = rank_images(model, task, evaluation)
         if not distributed.is_main_process():
             continue
-        result = {"checkpoint": path, "model": name, "prompt_set": args.prompts or task.name}
+        result = {"checkpoint": path, "model": name, "prompt_set": args.prompts or task.source}
         result |= summarize_task(task, ranking)
         result |= details(task.name, ranking, display_names(task.classes))
         low, high = result["interval"]
@@ -239,7 +247,7 @@ def main(args):
     if args.prompts and args.prompts not in templates:
         raise InputError(f"--prompts {args.prompts!r} is none of {', '.join(templates)}")
     if args.prompts:
-        templates = dict.fromkeys(names, templates[args.prompts])
+        templates = dict.fromkeys([*templates, *names], templates[args.prompts])
     if len({folder_of(path, args) for path in args.resume}) < len(args.resume):
         raise InputError("--resume: checkpoints of equal folder and name; score them one by one")
 

@@ -32,6 +32,20 @@ def files_below(folder):
             yield from ((os.path.join(path, name), name) for name in sorted(names))
 
 
+def by_number(name):
+    """A key of sorted(): numbers by their value, before all other names."""
+    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
+
+
+def class_folders(name, folder, key=None):
+    """The names of the class folders of a set, sorted by `key`."""
+    try:
+        inside = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+    except OSError as error:
+        raise InputError(f"{name}: {folder}: {error.strerror}; check the folder") from error
+    return sorted(filter(is_own, inside), key=key)
+
+
 class ImageFolder(Dataset):
     """(transform(PIL image), class number); the class of a folder is its place in sorted order.
 
@@ -43,6 +57,7 @@ class ImageFolder(Dataset):
         folder: with a folder for each class.
         transform: function of a PIL image.
         loader: function of a path that returns a PIL image.
+        key: of the order, see class_folders.
 
     Attributes:
         classes: the names of the folders; class_to_idx: their numbers, as torchvision's.
@@ -51,13 +66,9 @@ class ImageFolder(Dataset):
     Raises InputError if the folder or the images of a class are absent.
     """
 
-    def __init__(self, name, folder, transform, loader):
+    def __init__(self, name, folder, transform, loader, key=None):
         self.transform, self.loader = transform, loader
-        try:
-            inside = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
-        except OSError as error:
-            raise InputError(f"{name}: {folder}: {error.strerror}; check the folder") from error
-        self.classes = sorted(filter(is_own, inside))
+        self.classes = class_folders(name, folder, key)
         self.class_to_idx = {label: number for number, label in enumerate(self.classes)}
         self.samples, suffixes, others = [], image_suffixes(), Counter()
         for number, label in enumerate(self.classes):

@@ -16,7 +16,6 @@ import captions
 import catalog
 import datasets
 import engine
-import eval_zeroshot
 import losses
 import models
 import pretrained
@@ -25,8 +24,9 @@ import warmup
 from evaluation import Evaluation
 from infra import devices, distributed
 from infra.run import Run
-from transforms import CenterCrop, to_unit
+from transforms import to_unit
 from utils import InputError, natural, not_negative, number, positive, positive_int
+from validation import add_validation_flags, evaluate_only, open_validation
 
 
 def get_args_parser():
@@ -34,17 +34,19 @@ def get_args_parser():
     add = parser.add_argument_group("Data").add_argument
     add("--dataset", default="yfcc15m", help=f"one of {', '.join(captions.SOURCES)}")
     add("--root", default="", help="folder of the images")
-    add("--metadata", default="yfcc15m.pkl", help="captions: .arrow, or the set's archived format")
+    add("--metadata", default="yfcc15m.pkl", help="captions: .arrow, an archived format, tars")
     add("--csv-img-key", default="filepath", help="image column of --dataset csv")
     add("--csv-caption-key", default="title", help="caption column of --dataset csv")
+    add("--json-caption-key", default=[], nargs="+", help="fields of .json in --dataset webdataset")
+    add("--shuffle-window", default=16, type=natural, help="shards shuffled together; 0: all")
     add("--augment", choices=("cpu", "device"), help="by default device on CUDA, else cpu")
     add("--archived-pixels", action="store_true", help="ignore EXIF's turns and transparency")
     add("--max-bad-fraction", default=0.01, type=number(float, 0, 1), help="of unreadable images")
-    add("--val-dataset", default="imagenet", help="set scored zero-shot as it trains, or none")
-    add("--catalog", default=catalog.CATALOG, help="places of the labelled sets (JSON)")
     catalog.add_outside_flag(add)
-    catalog.add_names_flag(add)
+    add_validation_flags(add)
     add("--output-dir", default="./", help="folder of checkpoints and logs")
+    add("--name", help="of the run: its folder is LOGS/NAME instead of --output-dir")
+    add("--logs", help="folder of named runs; by default logs")
 
     add = parser.add_argument_group("Model").add_argument
     add("--model", default="SLIP_VITB16", help="METHOD_TOWER: CLIP_VITS16, SLIP_convnext_tiny")
@@ -87,6 +89,19 @@ def get_args_parser():
     return parser
 
 
+def output_folder(args):
+    """--output-dir or, of a run with a --name, the folder of that name in --logs."""
+    if args.name is None:
+        if args.logs is not None:
+            raise InputError(f"--logs {args.logs}: the run in it has no name; give --name as well")
+        return args.output_dir
+    if args.output_dir != "./":
+        raise InputError(f"--name {args.name} and --output-dir {args.output_dir}: give one of them")
+    if os.path.basename(args.name) != args.name or args.name in ("", ".", ".."):
+        raise InputError(f"--name {args.name!r} is no name of a folder; put the path into --logs")
+    return os.path.join("logs" if args.logs is None else args.logs, args.name)
+
+
 def create_model(args):
     """(model, notes): randomly initialised, but for all that it shares with --init-from."""
     sizes = args.ssl_mlp_dim, args.ssl_emb_dim
@@ -108,29 +123,16 @@ def create_model(args):
 # Data
 
 
-def open_validation(model, args):
-    """The zero-shot task of --val-dataset, or None if there is nothing to score."""
-    if args.val_dataset == "none" or "text" not in model.views:
-        return None
-    sets = catalog.load_catalog(args.catalog, args.allow_outside_root, args.ignore_folder_names)
-    labels = utils.read_json(catalog.LABELS, "labels")
-    templates = utils.read_json(catalog.TEMPLATES, "templates")
-    try:
-        view = CenterCrop.of(model.preprocessing)
-        return eval_zeroshot.open_task(args.val_dataset, view, sets, labels, templates)
-    except InputError as error:
-        raise InputError(f"--val-dataset: {error} (or give --val-dataset none)") from error
-
-
 def open_loader(model, device, args):
     """The loader of one rank: whole updates of whole batches, shuffled anew every epoch."""
-    columns = (args.csv_img_key, args.csv_caption_key)
+    columns = (args.csv_img_key, args.csv_caption_key, *args.json_caption_key)
     pairs = distributed.rank_zero_first(
         lambda: captions.load_captions(args.dataset, args.metadata, columns)
     )
     augment = args.augment or ("device" if device.type == "cuda" else "cpu")
     options = args.seed, augment, args.allow_outside_root, args.archived_pixels
-    dataset = datasets.CaptionDataset(pairs, args.root, model.views, model.preprocessing, *options)
+    root, form = args.root or pairs.root, model.preprocessing
+    dataset = datasets.CaptionDataset(pairs, root, model.views, form, *options)
     if "aug1" in model.views and args.batch_size * distributed.get_world_size() == 1:
         raise InputError("--batch-size 1 is too few for the SimCLR head's batch norm; raise it")
     return datasets.open_loader(
@@ -140,6 +142,7 @@ def open_loader(model, device, args):
         device,
         args.update_freq,
         datasets.Collate(getattr(model, "tokenizer", None)),
+        datasets.window_order(pairs.lengths, args.shuffle_window),
     )
 
 
@@ -209,27 +212,6 @@ def warm_up(model, training, log, args, augments_on_device=False):
     warmup.warm_up(training, modules, batches, log, args, prepare)
 
 
-def validate(model, task, evaluation):
-    with torch.compiler.set_stance("force_eager"):  # as --evaluate
-        ranking = eval_zeroshot.rank_images(model, task, evaluation)
-    return eval_zeroshot.summarize_task(task, ranking)
-
-
-def evaluate_only(precision, args):
-    if args.val_dataset == "none":
-        raise InputError("--evaluate has nothing to score: --val-dataset none; choose a set")
-    path = args.resume or os.path.join(args.output_dir, "checkpoint.pt")
-    model, name = eval_zeroshot.open_model(path)
-    if name != args.model:
-        raise InputError(f"{path} holds {name}, not {args.model}; check --model")
-    task = open_validation(model.to(precision.device), args)
-    evaluation = Evaluation(precision, args.batch_size, args.workers)
-    result = validate(model, task, evaluation)
-    if distributed.is_main_process():
-        score = f"{task.name}: {result['metric']} {result['accuracy']:.2f}"
-        print(f"{score}, {result['images']} images of {task.split}")
-
-
 def main(args):
     device = distributed.init_distributed(args.device, args.dist_url, args.deterministic)
     utils.seed_everything(args.seed)
@@ -237,24 +219,25 @@ def main(args):
     if args.disable_amp and args.precision not in (None, "fp32"):
         raise InputError(f"--disable-amp contradicts --precision {args.precision}; give one")
     precision = devices.Precision("fp32" if args.disable_amp else args.precision, device)
+    folder = output_folder(args)
     if args.evaluate:
-        return evaluate_only(precision, args)
+        return evaluate_only(precision, folder, args)
 
     model, notes = create_model(args)
     model.to(device)
-    task = open_validation(model, args)
+    validation = open_validation(model, args)
     loader = open_loader(model, device, args)
     training = create_training(model, precision, len(loader) // args.update_freq, args)
 
     facts = {"preprocessing": model.preprocessing.to_dict()}
-    with Run(args.output_dir, training, args, {"state_dict": model}, **facts) as run:
+    with Run(folder, training, args, {"state_dict": model}, **facts) as run:
         run.notes += notes
         run.resume(args.resume, check="--model", fixed=("init_from", "preprocessing"))
         # The picture first: if --root is wrong it fails before anything is written.
         is_pictured = run.is_new and distributed.is_main_process()
         picture = picture_of_views(model, loader) if is_pictured else None
         run.start()
-        advice.log_summary(run.log, model, task, loader, training, args)
+        advice.log_summary(run.log, model, validation, loader, training, args)
         warm_up(model, training, run.log, args, loader.augments_on_device)
         if is_pictured:
             run.log.picture("views", picture)
@@ -271,16 +254,16 @@ def main(args):
             if hasattr(model, "logit_scale"):
                 stats["logit_scale"] = model.logit_scale.exp().item()
 
-            # validate by zero-shot classification
+            # validate; the first set chooses the best checkpoint
             distributed.broadcast_buffers(model)
             is_best = False
-            if task and ((epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs):
-                result = validate(model, task, evaluation)
-                is_best = result["accuracy"] > run.state.best_acc1
-                run.state.best_acc1 = max(result["accuracy"], run.state.best_acc1)
-                stats |= {f"test_{key}": result[key] for key in ("accuracy", "acc1", "acc5")}
-                score, best = result["accuracy"], run.state.best_acc1
-                run.log.info(f"epoch {epoch}: {task.name} {score:.2f}, best {best:.2f}")
+            if validation and ((epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs):
+                stats |= validation.measure(model, evaluation, run.log.info_once)
+                score = stats.get("test_accuracy", 0.0)
+                is_best = score > run.state.best_acc1
+                run.state.best_acc1 = max(score, run.state.best_acc1)
+                for line in validation.lines(stats, run.state.best_acc1):
+                    run.log.info(f"epoch {epoch}: {line}")
 
             run.end_epoch(stats, is_best)
 

@@ -2,6 +2,7 @@
 
     python make_dataset.py yfcc15m --photos yfcc100m_dataset.txt.bz2 --output yfcc15m.arrow
     python make_dataset.py cc12m --img2dataset CC12M --output cc12m.arrow
+    python make_dataset.py split --metadata cc12m.arrow --number 5000  # holds out pairs
     python make_dataset.py check  # which sets of the catalog are present and usable
     python make_dataset.py digits  # the demo's set
 
@@ -16,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 import captions
+import shard_writer
 import utils
 from catalog import (
     CATALOG,
@@ -23,18 +25,15 @@ from catalog import (
     add_names_flag,
     add_outside_flag,
     download_split,
-    get_downstream_dataset,
     is_present,
     load_catalog,
     split_name,
 )
-from classes import check_order
-from decoding import decode_image
+from checks import check_labelled, describe_pairs, is_usable
+from holdout import hold_out
 from infra import distributed
-from infra.archives import read_file
 from infra.arrow import describe, write_captions
 from infra.rows import Files
-from infra.untrusted import check_inside
 from utils import InputError
 
 # ---------------------------------------------------------------------------------------------
@@ -82,80 +81,32 @@ def convert(args):
     print(f"{args.output}: {describe(counts)}")
 
 
+def columns_of(args):
+    return (args.csv_img_key, args.csv_caption_key, *args.json_caption_key)
+
+
+def write_shards(args):
+    rows = shard_writer.open_rows(
+        args.dataset, args.metadata, columns_of(args), args.root, args.allow_outside_root
+    )
+    counts, several, bad = shard_writer.write_shards(rows, args.output, args.per_shard)
+    print(f"{args.output}: {describe(counts)}" + (f"; the first: {bad}" if bad else ""))
+    keys = f" --json-caption-key {shard_writer.FIELD}" if several else ""
+    print(f"read them by --dataset webdataset --metadata {args.output}{keys}")
+
+
+def split(args):
+    pairs = captions.load_captions(args.dataset, args.metadata, columns_of(args))
+    print(hold_out(pairs, args.number, args.seed, args.output, args.held_out))
+
+
 # ---------------------------------------------------------------------------------------------
-# Checks of the sets on disk
-
-
-def decode_some(read, number, count=10):
-    """Calls read(index), which raises InputError for a bad image, for a few of `number` images."""
-    for index in np.random.default_rng(0).permutation(number)[:count].tolist():
-        read(index)
-
-
-def describe_order(agreed, silent):
-    """A text on the order of class folders, from classes.check_order's result."""
-    if not agreed:
-        return "order not told by folder names"
-    of = f" of {len(agreed) + len(silent)}" if silent else ""
-    return f"order agrees by {len(agreed)}{of} names"
-
-
-def split_is_present(entry, split):
-    """Whether there is a folder or a list of a split."""
-    ends = ("", "_images.npy")
-    return any(os.path.exists(os.path.join(entry["path"], f"{split}{end}")) for end in ends)
-
-
-def check_labelled(catalog, name, labels):
-    """A line on a labelled set. Raises InputError for an unusable set."""
-    parts, entry = [], catalog[name]
-    for is_train in (False, True):
-        split = split_name(catalog, name, is_train)
-        try:
-            found = get_downstream_dataset(catalog, name, is_train, np.asarray, labels)
-        except InputError:
-            if not is_train or split_is_present(entry, split):
-                raise
-            parts.append("no training split")  # zero-shot needs none
-            continue
-        parts.append(f"{split} {len(found):,} images")
-        decode_some(found.__getitem__, len(found))
-    order = "classes by name"
-    if entry["ignore_names"]:
-        order = "folder names ignored"
-    elif hasattr(found, "class_to_idx"):
-        order = describe_order(*check_order(name, found, labels))
-    return f"{', '.join(parts)}, some decoded; {len(labels)} classes, {order}"
+# Checks of the sets on disk, and downloads
 
 
 def check_pairs(args):
-    columns = (args.csv_img_key, args.csv_caption_key)
-    pairs = captions.load_captions(args.dataset, args.metadata, columns)
-
-    def read(index):
-        path, _ = pairs[index]
-        check_inside(args.root, path, f"{pairs.path}: image", args.allow_outside_root)
-        return decode_image(read_file(args.root, path), f"{args.root}/{path}")
-
-    decode_some(read, len(pairs))
-    return f"{len(pairs):,} images with captions, some decoded"
-
-
-def is_usable(name, look):
-    """Prints and returns a verdict; look() returns a text, or raises InputError."""
-    try:
-        print(f"{name:20} usable    {look()}")
-    except InputError as error:
-        print(f"{name:20} UNUSABLE  {error}")
-        return False
-    return True
-
-
-def check_entry(catalog, name, labels):
-    """A line on a set of the catalog; labels: {name: classes}. Raises InputError if not usable."""
-    if name not in labels:
-        raise InputError("labels.json has no classes for it")
-    return check_labelled(catalog, name, labels[name])
+    pairs = captions.load_captions(args.dataset, args.metadata, columns_of(args))
+    return describe_pairs(pairs, args.root, args.allow_outside_root)
 
 
 def check(args):
@@ -165,7 +116,7 @@ def check(args):
     for name, entry in catalog.items():
         if not is_present(entry):
             print(f"{name:20} absent    {entry['path']}")
-        elif not is_usable(name, lambda name=name: check_entry(catalog, name, labels)):
+        elif not is_usable(name, lambda name=name: check_labelled(catalog, name, labels)):
             failed.append(name)
     if args.metadata and not is_usable(args.dataset, lambda: check_pairs(args)):
         failed.append(args.dataset)
@@ -248,7 +199,7 @@ def write_digits(root):
 
 
 # ---------------------------------------------------------------------------------------------
-# The command line: one subcommand for each published set, and check, download, digits
+# The command line: one subcommand for each published set, and others
 
 
 def add_command(commands, name, text, run, **defaults):
@@ -281,6 +232,15 @@ def add_converter(commands, name, text, open_source, root=ROOT):
 def add_table_flags(add):
     add("--csv-img-key", default="filepath", help="image column of a table")
     add("--csv-caption-key", default="title", help="caption column of a table")
+
+
+def add_set_flags(add):
+    """Those of a pre-training set, as main.py has them."""
+    add("--dataset", default="csv", help=f"its kind: one of {', '.join(captions.SOURCES)}")
+    add("--root", default="", help="folder of its images")
+    add("--json-caption-key", default=[], nargs="+", help="caption fields of shards' .json")
+    add_table_flags(add)
+    add_outside_flag(add)
 
 
 def add_yfcc15m(commands):
@@ -319,16 +279,35 @@ def add_coco(commands):
     add("--folder", default="train2017", help="folder of the images, below main.py's --root")
 
 
+def add_split(commands):
+    text = "holds out pairs of a pre-training set for main.py --val-metadata"
+    add = add_command(commands, "split", text, split)
+    add("--dataset", default="csv", help=f"kind of the set: one of {', '.join(captions.SOURCES)}")
+    add("--metadata", required=True, help="captions, as main.py takes them")
+    add("--json-caption-key", default=[], nargs="+", help="caption fields of shards' .json")
+    add("--number", default=5000, type=utils.positive_int, help="images to hold out")
+    add("--seed", default=0, type=utils.natural, help="of the draw")
+    add("--output", default="train.arrow", help="Arrow file of the other pairs")
+    add("--held-out", default="val.arrow", help="Arrow file of the pairs held out")
+    add_table_flags(add)
+
+
 def add_check(commands):
     text = "tells which sets of the catalog, and whether a pre-training set, can be used"
     add = add_command(commands, "check", text, check)
     add("--catalog", default=CATALOG, help="JSON file with the paths of the labelled sets")
     add("--metadata", help="captions of a pre-training set to check as well")
-    add("--dataset", default="csv", help=f"its kind: one of {', '.join(captions.SOURCES)}")
-    add("--root", default="", help="folder of its images")
-    add_outside_flag(add)
     add_names_flag(add)
-    add_table_flags(add)
+    add_set_flags(add)
+
+
+def add_shards(commands):
+    text = "any caption set, or parquet with the bytes of images, as tar shards"
+    add = add_command(commands, "shards", text, write_shards)
+    add("--metadata", required=True, help="as main.py's; .parquet also as folder or pattern")
+    add("--output", required=True, help="folder to write")
+    add("--per-shard", default=10_000, type=utils.positive_int, help="rows of a shard")
+    add_set_flags(add)
 
 
 def add_download(commands):
@@ -345,7 +324,7 @@ def add_digits(commands):
 
 
 COMMANDS = (add_yfcc15m, add_redcaps, add_conceptual, add_csv, add_coco)
-COMMANDS += (add_check, add_download, add_digits)
+COMMANDS += (add_shards, add_split, add_check, add_download, add_digits)
 
 
 def get_args_parser():

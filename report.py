@@ -10,7 +10,6 @@ finetune*.json and retrieval.json, which main.py and the evaluations write to ea
 import base64
 import functools
 import glob
-import io
 import json
 import os
 import re
@@ -19,21 +18,29 @@ from itertools import chain
 from pathlib import Path
 
 import jinja2
-import matplotlib
-from matplotlib.figure import Figure
 
 import utils
+from charts import (
+    WAYS,
+    choose_colours,
+    draw_bars,
+    draw_curves,
+    draw_robustness,
+    get_loss_key,
+    in_order,
+    printable,
+    to_image,
+)
 from infra import distributed, logger
 from utils import InputError
-
-matplotlib.rcParams["text.parse_math"] = False  # a set may be called $x$
 
 PUBLISHED = Path(__file__).with_name("published.json")
 TEMPLATE = Path(__file__).with_name("report_template.html")
 CLASSIFIERS = ("linear", "logistic", "knn-*", "finetune*")  # result files, trained on labels
-LOGGED = re.compile("epoch|samples_per_sec|train_(clip_)?loss|test_acc1")  # the keys shown
+LOGGED = re.compile("epoch|samples_per_sec|train_(clip_)?loss|test_(.+_)?acc1|val_.+")  # shown
 BASE64 = re.compile("[A-Za-z0-9+/]+=*")
-RECALLS = [f"{way}_recall{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
+RECALLS = [f"{way}_recall{k}" for way in WAYS for k in (1, 5, 10)]
+RANKS = [f"{way}_{kind}_rank" for way in WAYS for kind in ("mean", "median")]  # new results have
 KINDS = ("zero-shot", "linear", "finetune")  # evaluations that have published ImageNet figures
 
 # Names of columns by the heading above them ("" for none), and rows of str and Score cells.
@@ -98,6 +105,21 @@ def read_epochs(path):
     return rows
 
 
+def read_retrieval(path):
+    """Read the scores of retrieval, {set: {key: number}}; {} if they are absent."""
+    table = read_scores(path, RECALLS)
+    if not all(are_numbers(row[key] for key in RANKS if key in row) for row in table.values()):
+        raise InputError(f"{path} holds no results of this code; remove it")
+    return table
+
+
+def find_held_out(log):
+    """The latest scores of held-out pairs in a log, as a set of retrieval.json."""
+    keys = [*RECALLS, *RANKS]
+    rows = [row for row in log if all(f"val_{key}" in row for key in keys)]
+    return {"held-out pairs": {key: rows[-1][f"val_{key}"] for key in keys}} if rows else {}
+
+
 def read_run(folder):
     """Read all files of a run; an InputError if there are neither finished epochs nor results."""
     folder = Path(os.path.normpath(folder))
@@ -110,8 +132,9 @@ def read_run(folder):
         "flags": flags if isinstance(flags, dict) else {},
         "scores": read_evaluations(folder),
         "examples": read_examples(folder / "examples.json"),
-        "retrieval": read_scores(folder / "retrieval.json", RECALLS),
+        "retrieval": read_retrieval(folder / "retrieval.json"),
     }
+    run["retrieval"] |= find_held_out(run["log"])
     if not (run["log"] or run["scores"] or run["retrieval"]):
         raise InputError(
             f"{folder} is no run: it holds neither a finished epoch nor results; check the path"
@@ -130,20 +153,6 @@ def find_fact(run, key):
     tables = *run["scores"].values(), run["retrieval"]
     facts = [run["flags"], *chain.from_iterable(table.values() for table in tables)]
     return next((str(row[key]) for row in facts if row.get(key)), "")
-
-
-def get_loss_key(run):
-    """The loss to compare: a SLIP and a CLIP run share the CLIP loss."""
-    return "train_clip_loss" if "train_clip_loss" in run["log"][0] else "train_loss"
-
-
-def printable(text):
-    return "".join(c if c.isprintable() else " " for c in text)
-
-
-def in_order(tables):
-    """The keys of several dicts, each once."""
-    return list(dict.fromkeys(key for table in tables for key in table))
 
 
 @functools.cache
@@ -225,15 +234,27 @@ def score_table(runs):
 
 def retrieval_table(runs):
     """One row per set and run; None if there are no scores."""
-    rows, ranks = [], ["R@1", "R@5", "R@10"]
+    results = [result for run in runs for result in run["retrieval"].values()]
+    has_ranks = any(key in result for result in results for key in RANKS)
+    kinds = ["recall1", "recall5", "recall10"] + ["mean_rank", "median_rank"] * has_ranks
+    keys, rows = [f"{way}_{kind}" for way in WAYS for kind in kinds], []
     for name in in_order(run["retrieval"] for run in runs):
         found = [(run["name"], run["retrieval"][name]) for run in runs if name in run["retrieval"]]
-        values = {key: [scores[key] for _, scores in found] for key in RECALLS}
+        values = {key: [scores[key] for _, scores in found if key in scores] for key in keys}
         for run_name, scores in found:
-            cells = [score_cell(scores[key], values[key]) for key in RECALLS]
+            cells = [retrieval_cell(scores.get(key), values[key], key in RANKS) for key in keys]
             rows.append([name, run_name, *cells])
-    columns = {"": ["set", "run"], "image to text": ranks, "text to image": ranks}
+    titles = ["R@1", "R@5", "R@10"] + ["mean rank", "median rank"] * has_ranks
+    columns = {"": ["set", "run"], "image to text": titles, "text to image": titles}
     return Table(columns, rows) if rows else None
+
+
+def retrieval_cell(value, values, is_rank):
+    """The cell of a recall, or of a rank, of which the least is the best; "" if there is none."""
+    if value is None:
+        return ""
+    best = min(values) if is_rank else max(values)
+    return Score(f"{value:.2f}", "", len(values) > 1 and value == best)
 
 
 def markdown_cell(cell):
@@ -252,30 +273,6 @@ def to_markdown(table):
 # Charts
 
 
-def draw_curves(runs):
-    """Loss and zero-shot accuracy per epoch, one line per run; None if nothing was logged."""
-    runs = [run for run in runs if run["log"]]
-    if not runs:
-        return None
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for run in runs:
-        epochs, key = [row["epoch"] + 1 for row in run["log"]], get_loss_key(run)
-        label = f"{run['name']}: {key.removeprefix('train_')}"
-        losses = [row.get(key, float("nan")) for row in run["log"]]
-        left.plot(epochs, losses, label=printable(label))
-        scored = [(row["epoch"] + 1, row["test_acc1"]) for row in run["log"] if "test_acc1" in row]
-        if scored:
-            right.plot(*zip(*scored, strict=True), label=printable(run["name"]))
-    left.set(xlabel="epoch", ylabel="training loss", title="Loss")
-    right.set(xlabel="epoch", ylabel="top-1 (%)", ylim=(0, 100), title="Zero-shot accuracy")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        if axes.lines:  # given one by one, as a legend omits labels that begin with "_"
-            axes.legend(axes.lines, [line.get_label() for line in axes.lines])
-    return figure
-
-
 def group_bars(runs):
     """The bars of two charts, zero-shot and trained on labels: {label: {run or published: %}}."""
     scores = group_scores(runs)
@@ -292,50 +289,12 @@ def group_bars(runs):
     return zero_shot, trained
 
 
-def choose_colours(runs, charts):
-    """A colour for each run, greys for published figures: {name: colour}."""
-    colours = {run["name"]: f"C{i}" for i, run in enumerate(runs)}
-    names = in_order(bars for chart in charts for bars in chart.values())
-    published = [name for name in names if name not in colours]
-    return colours | {name: str(0.5 + 0.12 * (i % 4)) for i, name in enumerate(published)}
-
-
-def draw_bars(groups, colours):
-    """Groups of horizontal bars, the legend in the order of the colours; None without groups."""
-    if not groups:
-        return None
-    height = 1.2 + 0.22 * sum(map(len, groups.values())) + 0.1 * len(groups)
-    figure = Figure(figsize=(10, height), layout="constrained")
-    axes = figure.subplots()
-    y, ticks, handles = 0.0, [], {}
-    for values in groups.values():
-        ticks.append(y + (len(values) - 1) / 2)
-        for name, value in values.items():
-            handles[name] = axes.barh(y, value, 0.9, color=colours[name])
-            axes.text(value + 0.5, y, f"{value:.1f}", va="center", fontsize=8)
-            y += 1
-        y += 0.5
-    axes.set(xlabel="accuracy (%)", xlim=(0, 105), yticks=ticks)
-    axes.set_yticklabels(map(printable, groups))
-    axes.invert_yaxis()
-    axes.margins(y=0.02)
-    names = [name for name in colours if name in handles]
-    above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 2, "frameon": False}
-    axes.legend([handles[name] for name in names], list(map(printable, names)), **above)
-    return figure
-
-
-def to_image(figure, **options):
-    file = io.BytesIO()
-    figure.savefig(file, **options)
-    return file.getvalue()
-
-
 def render_page(runs, tables):
     """The report as one HTML text that fetches nothing, with every name escaped."""
     charts = group_bars(runs)
     colours = choose_colours(runs, charts)
     figures = [draw_curves(runs), *(draw_bars(chart, colours) for chart in charts)]
+    figures.append(draw_robustness(runs, colours))
     pictures = [f and base64.b64encode(to_image(f, format="svg")).decode() for f in figures]
     shown = [(run["name"], run["settings"]) for run in runs if run["settings"]]
     settings = [(name, json.dumps(value, indent=1)) for name, value in shown]

@@ -77,8 +77,11 @@ def get_args_parser():
 
 
 def parse(script, job_dir, argv):
-    """The script's parsed flags. The user's own --output-dir comes later and overrides job_dir."""
-    return script.get_args_parser().parse_args(["--output-dir", job_dir, *argv])
+    """The script's parsed flags. The user's own --output-dir or --name overrides job_dir."""
+    parser = script.get_args_parser()
+    options = parser.parse_args(["--output-dir", job_dir, *argv])
+    is_named = "logs" in options and options.name is not None  # --name is another flag elsewhere
+    return parser.parse_args(argv) if is_named else options
 
 
 def requeue_when_preempted():

@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from functools import cached_property, lru_cache
 
+from infra.tars import BLOCK, is_header_of
 from utils import InputError, regular_file
 
 LARGE = 2**18  # bytes of a zip's directory, of some 4,000 images
@@ -124,18 +125,23 @@ def read_zip(path, name):
 
 
 def read_tar(path, name):
-    """A member of an uncompressed tar, found by its place: `name` ends on "@OFFSET+SIZE"."""
-    place = re.fullmatch(r".*@(\d+)\+(\d+)", name)
+    """A member of an uncompressed tar, found by its place: `name` ends on "@OFFSET+SIZE".
+
+    Its header is read with it, as the tar may have changed since its members were looked up.
+    """
+    place = re.fullmatch(r"(.*)@(\d+)\+(\d+)", name, re.DOTALL)
     if not place:
         raise ValueError("its place in the tar, @OFFSET+SIZE, is missing from its name")
-    offset, size = map(int, place.groups())
+    offset, size = int(place[2]), int(place[3])
     if size > MAX_IMAGE:
         raise ValueError(f"it has {size} bytes, more than an image has")
     file = open_archive(open_bytes, path, os.getpid())
-    data = os.pread(file.fileno(), size, offset)
-    if len(data) != size:
+    data = os.pread(file.fileno(), BLOCK + size, max(offset - BLOCK, 0))
+    if len(data) != BLOCK + size:
         raise EOFError("the tar ends before it")
-    return data
+    if not is_header_of(data[:BLOCK], place[1], size):
+        raise ValueError("the tar has changed since it was indexed; index it again")
+    return data[BLOCK:]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The Arrow file of captions: written from the rows of any source, mapped by all processes."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -32,6 +33,9 @@ class Source:
     files: Files
     rows: Iterable  # one may be a Dropped
     pick: Callable  # row -> (image path, caption or captions); may raise Dropped
+
+    def chunks(self, facts, title):
+        return read_chunks(self, facts, title)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -93,13 +97,23 @@ def part_path(folder, number):
     return folder / f"{number:06d}.arrow"
 
 
+def read_facts(path):
+    """The facts that write_arrow gave a file; {} of a file by another hand."""
+    metadata = pa.ipc.open_file(pa.memory_map(os.fspath(path))).schema.metadata or {}
+    try:
+        facts = json.loads(metadata.get(b"facts", "{}"))
+    except (ValueError, RecursionError):
+        facts = {}
+    return facts if isinstance(facts, dict) else {}
+
+
 def read_parts(folder, key):
     """(finished parts in `folder`, facts of the last one); no parts of another key."""
     fresh = {"key": key, "rows": 0, "counts": Counter()}
     parts, facts = [], fresh
     while (path := part_path(folder, len(parts))).exists():
-        facts = json.loads(pa.ipc.open_file(pa.memory_map(str(path))).schema.metadata[b"facts"])
-        if facts["key"] != key:
+        facts = read_facts(path)
+        if facts.get("key") != key:
             return [], fresh
         parts.append(path)
     return parts, facts
@@ -113,7 +127,7 @@ def write_captions(output, source, key="", reuse=False):
 
     Args:
         output: path of the Arrow file.
-        source: the Source to read.
+        source: a Source, or anything else that has `files` and `chunks`.
         key: the settings of the conversion, as JSON values.
         reuse: bool, whether an `output` that another process has written meanwhile will do.
 
@@ -131,12 +145,13 @@ def write_captions(output, source, key="", reuse=False):
 
 def merge_parts(output, source, key, folder):
     """write_captions by the parts in a folder that no other process uses."""
-    parts, facts = read_parts(folder, json.dumps([key, source.files.signature()]))
+    inputs = json.dumps([key, source.files.signature()])
+    parts, facts = read_parts(folder, hashlib.sha256(inputs.encode()).hexdigest())
     if not parts:
         shutil.rmtree(folder, ignore_errors=True)
     utils.make_folder(folder)
-    chunks = read_chunks(source, facts, str(output))
     try:
+        chunks = source.chunks(facts, str(output))
         for batch, facts in chunks:
             parts.append(part_path(folder, len(parts)))
             write_arrow(parts[-1], [batch], facts)
@@ -205,18 +220,28 @@ def read_batches(path):
 
 
 class Captions:
-    """Rows (image path, captions) of an Arrow file; processes share its pages, none copies them."""
+    """Rows (image path, captions) of an Arrow file; processes share its pages, none copies them.
 
-    def __init__(self, path):
-        self.path, self.batches, self.starts = os.fspath(path), [], [0]
+    Attributes:
+        root: folder that the image paths are relative to, "" if the source does not tell.
+        facts: dict of the conversion, see write_captions; {} of a file by another hand.
+        lengths: number of rows of each shard; rows of another source are as those of one.
+    """
+
+    def __init__(self, path, root=""):
+        self.path, self.root, self.batches, self.starts = os.fspath(path), root, [], [0]
         for batch in read_batches(path):
             image, captions = batch.columns
             lists = np.frombuffer(captions.buffers()[1], np.int64)
             self.batches.append((Texts(image), lists, Texts(captions.values)))
             self.starts.append(self.starts[-1] + len(batch))
+        self.facts = read_facts(path)
+        lengths = self.facts.get("lengths")
+        is_sound = isinstance(lengths, list) and all(type(n) is int and n >= 0 for n in lengths)
+        self.lengths = lengths if is_sound and sum(lengths) == len(self) else [len(self)]
 
     def __reduce__(self):  # a spawned worker maps the file itself
-        return Captions, (self.path,)
+        return Captions, (self.path, self.root)
 
     def __len__(self):
         return self.starts[-1]

@@ -1,4 +1,4 @@
-"""The log of a run: lines on screen, log.txt, args.json, TensorBoard's events.
+"""The log of a run: lines on screen, log.txt, args.json, and WRITERS: TensorBoard, wandb.
 
 Rank 0 keeps it; the other ranks have a SilentLog.
 """
@@ -6,9 +6,12 @@ Rank 0 keeps it; the other ranks have a SilentLog.
 import json
 import os
 import platform
+import secrets
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,15 @@ import torch
 from tqdm import tqdm
 
 from infra.distributed import get_world_size, is_main_process
-from utils import InputError, make_folder, regular_file, write_atomically, write_json
+from utils import (
+    InputError,
+    make_folder,
+    one_line,
+    read_json,
+    regular_file,
+    write_atomically,
+    write_json,
+)
 
 
 def git_revision():
@@ -64,20 +75,115 @@ def read_log(path):
     return rows
 
 
-class Logger:
-    """Rank 0's: writes lines on screen, log.txt, args.json and TensorBoard's events."""
+# ---------------------------------------------------------------------------------------------
+# Writers of numbers and pictures: (folder, the update that the run is at) -> an object with the
+# methods settings, scalars, picture, flush and close; `faults` of theirs never end the run
 
-    def __init__(self, output_dir, first_epoch=0, first_update=0):
-        """first_epoch, first_update: the entries from these on are written anew."""
+
+class TensorBoard:
+    """Events in the run's folder; those from the update that the run is at on are written anew."""
+
+    faults = OSError
+
+    def __init__(self, folder, update):
         from torch.utils.tensorboard import SummaryWriter  # slow to import: only when needed
 
-        self.output_dir = make_folder(output_dir)
-        if os.fsencode(output_dir) != str(output_dir).encode(errors="replace"):
+        if os.fsencode(folder) != str(folder).encode(errors="replace"):
             raise InputError(
-                f"output folder {output_dir!r}: TensorBoard's files need a name in UTF-8; choose "
+                f"output folder {str(folder)!r}: TensorBoard's files need a name in UTF-8; choose "
                 "another"
             )
-        self.file, self.said = self.output_dir / "log.txt", set()
+        self.writer = SummaryWriter(folder, purge_step=update)
+        self.flush, self.close = self.writer.flush, self.writer.close
+
+    def settings(self, settings):
+        pass  # args.json has them
+
+    def scalars(self, values, step):
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def picture(self, name, image, step):
+        self.writer.add_image(name, image, step)
+
+
+class Wandb:
+    """A run of Weights & Biases, in the mode and project that its environment variables say.
+
+    Its id is in the folder's wandb.json: a run that resumes goes on in the same one. The numbers
+    of "train/loss" are drawn over "train/step".
+    """
+
+    faults = Exception  # a service elsewhere may fail in any way
+    patience = 10.0  # seconds to wait at the end: a preempted job has to queue itself again
+
+    def __init__(self, folder, update):
+        import wandb
+
+        path = os.path.join(folder, "wandb.json")
+        if update and os.path.exists(path):
+            run_id = read_json(path, "wandb's id")["id"]
+        else:
+            run_id = secrets.token_hex(4)
+            write_json(path, {"id": run_id})
+        name = os.path.basename(os.path.abspath(folder))
+        self.image, self.groups = wandb.Image, set()
+        self.run = wandb.init(id=run_id, resume="allow", name=name, dir=str(folder))
+
+    def settings(self, settings):
+        self.run.config.update(settings, allow_val_change=True)
+
+    def scalars(self, values, step):
+        groups = {name.partition("/")[0] for name in values}
+        for group in groups - self.groups:
+            self.run.define_metric(f"{group}/*", step_metric=f"{group}/step")
+        self.groups |= groups
+        self.run.log({**values, **{f"{group}/step": step for group in groups}})
+
+    def picture(self, name, image, step):
+        """image: (3, H, W), from 0 to 1."""
+        pixels = image.permute(1, 2, 0).mul(255).round().byte().cpu().numpy()
+        self.run.log({name: self.image(pixels)})
+
+    def flush(self):
+        pass  # its own process sends and writes all the time
+
+    def close(self):
+        end = threading.Thread(target=self.run.finish, daemon=True)
+        end.start()
+        end.join(self.patience)
+        if end.is_alive():
+            raise TimeoutError(f"its upload was not done in {self.patience:g} s")
+
+
+WRITERS = {"tensorboard": TensorBoard, "wandb": Wandb}
+
+
+def check_writers(names):
+    """Raises InputError if a writer's package is absent."""
+    if "wandb" in names and not getattr(find_spec("wandb"), "origin", None):  # a folder is none
+        raise InputError("wandb is not installed: pip install wandb, or report to tensorboard")
+
+
+# ---------------------------------------------------------------------------------------------
+# The log
+
+
+class Logger:
+    """Rank 0's: lines on screen, log.txt, args.json and the writers."""
+
+    def __init__(self, output_dir, first_epoch=0, first_update=0, writers=("tensorboard",)):
+        """
+        Args:
+            output_dir: folder to write to.
+            first_epoch, first_update: the entries from these on are written anew.
+            writers: names of WRITERS.
+        """
+        self.output_dir = make_folder(output_dir)
+        self.file, self.said, self.writers = self.output_dir / "log.txt", set(), {}
+        for name in dict.fromkeys(writers):
+            with self.tolerant(name, WRITERS[name].faults):
+                self.writers[name] = WRITERS[name](self.output_dir, first_update)
         if self.file.exists() and first_epoch == 0:  # of another run: moved aside
             os.replace(self.file, f"{self.file}.old")
         elif self.file.exists():  # drops epochs that will be run again
@@ -85,15 +191,21 @@ class Logger:
             text = "".join(json.dumps(row) + "\n" for row in kept)
             with self.tolerant():
                 write_atomically(self.file, lambda file: file.write(text.encode()))
-        self.writer = SummaryWriter(output_dir, purge_step=first_update)
 
     @contextmanager
-    def tolerant(self):
+    def tolerant(self, name="the log", faults=OSError):
         """A full disk costs lines of the log, never the run."""
         try:
             yield
-        except OSError as error:
-            self.info_once(f"warning: the log is incomplete: {error.strerror or error}")
+        except faults as error:
+            reason = getattr(error, "strerror", None) or one_line(error) or type(error).__name__
+            self.info_once(f"warning: {name} is incomplete: {reason}", topic=name)
+
+    def write(self, method, *args):
+        """Calls a method of every writer."""
+        for name, writer in self.writers.items():
+            with self.tolerant(name, writer.faults):
+                getattr(writer, method)(*args)
 
     def info(self, text):
         print(text, flush=True)
@@ -107,17 +219,17 @@ class Logger:
     def settings(self, settings):
         with self.tolerant():
             write_json(self.output_dir / "args.json", settings)
+        self.write("settings", settings)
 
     def epoch(self, stats):
-        """One JSON object a line; TensorBoard gets the same numbers by epoch."""
+        """One JSON object a line; the writers get the same numbers by epoch."""
         with self.tolerant(), open(self.file, "a", encoding="utf-8") as file:
             file.write(json.dumps(stats) + "\n")
         self.scalars({f"epoch/{key}": value for key, value in stats.items()}, stats["epoch"])
         self.flush()
 
     def flush(self):
-        with self.tolerant():
-            self.writer.flush()
+        self.write("flush")
 
     def dump(self, name, value):
         """Writes a value as a JSON file beside the log; returns its path."""
@@ -126,13 +238,10 @@ class Logger:
         return str(self.output_dir / name)
 
     def scalars(self, values, step):
-        with self.tolerant():
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+        self.write("scalars", values, step)
 
     def picture(self, name, image, step=0):
-        with self.tolerant():
-            self.writer.add_image(name, image, step)
+        self.write("picture", name, image, step)
 
     @contextmanager
     def progress(self, total, title, done=0):
@@ -155,8 +264,8 @@ class Logger:
             yield report
 
     def close(self):
-        with self.tolerant():
-            self.writer.close()
+        self.write("close")
+        self.writers = {}  # a run that is stopped closes its log twice
 
 
 class SilentLog:

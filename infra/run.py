@@ -157,13 +157,15 @@ class Run(ExitStack):
         Args:
             folder: of checkpoints and log.
             training: an engine.Training; its optimizer and scaler are saved.
-            args: the script's flags: seed, epochs, batch_size, keep_last, save_every_minutes.
+            args: the script's flags: seed, epochs, batch_size, keep_last, save_every_minutes,
+                report_to.
             parts: {key of the checkpoint: object with a state_dict}; "state_dict" is the model.
             pretrained: digest of the checkpoint that the run began from, or None. The run only
                 resumes with the same one.
             facts: further plain data to keep in checkpoint and args.json.
         """
         super().__init__()
+        logger.check_writers(args.report_to)
         self.args, self.training, self.device = args, training, training.precision.device
         self.state, self.log, self.notes = TrainState(), logger.SilentLog(), []
         batch = args.batch_size * training.update_freq * distributed.get_world_size()
@@ -211,7 +213,8 @@ class Run(ExitStack):
         if distributed.is_main_process():
             make_folder(self.checkpoints.folder)
         self.checkpoints.lock()
-        self.log = logger.open_log(self.checkpoints.folder, self.state.epoch, first)
+        place = self.state.epoch, first
+        self.log = logger.open_log(self.checkpoints.folder, *place, self.args.report_to)
         self.log.settings(self.facts)
         for note in self.notes:
             self.log.info(note)

@@ -1,8 +1,10 @@
 """Small real files, flags of small runs, small trainings, and a log that records its lines."""
 
 import hashlib
+import io
 import json
 import math
+import tarfile
 import weakref
 
 import numpy as np
@@ -68,6 +70,39 @@ def write_coco(root, images=16):
     metadata = root / "captions.json"
     metadata.write_text(json.dumps({"annotations": annotations}))
     return metadata
+
+
+def write_tar(path, members, **options):
+    """A tar of (name, bytes) in this order; of equal bytes for equal members."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", **options) as archive:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def encoded(seed, kind="JPEG", size=(40, 30)):
+    """The bytes of a picture of random colours."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(file, kind)
+    return file.getvalue()
+
+
+def write_shards(root, lengths):
+    """Tars 00000.tar ... of so many samples each, named from 0 on; returns their pattern."""
+    first = 0
+    for number, length in enumerate(lengths):
+        members = [
+            member
+            for i in range(first, first + length)
+            for member in ((f"{i:03d}.jpg", encoded(i)), (f"{i:03d}.txt", f"picture {i}".encode()))
+        ]
+        write_tar(root / f"{number:05d}.tar", members)
+        first += length
+    return f"{root}/{{00000..{len(lengths) - 1:05d}}}.tar"
 
 
 def write_folders(root, classes=10, each=3):

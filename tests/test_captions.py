@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from helpers import LFS, save_image
+from helpers import LFS, encoded, save_image, write_tar
 
 import captions
 from captions import load_captions
@@ -65,6 +65,12 @@ def make_csv(root):
     return "m.csv", ("1.jpg", ["two, words"])
 
 
+def make_webdataset(root):
+    image = encoded(0)
+    write_tar(root / "m.tar", [("sub/1.txt", b"a dog"), ("sub/1.jpg", image)])
+    return "m.tar", (f"m.tar/sub/1.jpg@1536+{len(image)}", ["a dog"])
+
+
 MAKERS = {
     "yfcc15m": make_yfcc15m,
     "coco": make_coco,
@@ -72,6 +78,7 @@ MAKERS = {
     "cc12m": make_cc12m,
     "redcaps": make_redcaps,
     "csv": make_csv,
+    "webdataset": make_webdataset,
 }
 
 

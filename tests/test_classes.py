@@ -1,23 +1,34 @@
 """The names of class folders against labels.json, in every script that scores a labelled set."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm.data
 from helpers import save_image, train_flags
 from test_eval_zeroshot import evaluate_flags
 from test_main_linear import flags as probe_flags
 
+import classes
 import eval_zeroshot
 import main
 import main_finetune
 import main_linear
 import make_dataset
 import utils
-from catalog import LABELS, get_downstream_dataset, load_catalog, unchanged
+from catalog import (
+    LABELS,
+    TEMPLATES,
+    classes_of,
+    get_downstream_dataset,
+    load_catalog,
+    unchanged,
+)
 from classes import check_order
 from torchvision_sets import ALIASES
+from transforms import CenterCrop
 from utils import InputError
 
 NAMES = utils.read_json(LABELS, "labels")
@@ -151,3 +162,88 @@ def test_check_takes_the_flag_and_sees_the_training_split(tmp_path, capsys):
     flags.append("--ignore-folder-names")
     make_dataset.main(make_dataset.get_args_parser().parse_args(flags))
     assert "10 classes, folder names ignored" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------
+# Classes of another set
+
+
+def test_imagenets_classes_by_wordnets_id():
+    """Every class has its id; the 200 of ImageNet-R and -A are those that timm lists."""
+    labels = utils.read_json(LABELS, "labels")["imagenet"]
+    ids = classes.wordnet_ids()
+    assert list(ids.values()) == list(range(1000)) and list(ids) == sorted(ids)
+    assert [labels[ids[n]] for n in ("n01440764", "n02123045", "n15075141")] == [
+        "tench",
+        "tabby cat",
+        "toilet paper",
+    ]
+    assert classes.shared_classes("sketch", "imagenet", list(ids), labels) == labels
+    info = Path(timm.data.__file__).parent / "_info"
+    for kind in ("a", "r"):
+        folders = (info / f"imagenet_{kind}_synsets.txt").read_text().split()
+        places = (info / f"imagenet_{kind}_indices.txt").read_text().split()
+        got = classes.shared_classes("subset", "imagenet", sorted(folders), labels)
+        assert got == [labels[int(place)] for place in places] and len(got) == 200
+
+
+def shifted(root, folders, **options):
+    """A catalog of one set with ImageNet's classes, one image in each folder."""
+    for i, folder in enumerate(folders):
+        save_image(root / "mine/test" / folder / "0.png", i, (4, 4))
+    entry = {"path": "mine", "type": "imagefolder", "labels": "imagenet", **options}
+    (root / "catalog.json").write_text(json.dumps({"mine": entry}))
+    return load_catalog(root / "catalog.json")
+
+
+def open_shifted(catalog):
+    tables = [utils.read_json(path, path) for path in (LABELS, TEMPLATES)]
+    return eval_zeroshot.open_task("mine", CenterCrop(4), catalog, *tables)
+
+
+def test_a_subset_is_scored_among_its_classes(tmp_path):
+    task = open_shifted(shifted(tmp_path, ["n02123045", "n01440764", "n01443537_goldfish"]))
+    assert task.classes == ["tench", "goldfish", "tabby cat"] and task.source == "imagenet"
+    assert [label for _, label in task.dataset] == [0, 1, 2]
+    assert len(task.templates) == 7
+
+
+def test_numbered_folders_have_the_order_of_their_numbers(tmp_path):
+    """As ImageNetV2's: 10 comes after 9, which torchvision's ImageFolder gets wrong."""
+    table = {"imagenet": [f"class {c}" for c in "abcdefghijkl"]}
+    catalog = shifted(tmp_path, map(str, range(12)))
+    got = classes_of(catalog, "mine", False, table)
+    dataset = get_downstream_dataset(catalog, "mine", False, str, got)
+    assert got == table["imagenet"]
+    assert [(path.split("/")[-2], label) for path, label in dataset.samples] == [
+        (str(i), i) for i in range(12)
+    ]
+
+
+@pytest.mark.parametrize(
+    "folders, labels, match",
+    [
+        (["1", "2", "3"], "abc", "3 folders are numbers, but not imagenet's classes 0 to 2, each"),
+        (["0", "1"], "abc", "mine: its 2 folders are numbers, but not imagenet's classes 0 to 2"),
+        (["a", "d"], "abc", "mine: folder 'd' is no class of imagenet; name the folders as its"),
+        (["n99999999"], "abc", "mine: folder 'n99999999' is no class of imagenet"),
+        (["a", "b"], "bca", "folders 'a' and 'b' are not in the order of imagenet's classes 2 and"),
+        (["a"], "aab", "mine: folder 'a' is no class"),  # two classes of that name
+    ],
+)
+def test_folders_of_a_wrong_order_or_of_no_class(tmp_path, folders, labels, match):
+    catalog = shifted(tmp_path, folders)
+    with pytest.raises(InputError, match=match) as error:
+        classes_of(catalog, "mine", False, {"imagenet": list(labels)})
+    assert "\n" not in str(error.value)
+
+
+def test_check_knows_sets_of_anothers_classes(tmp_path, capsys):
+    shifted(tmp_path, ["n01440764", "n02123045"])
+    flags = ["check", "--catalog", str(tmp_path / "catalog.json")]
+    make_dataset.main(make_dataset.get_args_parser().parse_args(flags))
+    assert "test 2 images, no training split, some decoded; 2 classes" in capsys.readouterr().out
+    shifted(tmp_path, [], labels="imagenot")
+    with pytest.raises(InputError, match="cannot be used as they are: mine"):
+        make_dataset.main(make_dataset.get_args_parser().parse_args(flags))
+    assert "mine                 UNUSABLE  labels.json has no classes" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ def embeddings(n=40, per_image=3, width=6):
 def test_recall_is_a_brute_force_count(monkeypatch):
     monkeypatch.setattr(eval_retrieval, "CHUNK", 7)
     images, texts, owners = embeddings()
-    got = eval_retrieval.recalls(images, texts, owners)
+    got = eval_retrieval.retrieval_scores(images, texts, owners)
     scores = images @ texts.T
     for k in (1, 5, 10):
         hits = [
@@ -36,6 +37,13 @@ def test_recall_is_a_brute_force_count(monkeypatch):
             int(owners[j]) in row.argsort(descending=True)[:k] for j, row in enumerate(scores.T)
         ]
         assert got[f"text_to_image_recall{k}"] == pytest.approx(100 * sum(hits) / len(hits))
+    places = [  # by a full sort
+        1 + int((row.argsort(descending=True) == owners[j]).nonzero())
+        for j, row in enumerate(scores.T)
+    ]
+    assert got["text_to_image_mean_rank"] == pytest.approx(np.mean(places))
+    assert got["text_to_image_median_rank"] == np.median(places)
+    assert 1 < got["image_to_text_median_rank"] < got["image_to_text_mean_rank"] < 60
     assert 0 < got["text_to_image_recall1"] < got["text_to_image_recall10"] < 100
 
 
@@ -50,7 +58,7 @@ def test_images_stay_below_the_root(tmp_path):
 
 def test_collapsed_embeddings_are_no_better_than_chance():
     images, texts, owners = embeddings(n=40)
-    got = eval_retrieval.recalls(torch.ones_like(images), torch.ones_like(texts), owners)
+    got = eval_retrieval.retrieval_scores(torch.ones_like(images), torch.ones_like(texts), owners)
     # Everything is equal and stays in its order: 3 captions an image.
     expected = {1: 1, 5: 2, 10: 4}
     for k in (1, 5, 10):
@@ -62,7 +70,7 @@ def test_memory_is_linear():
     def peak(n):
         data = embeddings(n, 1)
         with PeakMemory() as memory:
-            eval_retrieval.recalls(*data)
+            eval_retrieval.retrieval_scores(*data)
         return memory.peak
 
     assert peak(8192) < 5 * peak(2048)  # all scores at once: 16 times
@@ -103,7 +111,10 @@ def call(*args):
 
 def test_the_command_on_one_and_two_ranks(retrieval, tmp_path, capsys):
     call(retrieval, tmp_path / "one")
-    assert "karpathy: 8 images, 37 captions; recall at 1, 5, 10" in capsys.readouterr().out
+    assert (
+        "karpathy: 8 images, 37 captions; recall at 1, 5, 10, mean and median rank"
+        in capsys.readouterr().out
+    )
     one = json.loads((tmp_path / "one/retrieval.json").read_text())
     assert (one["karpathy"]["images"], one["karpathy"]["captions"]) == (8, 2 + 7 * 5)
     two = run_script("eval_retrieval.py", flags(retrieval, tmp_path / "two"), ranks=2)
@@ -112,6 +123,20 @@ def test_the_command_on_one_and_two_ranks(retrieval, tmp_path, capsys):
     call(retrieval, tmp_path / "one", "coco.json", "val")
     both = json.loads((tmp_path / "one/retrieval.json").read_text())
     assert both["coco"]["images"] == 9 and both["karpathy"] == one["karpathy"]
+
+
+def test_a_caption_set_of_any_kind(retrieval, tmp_path):
+    """The same pairs as a table and as its Arrow file; a blank caption is none."""
+    lines = [f"val/{i}.jpg,picture {i}" for i in range(9)]
+    (tmp_path / "t.csv").write_text("\n".join(["filepath,title", *lines]) + "\n")
+    call(retrieval, tmp_path, tmp_path / "t.csv", "", "--dataset", "csv", "--name", "table")
+    (arrow,) = tmp_path.glob("*.arrow")
+    call(retrieval, tmp_path, arrow, "", "--name", "arrow")
+    scores = json.loads((tmp_path / "retrieval.json").read_text())
+    assert scores["table"] == scores["arrow"]
+    assert (scores["table"]["images"], scores["table"]["captions"]) == (9, 9)
+    assert scores["table"]["image_to_text_median_rank"] >= 1
+    assert eval_retrieval.first_texts(["", "a", " ", "b", "c"], 2) == ["a", "b"]
 
 
 def test_a_coco_file_without_a_list_of_images(tmp_path):

@@ -24,6 +24,7 @@ OURS = ("digits", "imagenet80")
 PUBLISHED = """food101 cifar10 cifar100 cub200 sun397 cars aircraft dtd pets caltech101 flowers
 mnist fer2013 stl10 eurosat resisc45 gtsrb kitti_distance country211 patch_camelyon ucf101_frames
 kinetics700_frames clevr_counts hateful_memes rendered_sst2 imagenet""".split()
+SHIFTED = ("imagenetv2", "imagenet_sketch", "imagenet_r", "imagenet_a")  # ImageNet's classes
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +40,13 @@ def trained(tiny, tmp_path_factory):
 
 def test_the_26_sets_of_the_paper_and_the_demos(tables):
     catalog, labels, templates = tables
-    assert set(catalog) == {*PUBLISHED, "digits"}
+    assert set(catalog) == {*PUBLISHED, "digits", *SHIFTED}
     assert set(labels) == {*PUBLISHED, "digits", "birdsnap", "voc2007"}
     assert set(templates) == {*labels, "imagenet80"}
     assert len(set(templates["imagenet80"])) == 80
     assert set(templates["imagenet"]) < set(templates["imagenet80"])
+    shared = {name: entry["labels"] for name, entry in catalog.items() if entry.get("labels")}
+    assert shared == dict.fromkeys(SHIFTED, "imagenet")
     splits = {name: split_name(catalog, name, is_train=False) for name in catalog}
     val = "cub200 eurosat kitti_distance patch_camelyon ucf101_frames clevr_counts imagenet".split()
     assert {name for name, split in splits.items() if split == "val"} == set(val)

@@ -24,6 +24,7 @@ import main_finetune
 import main_linear
 import models
 import towers
+import validation
 from benchmarks.memory import to_fake
 from catalog import LabelledViews
 from evaluation import Evaluation
@@ -258,7 +259,7 @@ def clip(device):
 def test_zero_shot_classification(device, clip):
     """By design it waits for the scores at the end, and as rows of prompts and images are sent."""
     texts = ["a photo of a {}.", "the {}"], ["cat", ["dog", "hound"], "owl"]
-    task = eval_zeroshot.Task("digits", LABELLED, "test", texts[1], texts[0])
+    task = eval_zeroshot.Task("digits", LABELLED, "test", "digits", texts[1], texts[0])
     ranking = eval_zeroshot.rank_images(clip, task, evaluation())
     assert ranking.top.shape == (10, 3) and not ranking.top.is_cuda
     assert device.waits["copy to the CPU"] == 1 and not device.waits["mask as an index"]
@@ -266,11 +267,26 @@ def test_zero_shot_classification(device, clip):
 
 def test_retrieval(device, clip):
     e = evaluation()
-    images = eval_retrieval.embed_images(clip, LABELLED, e)
-    texts = eval_retrieval.embed_texts(clip, ["a cat", "an owl"] * 10, e.precision)
+    images, _ = eval_retrieval.embed_images(clip, LABELLED, e)
+    texts = eval_retrieval.embed_texts(clip, ["a cat", "an owl"] * 10, e)
     owners = torch.arange(10, device=CUDA).repeat(2)
     assert images.is_cuda and texts.is_cuda and (images.dtype, texts.dtype) == (torch.float64,) * 2
-    assert len(eval_retrieval.recalls(images, texts, owners)) == 6
+    assert len(eval_retrieval.retrieval_scores(images, texts, owners)) == 10
+
+
+class Pairs(validation.HeldOutPairs):
+    def __init__(self):
+        self.pairs, self.max_bad_fraction = [("x.jpg", ["a cat", "an owl"])] * 10, 0.1
+
+    def read(self, row):
+        return LABELLED[row][0]
+
+
+def test_held_out_pairs(device, clip):
+    """By design it waits for the images' rows, their ranks, and the loss."""
+    scores = validation.score_pairs(clip, Pairs(), evaluation(), print)
+    assert (scores["images"], scores["captions"], scores["bad_images"]) == (10, 20, 0)
+    assert scores["loss"] > 0 and not device.waits["mask as an index"]
 
 
 def test_features_knn_and_regression(device, clip, tmp_path):

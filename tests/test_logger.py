@@ -4,7 +4,9 @@ import json
 
 import pytest
 import torch
+from helpers import train_flags, without_folder
 
+import main
 from infra import logger
 from infra.logger import Logger
 from utils import InputError
@@ -61,3 +63,29 @@ def test_settings_are_what_a_reader_needs(tmp_path):
     assert settings["effective_batch"] == 8 and settings["world_size"] == 1
     assert settings["versions"]["torch"] == torch.__version__
     json.dumps(settings)
+
+
+def test_a_named_run_has_a_folder_of_that_name(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = without_folder(train_flags(tiny, "unused", "--name", "mine", model="CLIP_NANO8"))
+    for more in ([], ["--logs", "there"], ["--evaluate"]):
+        main.main(main.get_args_parser().parse_args([*flags, *more]))
+    for folder in ("logs/mine", "there/mine"):
+        assert len(logger.read_log(tmp_path / folder / "log.txt")) == 1
+        assert (tmp_path / folder / "checkpoint.pt").exists()
+    assert "digits: top1 " in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"logs", "there"}
+
+
+@pytest.mark.parametrize(
+    "flags, match",
+    [
+        (["--logs", "a"], "--logs a: the run in it has no name; give --name as well"),
+        (["--name", "a/b"], "--name 'a/b' is no name of a folder; put the path into --logs"),
+        (["--name", ".."], "--name '..' is no name of a folder"),
+        (["--name", ""], "--name '' is no name of a folder"),
+    ],
+)
+def test_names_that_are_none(flags, match):
+    with pytest.raises(InputError, match=match):
+        main.output_folder(main.get_args_parser().parse_args(flags))

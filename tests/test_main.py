@@ -190,7 +190,8 @@ def test_a_progress_bar_on_a_terminal(tiny, tmp_path, monkeypatch, capsys):
             "no gradient checkpointing",
         ),
         (["--evaluate", "--val-dataset", "none"], "--evaluate has nothing to score"),
-        (["--evaluate"], "checkpoint .*checkpoint.pt' is absent"),
+        (["--name", "x"], "--name x and --output-dir .*out: give one of them"),
+        (["--evaluate"], "weights .*checkpoint.pt' is absent"),
     ],
 )
 def test_bad_input_leaves_nothing_behind(tiny, tmp_path, flags, match):

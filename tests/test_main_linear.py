@@ -173,7 +173,7 @@ def test_the_archived_rule_divides_by_the_number_of_gpus():
 @pytest.mark.parametrize(
     "extra, match",
     [
-        (["--dataset", "x"], "labels.json: unknown dataset 'x'; choose from food101"),
+        (["--dataset", "x"], "unknown dataset 'x'; choose from digits, mnist"),
         (["--dataset", "imagenet"], "unknown dataset 'imagenet'; choose from digits"),
         (["--dataset", "mnist"], "nowhere.*; check the folder"),
         (["--batch-size", 41], "batch size 41 on 1 ranks is more than the 40 training images"),

@@ -156,6 +156,7 @@ KINDS = {
     "links.tsv": (LINKS, make("cc3m --tsv FOLDER/links.tsv --root FOLDER --image-name subset.tsv")),
     "00000.parquet": (SHARD, make("cc12m --img2dataset FOLDER")),
     "00000.tar": (saved(tar_of, None), make("cc12m --img2dataset FOLDER")),
+    "shard.tar": (saved(tar_of, None), load("webdataset")),
     "a.json": (
         json.dumps({"annotations": ANNOTATIONS}).encode(),
         make("redcaps --annotations FOLDER"),

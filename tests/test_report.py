@@ -14,6 +14,7 @@ import pytest
 from markupsafe import escape
 from PIL import Image
 
+import charts
 import report
 import transforms
 from utils import InputError
@@ -298,13 +299,13 @@ def test_names_of_any_kind_are_drawn(runs, name, capsys):
         ElementTree.fromstring(base64.b64decode(picture))  # well-formed
     assert len(pictures) == 3
     run = report.read_run(runs / name)
-    (axes, _), legends = report.draw_curves([run]).axes, []
+    (axes, _), legends = charts.draw_curves([run]).axes, []
     legends.append(axes.get_legend().texts[0].get_text())
     bars = report.group_bars([run])
     for chart in bars:
-        figure = report.draw_bars(chart, report.choose_colours([run], bars))
+        figure = charts.draw_bars(chart, charts.choose_colours([run], bars))
         legends.append(figure.axes[0].get_legend().texts[0].get_text())
-    shown = report.printable(name)
+    shown = charts.printable(name)
     assert legends == [f"{shown}: clip_loss", shown, shown]
 
 

@@ -13,7 +13,7 @@ import time
 
 import pytest
 import torch
-from helpers import assert_equal, rows, step_losses, train, train_flags, weights
+from helpers import assert_equal, rows, step_losses, train, train_flags, weights, write_shards
 from launch import run_command, run_script, start
 from test_main_finetune import flags as finetune_flags
 from test_main_linear import flags as probe_flags
@@ -70,6 +70,19 @@ def test_a_run_stopped_at_every_update_equals_an_undisturbed_one(
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
     with capsys.disabled():
         print(f"\nresumed at each of {updates} updates: {ranks} ranks, {workers} workers")
+
+
+def test_so_does_one_on_shards(tiny, tmp_path, ranks=3, workers=2):
+    """With more ranks x workers than shards, within and between the windows of its order."""
+    pattern = write_shards(tmp_path / "shards", [10, 10, 10, 3])
+    extra = ["--dataset", "webdataset", "--metadata", pattern, "--root", "", "--workers", workers]
+    extra += ["--shuffle-window", 2, "--batch-size", 6 // ranks, "--print-freq", 3]
+    flags = [small(tiny, tmp_path / name, *extra, epochs=1) for name in ("whole", "parts")]
+    whole = run_script("main.py", flags[0], ranks)
+    assert whole.returncode == 0, whole.stderr
+    run_stopped(tmp_path, "main", flags[1], ranks)
+    assert weights(tmp_path / "whole")["progress"]["updates"] == 5
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import pytest
 from helpers import train_flags, without_folder
 from submitit.slurm.slurm import SlurmJobEnvironment
 
+import eval_retrieval
+import main
 import run_with_submitit
 import utils
 from infra import logger
@@ -53,6 +55,24 @@ def test_scripts_that_cannot_be_jobs(tmp_path, script, match):
     with pytest.raises(InputError, match=match):
         launch(["--cluster", "local", "--job_dir", str(tmp_path / "job"), "--script", script])
     assert not (tmp_path / "job").exists()
+
+
+@pytest.mark.parametrize(
+    "script, flags, folder",
+    [
+        (main, "--val-dataset a b --report-to wandb tensorboard", "job"),
+        (main, "--output-dir mine", "mine"),
+        (main, "--name x --logs there", "there/x"),
+        (main, "--name=x", "logs/x"),
+        (eval_retrieval, "--name x --resume a --captions b --root c", "job"),
+    ],
+)
+def test_the_folder_of_a_job(script, flags, folder):
+    _, argv = run_with_submitit.get_args_parser().parse_known_args(["--ngpus=0", *flags.split()])
+    args = run_with_submitit.parse(script, "job", argv)
+    assert (main.output_folder(args) if script is main else args.output_dir) == folder
+    if "val" in flags:
+        assert (args.val_dataset, args.report_to) == (["a", "b"], ["wandb", "tensorboard"])
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {"main", "main_linear", "main_finetune", "eval_zeroshot", "eval_retrieval"}
 SCRIPTS |= {"make_dataset", "export", "report", "benchmark", "run_with_submitit"}
-SCRIPTS |= {"advice"}  # of main.py: it knows its flags
+SCRIPTS |= {"advice", "validation"}  # of main.py: they know its flags
 FILES = [*ROOT.glob("*.py"), *ROOT.glob("infra/*.py"), *ROOT.glob("benchmarks/*.py")]
 TESTS = sorted(ROOT.glob("tests/*.py"))
 

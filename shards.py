@@ -1,0 +1,272 @@
+"""Tar shards of image-caption pairs: their index and their writing.
+
+A sample is an image x.jpg (jpeg, png, webp) beside x.txt, or beside x.json with its captions in
+some fields. The index has the place of every image and its captions, so that shards are a caption
+set as any other: each sample once an epoch, in an order that anyone can repeat.
+"""
+
+import json
+import os
+from collections import Counter
+from functools import lru_cache, partial
+
+import pyarrow as pa
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import utils
+from infra.arrow import BATCH, KEPT, NULLS, SCHEMA
+from infra.braces import alternatives
+from infra.rows import MAX_LINE, Dropped, Files, caption_texts
+from infra.signals import shield_worker
+from infra.tars import Damage, Tar
+from utils import InputError
+
+IMAGES = ("jpg", "jpeg", "png", "webp")  # endings of images, in any case
+PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".gz", ".zst")
+MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # of packed files
+
+# ---------------------------------------------------------------------------------------------
+# Names of shards
+
+
+def find_shards(metadata):
+    """Paths of the shards that `metadata` names: patterns, folders and lists, joined by "::".
+
+    A list is a .txt file, one path a line, relative to the folder of the list. Raises InputError
+    if a shard is absent, packed or named twice.
+    """
+    paths = []
+    for part in os.fspath(metadata).split("::"):
+        if os.path.isdir(part):
+            names = [name for name in os.listdir(part) if name.endswith((".tar", *PACKED))]
+            found = [os.path.join(part, name) for name in sorted(names)]
+        elif part.endswith(".txt"):
+            lines = filter(None, map(str.strip, Files([part]).lines()))
+            found = [os.path.join(os.path.dirname(part), line) for line in lines]
+        else:
+            found = alternatives(part)
+        check_names(part, found)
+        paths += map(os.path.abspath, found)
+    if twice := [path for path, number in Counter(paths).items() if number > 1]:
+        raise InputError(f"metadata {metadata} names {twice[0]} twice; name each shard once")
+    return paths
+
+
+def check_names(part, paths):
+    """Raises InputError unless `paths`, those of one source, are tars that exist."""
+    if packed := [path for path in paths if path.endswith(PACKED)]:
+        raise packed_tar(packed[0])
+    absent = [path for path in paths if not os.path.exists(path)]
+    if not paths or len(absent) == len(paths):
+        raise InputError(f"metadata {part} matches no file; check the path and the pattern")
+    if absent:
+        raise InputError(
+            f"metadata {part}: {len(absent):,} of its {len(paths):,} shards are absent, the first "
+            f"is {absent[0]}; correct the pattern, or name their folder"
+        )
+    if others := [path for path in paths if not path.endswith(".tar")]:
+        raise InputError(f"metadata {others[0]}: shards are tars; rename it to .tar if it is one")
+
+
+def packed_tar(path):
+    return InputError(f"metadata {path}: packed tars cannot be read at random; unpack it to .tar")
+
+
+def root_of(paths):
+    """The folder that holds all shards; image paths in their index are relative to it."""
+    return os.path.commonpath([os.path.dirname(path) for path in paths])
+
+
+# ---------------------------------------------------------------------------------------------
+# The index: headers and captions of shards
+
+
+def plain_name(name):
+    """A member's name as text that leads nowhere: it is shown, and never opened."""
+    if name.isascii() and "/" not in name:  # as most are
+        return name
+    name = name.encode(errors="surrogateescape").decode(errors="replace")
+    return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
+
+
+def split_members(tar, with_json):
+    """The images of a Tar and the texts beside them; a key is a name up to its last dot.
+
+    Returns ({key: Member of its image}, {key: {"txt": bytes, "json": bytes}}, damage, number of
+    members whose key and kind the shard has already: the first counts). Damage is the reason why
+    the end of the tar cannot be read, None for a whole tar.
+    """
+    images, texts, repeats, damage = {}, {}, 0, None
+    try:
+        for member in tar.members():
+            name = plain_name(member.name)
+            key, _, ending = name.rpartition(".")
+            if os.path.basename(name).startswith("."):  # a file manager's
+                continue
+            ending, is_new = ending.lower(), True
+            if ending in IMAGES:
+                is_new = images.setdefault(key, member._replace(name=name)).offset == member.offset
+            elif ending in ("txt", "json"):
+                mine = texts.setdefault(key, {})
+                is_new = ending not in mine
+                is_read = is_new and (with_json or ending == "txt") and member.size <= MAX_LINE
+                mine.setdefault(ending, tar.read(member.offset, member.size) if is_read else None)
+            repeats += not is_new
+    except Damage as error:
+        damage = str(error)
+    return images, texts, damage, repeats
+
+
+@lru_cache(maxsize=1)
+def shard_images(folder, shard):
+    """{key: path below folder} of a shard that img2dataset wrote, a tar or a folder."""
+    path, plain = folder / f"{shard}.tar", folder / shard
+    if not path.exists() or path.is_dir():
+        names = [name.rpartition(".") for name in (os.listdir(plain) if plain.exists() else ())]
+        return {key: f"{shard}/{key}.{end}" for key, _, end in names if end.lower() in IMAGES}
+    with open(path, "rb", buffering=0, opener=utils.regular_file) as file:
+        images, _, damage, _ = split_members(Tar(file), with_json=False)
+    if damage:
+        raise InputError(f"metadata {path}: {damage}; download the shard again")
+    return {key: f"{shard}.tar/{m.name}@{m.offset}+{m.size}" for key, m in images.items()}
+
+
+def json_captions(data, keys):
+    """The captions in the fields `keys` of an object of JSON; a field may be a list of them."""
+    row = json.loads(data)
+    values = [row.get(key) for key in keys] if isinstance(row, dict) else []
+    return [text for value in values for text in (value if isinstance(value, list) else [value])]
+
+
+def captions_of(texts, keys):
+    """(captions, number of nulls) of a sample, by caption_texts. Raises Dropped without any.
+
+    Args:
+        texts: {"txt": bytes, "json": bytes} of the sample; None for one that was not read.
+        keys: fields of .json. A .txt has the caption if there are none, or if .json lacks them.
+    """
+    reason = Dropped("without a caption")
+    if keys and texts.get("json"):
+        try:
+            return caption_texts(json_captions(texts["json"], keys))
+        except (ValueError, RecursionError):
+            reason = Dropped("with a .json that does not parse")
+        except Dropped as error:
+            reason = error
+    if texts.get("txt"):
+        return caption_texts(texts["txt"].decode("utf-8-sig", errors="surrogateescape"))
+    if not keys and "json" in texts:
+        reason = Dropped("without a .txt (of a .json, name the fields of captions)")
+    raise reason
+
+
+def read_members(path, with_json):
+    """split_members of a file. Raises InputError if it is no tar at all."""
+    try:
+        if foreign := utils.foreign_kind(path):
+            raise InputError(f"metadata {path} {foreign}")
+        with open(path, "rb", buffering=0, opener=utils.regular_file) as file:
+            tar = Tar(file)
+            if tar.read(0, 8).startswith(MAGIC):
+                raise packed_tar(path)
+            return split_members(tar, with_json)
+    except OSError as error:
+        raise InputError(f"metadata {path}: {error.strerror}; check the file") from error
+
+
+def index_shard(path, root, keys):
+    """(record batch of its pairs in the order of the images, Counter of read_pairs, damage)."""
+    images, texts, damage, repeats = read_members(path, bool(keys))
+    if damage and damage.startswith("its header at byte 0 "):
+        raise InputError(f"metadata {path} is no tar; check the file")
+    if not images and not texts:
+        damage = damage or "it holds no sample"
+    counts = Counter({"without an image": len(texts.keys() - images.keys())})
+    counts["of a name that the shard has already"] = repeats
+    names, lists, prefix = [], [], os.path.relpath(path, root)
+    for key, image in images.items():
+        try:
+            captions, nulls = captions_of(texts.get(key, {}), keys)
+        except Dropped as error:
+            counts[str(error)] += 1
+            continue
+        names.append(f"{prefix}/{image.name}@{image.offset}+{image.size}")
+        lists.append(captions)
+        counts[NULLS] += nulls
+    counts[KEPT] = len(names)
+    return pa.record_batch([names, lists], SCHEMA), +counts, damage
+
+
+class Tasks(Dataset):
+    """The results of function(item), as a loader's workers compute them."""
+
+    def __init__(self, function, items):
+        self.function, self.items = function, items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.function(self.items[index])
+
+
+def same(value):
+    return value
+
+
+def in_parallel(function, items):
+    """function(item) of each item in order, by as many processes as there are cores."""
+    processes = min(len(os.sched_getaffinity(0)), len(items) // 4)
+    return DataLoader(
+        Tasks(function, items),
+        batch_size=None,
+        num_workers=processes,
+        collate_fn=same,
+        worker_init_fn=shield_worker,
+        generator=torch.Generator(),  # the workers' seeds use up no random number of the run
+    )
+
+
+class Shards:
+    """A source, as write_captions takes it, that is read by shard and in parallel.
+
+    Its facts also hold "lengths", the number of pairs of each shard, and "damaged", {path: reason}
+    of those that cannot be read to their end.
+    """
+
+    def __init__(self, paths, keys):
+        self.files, self.keys, self.root = Files(paths), list(keys), root_of(paths)
+
+    def chunks(self, facts, title):
+        """As infra.arrow's read_chunks: whole shards, of at least BATCH pairs together."""
+        lengths, counts = list(facts.get("lengths", [])), Counter(facts["counts"])
+        damaged, batches = dict(facts.get("damaged", {})), []
+        index = partial(index_shard, root=self.root, keys=self.keys)
+        results = in_parallel(index, self.files.paths[len(lengths) :])
+        with tqdm(desc=title, unit=" shards", disable=None, total=len(self.files.paths)) as bar:
+            bar.update(len(lengths))
+            for batch, found, damage in results:
+                path = self.files.paths[len(lengths)]
+                lengths.append(len(batch))
+                counts.update(found)
+                if damage:
+                    damaged[path] = damage
+                    first = next(iter(damaged.items()))
+                    counts["ends of damaged shards, the first that of {}: {}".format(*first)] += 1
+                batches.append(batch)
+                bar.update()
+                is_last = len(lengths) == len(self.files.paths)
+                if is_last or sum(map(len, batches)) >= BATCH:
+                    yield (
+                        pa.concat_batches(batches),
+                        facts
+                        | {
+                            "rows": sum(lengths),
+                            "counts": counts,
+                            "lengths": lengths,
+                            "damaged": damaged,
+                        },
+                    )
+                    batches = []
