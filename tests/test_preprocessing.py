@@ -106,70 +106,109 @@ def run(script, text):
     script.main(script.get_args_parser().parse_args(text.split()))
 
 
-def test_every_consumer_takes_the_models_own(form, seen, tiny, tmp_path):
-    size = form.image_size or 32
-    write_folders(tmp_path / "digits/train", each=2)
-    write_folders(tmp_path / "digits/test", each=2)
-    files = {split: [*(tmp_path / "digits" / split).rglob("*.png")] for split in ("train", "test")}
-    catalog, checkpoint = tmp_path / "catalog.json", tmp_path / "run/checkpoint.pt"
-    catalog.write_text(json.dumps({"digits": {"path": "digits", "type": "imagefolder"}}))
-    common = f"--catalog {catalog} --workers 0 --device cpu --output-dir {tmp_path}"
+class Stage:
+    """A model of the kind, small sets on disk, and the views of them that its towers must see."""
 
-    def views(split, resize, interpolation=form.interpolation):
-        return {central(path, size, resize, interpolation) for path in files[split]}
+    def __init__(self, form, folder):
+        self.form, self.folder, self.size = form, folder, form.image_size or 32
+        write_folders(folder / "digits/train", each=2)
+        write_folders(folder / "digits/test", each=2)
+        parts = ("train", "test")
+        self.files = {part: [*(folder / "digits" / part).rglob("*.png")] for part in parts}
+        self.catalog = folder / "catalog.json"
+        entry = {"path": "digits", "type": "imagefolder"}
+        self.catalog.write_text(json.dumps({"digits": entry}))
+        self.common = f"--catalog {self.catalog} --workers 0 --device cpu --output-dir {folder}"
+        self.longest = min(form.context_length, 48)  # tokens, cut to one of few lengths
 
+    def views(self, part, resize=None, interpolation=None):
+        resize, interpolation = resize or self.size, interpolation or self.form.interpolation
+        return {central(path, self.size, resize, interpolation) for path in self.files[part]}
+
+    def checkpoint(self):
+        model = models.create_model("SLIP_KIND", 8, 8)
+        args = {"model": "SLIP_KIND", "ssl_mlp_dim": 8, "ssl_emb_dim": 8}
+        state = {"state_dict": model.state_dict(), "args": args}
+        state["preprocessing"] = model.preprocessing.to_dict()
+        torch.save(state, self.folder / "c.pt")
+        return self.folder / "c.pt"
+
+    def pairs(self, texts):
+        """(COCO's captions file of the first test images, their folder)."""
+        images = [
+            path for path in self.files["test"] if path.parent == self.files["test"][0].parent
+        ]
+        names = [{"id": i, "file_name": path.name} for i, path in enumerate(images[: len(texts)])]
+        captions = [{"image_id": i, "caption": text} for i, text in enumerate(texts)]
+        path = self.folder / "captions.json"
+        path.write_text(json.dumps({"images": names, "annotations": captions}))
+        return path, root
+
+
+@pytest.fixture
+def stage(form, tmp_path):
+    return Stage(form, tmp_path)
+
+
+def test_training_takes_the_models_own(stage, seen, tiny):
+    """Views, captions, the zero-shot set, held-out pairs, and all of it in the checkpoint."""
+    form, size, folder = stage.form, stage.size, stage.folder
     rows = json.loads((tiny / "captions.json").read_text())["annotations"]
     rows = [row | {"caption": LONG} for row in rows]
-    (tmp_path / "long.json").write_text(json.dumps({"annotations": rows}))
-    longest = min(form.context_length, 48)  # tokens, cut to one of few lengths
+    (folder / "long.json").write_text(json.dumps({"annotations": rows}))
+    held_out, root = stage.pairs([LONG, "short"])
+    (root / "train2017").symlink_to(root)
     with seen.during():
-        extra = "--catalog", catalog, "--metadata", tmp_path / "long.json"
-        flags = train_flags(tiny, tmp_path / "run", *extra, model="SLIP_KIND")
+        extra = "--catalog", stage.catalog, "--metadata", folder / "long.json"
+        extra += "--val-metadata", held_out, "--val-root", root
+        flags = train_flags(tiny, folder / "run", *extra, model="SLIP_KIND")
         main.main(main.get_args_parser().parse_args(flags))
-    assert longest in seen.lengths and set(seen.lengths) <= {longest, *PROMPTS}
-    assert views("test", size) <= seen.pixels(form)
+    assert stage.longest in seen.lengths and set(seen.lengths) <= {stage.longest, *PROMPTS}
+    assert stage.views("test") <= seen.pixels(form)
     assert set(seen.crops) == {(size, form.interpolation)}
     assert set(seen.scales) == {(form.crop_min, 1.0), (0.08, 1.0)}
 
-    model, _ = load_model(checkpoint)
+    model, _ = load_model(folder / "run/checkpoint.pt")
     assert model.preprocessing == replace(form, image_size=size)
     gelu = type(model.transformer.resblocks[0].mlp.gelu)
     assert gelu is towers.ACTIVATIONS[form.activation]
     assert model.tokenizer(LONG).shape == (form.context_length,)
 
+
+def test_evaluations_take_the_models_own(stage, seen):
+    form, folder, checkpoint = stage.form, stage.folder, stage.checkpoint()
+    (folder / "prompts.json").write_text(json.dumps({"digits": [LONG + " {}"]}))
     with seen.during():
-        (tmp_path / "prompts.json").write_text(json.dumps({"digits": [LONG + " {}"]}))
-        flags = f"--datasets digits --templates {tmp_path}/prompts.json"
-        run(eval_zeroshot, f"--resume {checkpoint} {common} {flags}")
-    assert seen.pixels(form) == views("test", size)
+        flags = f"--datasets digits --templates {folder}/prompts.json"
+        run(eval_zeroshot, f"--resume {checkpoint} {stage.common} {flags}")
+    assert seen.pixels(form) == stage.views("test")
     assert set(seen.lengths) == {min(form.context_length, 43)}  # start, 40 words, class, end
 
-    captions = [{"image_id": 0, "caption": LONG}, {"image_id": 1, "caption": "short"}]
-    images = [{"id": i, "file_name": path.name} for i, path in enumerate(files["test"][:2])]
-    root = files["test"][0].parent
-    text = json.dumps({"images": images, "annotations": captions})
-    (tmp_path / "captions.json").write_text(text)
+    captions, root = stage.pairs([LONG, "short"])
     with seen.during():
-        flags = f"--captions {tmp_path}/captions.json --root {root} --output-dir {tmp_path}"
+        flags = f"--captions {captions} --root {root} --output-dir {folder}"
         run(eval_retrieval, f"--resume {checkpoint} {flags} --workers 0 --device cpu")
-    assert seen.pixels(form) <= views("test", size) and len(seen.pixels(form)) == 2
-    assert max(seen.lengths) == longest
+    assert seen.pixels(form) <= stage.views("test") and len(seen.pixels(form)) == 2
+    assert max(seen.lengths) == stage.longest
+
+
+def test_classifiers_take_the_models_own(stage, seen):
+    form, size, flags = stage.form, stage.size, f"--pretrained {stage.checkpoint()} {stage.common}"
+    flags += " --dataset digits --epochs 1 --batch-size 4"
+    with seen.during():
+        run(main_linear, f"{flags} --classifier knn")
+    assert seen.pixels(form) == stage.views("train") | stage.views("test")
 
     with seen.during():
-        run(main_linear, f"--pretrained {checkpoint} {common} --dataset digits --classifier knn")
-    assert seen.pixels(form) == views("train", size) | views("test", size)
-
-    with seen.during():
-        flags = f"{common} --dataset digits --epochs 1 --batch-size 4"
-        run(main_linear, f"--pretrained {checkpoint} {flags}")
-    assert views("test", round(size * 256 / 224)) <= seen.pixels(form)
+        run(main_linear, flags)
+    assert stage.views("test", round(size * 256 / 224)) <= seen.pixels(form)
     assert set(seen.crops) == {(size, form.interpolation)}
 
     with seen.during():
         flags += " --preset small --aa none --color-jitter 0 --mixup 0 --cutmix 0 --reprob 0"
-        run(main_finetune, f"--pretrained {checkpoint} {flags} --warmup-epochs 0")
+        run(main_finetune, f"{flags} --warmup-epochs 0")
     resize = main_finetune.resized_side(size)
-    assert views("test", resize, "bicubic") <= seen.pixels(form)
+    assert stage.views("test", resize, "bicubic") <= seen.pixels(form)
 
 
 def test_registries_hold_the_choices():
