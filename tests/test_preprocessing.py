@@ -135,9 +135,8 @@ class Stage:
 
     def pairs(self, texts):
         """(COCO's captions file of the first test images, their folder)."""
-        images = [
-            path for path in self.files["test"] if path.parent == self.files["test"][0].parent
-        ]
+        root = self.files["test"][0].parent
+        images = [path for path in self.files["test"] if path.parent == root]
         names = [{"id": i, "file_name": path.name} for i, path in enumerate(images[: len(texts)])]
         captions = [{"image_id": i, "caption": text} for i, text in enumerate(texts)]
         path = self.folder / "captions.json"
