@@ -134,7 +134,7 @@ def check_size(visual, size):
 def head_sizes(args, state_dict):
     """(hidden, output) width of the SimCLR head, if there is one."""
     layers = (state_dict.get(f"image_mlp.layer{i}.weight", torch.empty(0)) for i in (1, 3))
-    hidden, output = (len(layer) for layer in layers)
+    hidden, output = (layer.shape[0] if layer.ndim else 0 for layer in layers)
     return getattr(args, "ssl_mlp_dim", hidden), getattr(args, "ssl_emb_dim", output)
 
 

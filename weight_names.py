@@ -18,7 +18,7 @@ from pathlib import Path
 from infra import hub
 from model_configs import read_huggingface, read_open_clip
 from models import METHODS, parse_name
-from towers import TOWERS
+from towers import KNOWN, TOWERS
 from utils import InputError, read_json, read_json_object
 
 PRETRAINED = Path(__file__).with_name("pretrained.json")
@@ -74,6 +74,12 @@ def find_place(source):
     if tags and source == head and not os.path.exists(source):
         known = ", ".join(tags)
         raise InputError(f"{source} names no weights; give {source}:TAG, TAG of {known}, or a file")
+    if source in known_weights() and head not in TOWERS:
+        raise InputError(f"{source}: the text tower of {head} is not here; choose other weights")
+    if not rest and not os.path.exists(source) and not os.path.splitext(source)[1]:
+        raise InputError(
+            f"{source!r} is no file and no tower; check the path, or choose from {KNOWN}"
+        )
     if not rest or os.path.exists(source):
         return place_of_file(source)
     if rest in tags:

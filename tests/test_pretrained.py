@@ -190,6 +190,21 @@ def test_checkpoints_that_say_nothing_have_slips_form(tmp_path):
     assert found.preprocessing == replace(SLIP_PREPROCESSING, image_size=32)
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("positional_embedding", "visual.pos_embed", "visual.patch_embed.proj.weight"),
+        *("text_projection", "image_projection", "image_mlp.layer1.weight"),
+    ],
+)
+def test_a_number_in_the_place_of_a_tensor_is_one_line(tmp_path, key):
+    state = small("SLIP_SMALL").state_dict() | {key: torch.tensor(3.0)}
+    for source in (f"SLIP_SMALL:{save(tmp_path / 'x.pt', state)}", tmp_path / "x.pt"):
+        with pytest.raises(InputError, match="x.pt") as error:
+            load_model(source)
+        assert "\n" not in str(error.value)
+
+
 def test_a_slip_by_its_name(tmp_path):
     model = small("SLIP_SMALL")
     torch.save(model.state_dict(), tmp_path / "x.pt")
@@ -282,7 +297,8 @@ STRINGS = {
     "SMALL-quickgelu:gelu": "'gelu' is no tag of SMALL-quickgelu and no file; choose from own, or",
     "VITB16:zzz": "'zzz' is no tag of VITB16 and no file; give a file",
     "ViT-Z:openai": "unknown model 'CLIP_ViT-Z'; choose .*ViT-B-32",
-    "roberta-ViT-B-32:laion2b_s12b_b32k": "unknown model",
+    "roberta-ViT-B-32:laion2b_s12b_b32k": "the text tower of roberta-ViT-B-32 is not here; choose",
+    "ViT-B-33": "'ViT-B-33' is no file and no tower; check the path, or choose from .*ViT-B-32",
     "SMALL": "names no weights; give SMALL:TAG, TAG of own, gelu, or a file",
     "none.pt": "weights 'none.pt' is absent; check the path",
 }
