@@ -20,11 +20,11 @@ from infra.arrow import BATCH, KEPT, NULLS, SCHEMA
 from infra.braces import alternatives
 from infra.rows import MAX_LINE, Dropped, Files, caption_texts
 from infra.signals import shield_worker
-from infra.tars import Damage, Tar
+from infra.tars import BLOCK, Damage, Tar, is_sound
 from utils import InputError
 
 IMAGES = ("jpg", "jpeg", "png", "webp")  # endings of images, in any case
-PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".gz", ".zst")
+PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # of packed files
 
 # ---------------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ def find_shards(metadata):
 
 def check_names(part, paths):
     """Raises InputError unless `paths`, those of one source, are tars that exist."""
-    if packed := [path for path in paths if path.endswith(PACKED)]:
+    if packed := [path for path in paths if path.endswith((*PACKED, ".gz", ".zst"))]:
         raise packed_tar(packed[0])
     absent = [path for path in paths if not os.path.exists(path)]
     if not paths or len(absent) == len(paths):
@@ -126,8 +126,7 @@ def shard_images(folder, shard):
     if not path.exists() or path.is_dir():
         names = [name.rpartition(".") for name in (os.listdir(plain) if plain.exists() else ())]
         return {key: f"{shard}/{key}.{end}" for key, _, end in names if end.lower() in IMAGES}
-    with open(path, "rb", buffering=0, opener=utils.regular_file) as file:
-        images, _, damage, _ = split_members(Tar(file), with_json=False)
+    images, _, damage, _ = read_members(path, with_json=False)
     if damage:
         raise InputError(f"metadata {path}: {damage}; download the shard again")
     return {key: f"{shard}.tar/{m.name}@{m.offset}+{m.size}" for key, m in images.items()}
@@ -163,24 +162,29 @@ def captions_of(texts, keys):
 
 
 def read_members(path, with_json):
-    """split_members of a file. Raises InputError if it is no tar at all."""
+    """split_members of a file."""
+    with open(path, "rb", buffering=0, opener=utils.regular_file) as file:
+        return split_members(Tar(file), with_json)
+
+
+def check_begin(path):
+    """Raises InputError for a file that is no tar from its first bytes on; an empty one passes."""
     try:
         if foreign := utils.foreign_kind(path):
             raise InputError(f"metadata {path} {foreign}")
         with open(path, "rb", buffering=0, opener=utils.regular_file) as file:
-            tar = Tar(file)
-            if tar.read(0, 8).startswith(MAGIC):
-                raise packed_tar(path)
-            return split_members(tar, with_json)
+            head = file.read(BLOCK)
     except OSError as error:
         raise InputError(f"metadata {path}: {error.strerror}; check the file") from error
+    if head.startswith(MAGIC):
+        raise packed_tar(path)
+    if head.strip(b"\0") and not is_sound(head):
+        raise InputError(f"metadata {path} is no tar; check the file")
 
 
 def index_shard(path, root, keys):
     """(record batch of its pairs in the order of the images, Counter of read_pairs, damage)."""
     images, texts, damage, repeats = read_members(path, bool(keys))
-    if damage and damage.startswith("its header at byte 0 "):
-        raise InputError(f"metadata {path} is no tar; check the file")
     if not images and not texts:
         damage = damage or "it holds no sample"
     counts = Counter({"without an image": len(texts.keys() - images.keys())})
@@ -243,6 +247,8 @@ class Shards:
         """As infra.arrow's read_chunks: whole shards, of at least BATCH pairs together."""
         lengths, counts = list(facts.get("lengths", [])), Counter(facts["counts"])
         damaged, batches = dict(facts.get("damaged", {})), []
+        for path in self.files.paths:  # at once, and not after hours
+            check_begin(path)
         index = partial(index_shard, root=self.root, keys=self.keys)
         results = in_parallel(index, self.files.paths[len(lengths) :])
         with tqdm(desc=title, unit=" shards", disable=None, total=len(self.files.paths)) as bar:
