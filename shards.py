@@ -7,6 +7,8 @@ set as any other: each sample once an epoch, in an order that anyone can repeat.
 
 import json
 import os
+import threading
+import time
 from collections import Counter
 from functools import lru_cache, partial
 
@@ -220,6 +222,22 @@ def same(value):
     return value
 
 
+def follow_parent(worker):
+    """For a worker: shields it as any other, and ends it soon after its parent, however that ended.
+
+    Else it would wait for ever for someone to take its result, and keep the parent's locks.
+    """
+    shield_worker()
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def in_parallel(function, items):
     """function(item) of each item in order, by as many processes as there are cores."""
     processes = min(len(os.sched_getaffinity(0)), len(items) // 4)
@@ -228,7 +246,7 @@ def in_parallel(function, items):
         batch_size=None,
         num_workers=processes,
         collate_fn=same,
-        worker_init_fn=shield_worker,
+        worker_init_fn=follow_parent,
         generator=torch.Generator(),  # the workers' seeds use up no random number of the run
     )
 

@@ -2,9 +2,13 @@
 
 import io
 import json
+import multiprocessing
 import os
 import random
 import tarfile
+import time
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -336,6 +340,37 @@ def test_processes_and_one_agree_on_an_index(tmp_path, monkeypatch):
 
 def bad_shard():
     raise InputError("metadata x: bad")
+
+
+def large_result(folder, number):
+    (folder / str(os.getpid())).touch()
+    return bytes(2**20)  # more than a pipe holds
+
+
+def work_for_ever(folder):
+    os.sched_getaffinity = lambda process: {0, 1}
+    for _ in shards.in_parallel(partial(large_result, folder), range(8)):
+        time.sleep(60)
+
+
+def has_ended(process):
+    path = Path(f"/proc/{process}/stat")
+    return not path.exists() or path.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    """Even while nobody takes their results; else they would keep the lock of the index."""
+    parent = multiprocessing.get_context("fork").Process(target=work_for_ever, args=(tmp_path,))
+    parent.start()
+    end = time.monotonic() + 60
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < end:
+        time.sleep(0.05)
+    workers = [path.name for path in tmp_path.iterdir()]
+    parent.kill()
+    parent.join()
+    while not all(map(has_ended, workers)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert len(workers) == 2 and all(map(has_ended, workers))
 
 
 def test_an_index_goes_with_its_shards(tmp_path):
