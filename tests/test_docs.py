@@ -1,5 +1,6 @@
 """The pages: every command of ours in them is one that its script takes."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -82,3 +83,14 @@ def test_the_flags_that_are_set_beside_open_clips_are_ours():
     cells = [theirs if ours.startswith("the same") else ours for theirs, ours in rows]
     flags = {flag for cell in cells for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", cell)}
     assert len(flags) > 30 and flags <= known
+
+
+def test_class_names_and_prompts_of_imagenet_are_open_clips():
+    import open_clip
+
+    labels, templates = (
+        json.loads((ROOT / f).read_text()) for f in ("labels.json", "templates.json")
+    )
+    assert labels["imagenet"] == list(open_clip.IMAGENET_CLASSNAMES)
+    theirs = [template("dog") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    assert [prompt.format("dog") for prompt in templates["imagenet80"]] == theirs
