@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from helpers import train_flags
-from test_pretrained import save, small, small_clip, theirs  # noqa: F401
+from test_pretrained import assert_same_model, save, small, small_clip, theirs  # noqa: F401
 
 import eval_retrieval
 import eval_zeroshot
@@ -43,6 +43,22 @@ def test_the_scripts_take_foreign_weights(probed, tiny, tmp_path, capsys):
     assert {"linear.json", "knn-20.json", "finetune.json", "retrieval.json"} <= set(
         os.listdir(tmp_path)
     )
+
+
+def test_a_checkpoint_of_open_clips_trainer_opens(tmp_path, capsys):
+    """With all that its epoch_K.pt holds: DDP's prefix, optimizer and scaler."""
+    model = small("CLIP_SMALL-quickgelu")
+    weights = {f"module.{key}": value for key, value in theirs(model).items()}
+    parameters = [torch.nn.Parameter(value.clone()) for value in weights.values()]
+    optimizer = torch.optim.AdamW([{"params": parameters[:3]}, {"params": parameters[3:]}])
+    torch.stack([value.float().sum() for value in parameters]).sum().backward()
+    optimizer.step()
+    scaler = torch.amp.GradScaler("cpu").state_dict()
+    state = {"epoch": 3, "name": "2026_11_25-model_SMALL-lr_0.001", "state_dict": weights}
+    state |= {"optimizer": optimizer.state_dict(), "scaler": scaler}
+    path = save(tmp_path / "epoch_3.pt", state)
+    assert_same_model(load_model(f"SMALL-quickgelu:{path}")[0], model)
+    assert not capsys.readouterr().err
 
 
 def test_a_tag_of_timms_chooses_the_form(tmp_path, capsys):
