@@ -36,7 +36,7 @@ GUARD = """exec 3<&0 </dev/null
 exec 3<&-
 eval "$1"
 """
-DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, ArithmeticError)
+DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, ArithmeticError, RecursionError)
 DAMAGE += (zlib.error, lzma.LZMAError)
 
 

@@ -6,6 +6,7 @@ from itertools import chain, islice
 import lives
 import numpy as np
 import pytest
+import torch
 from helpers import assert_equal, encoded, rows, train, train_flags, write_shards, write_tar
 from test_resume import assert_same_run
 from test_stream_shards import bad_of, captions_of, open_loader, open_stream
@@ -14,6 +15,7 @@ import datasets
 import lanes
 from infra.run import Run
 from preprocessing import Preprocessing
+from stream_shards import Stream
 from utils import InputError
 
 
@@ -44,6 +46,53 @@ def test_each_sample_once_an_epoch(tmp_path, monkeypatch, capsys, lengths, ranks
     assert_equal(epochs[1], epochs[2])  # two runs
     assert epochs[0][1] != epochs[1][1]
     assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 7, 9, 16])
+def test_shards_are_dealt_out(number):
+    """Each to one lane, or in parts to several; anew in each epoch and turn."""
+    stream = Stream(list("abcdefg"), None, [], 70)
+
+    def deal(epoch, turn):
+        return [[*lanes.Lane(stream, 0, epoch, i, number, 0).shards(turn)] for i in range(number)]
+
+    for where in ((0, 0), (0, 1), (1, 0)):
+        shares = list(chain.from_iterable(deal(*where)))
+        parts = {url: parts for url, _, parts in shares}
+        assert set(parts) == set(stream.urls)
+        assert sorted(shares) == [(u, i, parts[u]) for u in stream.urls for i in range(parts[u])]
+        assert max(parts.values()) - min(parts.values()) <= 1
+    assert deal(0, 0) == deal(0, 0) and deal(0, 0) != deal(0, 1) != deal(1, 0) != deal(0, 0)
+
+
+def test_a_bad_image_is_replaced_by_the_next_pair_and_counts_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(lanes, "BUFFER", 1)
+    members = [m for i in range(6) for m in ((f"{i}.jpg", encoded(i)), (f"{i}.txt", b"x %d" % i))]
+    members[2], members[4], members[11] = ("1.jpg", b""), ("2.jpg", b"no image"), ("5.cls", b"")
+    write_tar(tmp_path / "a.tar", members)
+    stream = open_stream(f"pipe:cat {tmp_path}/a.tar", 5)
+    found = list(open_loader(stream, 1).start(0))
+    assert captions_of(found) == [0, 3, 3, 3, 4]
+    assert torch.equal(found[1]["image"], found[3]["image"])
+    assert [len(batch["bad"]) for batch in found] == [0, 1, 1, 0, 0]
+    # Two lanes in one shard: a pair that is dropped counts once.
+    two = [lanes.Lane(stream, 0, 0, i, 2, 0) for i in range(2)]
+    names = [[pair.name[-1] for pair in lane.read_part(0, *next(lane.shards(0)))] for lane in two]
+    assert names == [["0", "2", "4"], ["1", "3"]]
+    assert [len(lane.faults) for lane in two] == [1, 0]
+    # A lost shard is as long as those that were whole, or else as the mean of the epoch's samples.
+    for lane, lost in ((two[0], 3), (lanes.Lane(Stream(["x"], None, [], 9), 0, 0, 0, 1, 0), 7)):
+        lane.faults = []
+        lane.lose("pipe:x", 2, 1, "reason")
+        assert len(lane.faults) == lost
+
+
+def test_a_preview_is_the_start_of_the_first_epoch_and_ends_its_command(tmp_path):
+    loader = open_loader(open_stream("pipe:cat " + write_shards(tmp_path, [8]), 8), 8)
+    batch = loader.preview(5)
+    assert loader.loader.dataset.lane is None
+    (whole,) = loader.start(0)
+    assert torch.equal(batch["image"], whole["image"][:5])
 
 
 def test_lanes_by_far_more_than_shards(tmp_path):
