@@ -216,7 +216,8 @@ class Command:
                 os.killpg(self.process.pid, signal.SIGKILL)
         self.process.stdin.close()
         self.process.stdout.close()
-        self.process.wait()
+        with suppress(subprocess.TimeoutExpired):  # stuck storage may keep it from its end
+            self.process.wait(1)
 
 
 def read_pairs(url, keys):
@@ -237,11 +238,14 @@ def read_pairs(url, keys):
     try:
         members = command.members(is_wanted)
         for key, group in groupby(members, lambda member: member["fname"].rpartition(".")[0]):
-            found = {}
+            found, repeats = {}, 0
             for member in group:
                 kind = ending(member["fname"])
-                found.setdefault("image" if kind in IMAGES else kind, member)
+                kind = "image" if kind in IMAGES else kind
+                repeats += found.setdefault(kind, member) is not member
             name = f"{url}/{plain_name(key)}"
+            if repeats:
+                yield f"{name} has {repeats} members of a kind that came before"
             texts = {kind: m["data"] for kind, m in found.items() if kind != "image"}
             try:
                 captions, _ = captions_of(texts, keys)

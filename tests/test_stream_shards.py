@@ -64,12 +64,18 @@ def test_members_of_every_kind(tmp_path):
         ("d.jpg", jpeg),
         ("e.txt", b"text"),
         ("f.cls", b"7"),
+        ("g.jpg", jpeg),
+        ("g.png", png),
+        ("g.txt", b"first"),
+        ("g.txt", b"second"),
     ]
     path = write_tar(tmp_path / "a.tar", members)
     lost = ["d is without a caption", "e is without an image"]
+    lost += ["g has 2 members of a kind that came before"]
     a, c = ("a.b", jpeg, ["dots"]), ("c", png, ["text"])
     for command in (f"pipe:cat {path}", f"pipe:gzip -c {path}"):
-        assert pairs_of(command) == [a, c, *(f"{command}/{text}" for text in lost)]
+        told = [f"{command}/{text}" for text in lost]
+        assert pairs_of(command) == [a, c, *told, ("g", jpeg, ["first"])]
     assert pairs_of(f"pipe:cat {path}", "alt")[:2] == [a, ("c", png, ["one", "two"])]
     assert pairs_of(str(path))[:2] == [a, c]  # a file beside streams
 
