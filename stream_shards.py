@@ -13,6 +13,7 @@ import shlex
 import signal
 import subprocess
 import tarfile
+import time
 import zlib
 from collections import Counter
 from contextlib import suppress
@@ -28,6 +29,7 @@ from utils import InputError, positive_int
 SCHEMES = ("pipe", "http", "https")
 PATIENCE = 60.0  # seconds without a byte after which a command counts as hung
 RETRIES = 2  # of a shard, before its rest counts as lost
+PAUSE = 3.0  # seconds before each of them
 CHUNK = 2**16  # bytes
 
 # Ends the whole process group once stdin closes, as it does when the reader ends in any way.
@@ -278,3 +280,4 @@ def read_shard(url, keys):
         except Lost:
             if not left:
                 raise
+            time.sleep(PAUSE)

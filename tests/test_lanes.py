@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import assert_equal, encoded, rows, train, train_flags, write_shards, write_tar
 from test_resume import assert_same_run
-from test_stream_shards import bad_of, captions_of, open_loader, open_stream
+from test_stream_shards import bad_of, captions_of, open_loader, open_stream, without_pauses
 
 import datasets
 import lanes
@@ -17,6 +17,8 @@ from infra.run import Run
 from preprocessing import Preprocessing
 from stream_shards import Stream
 from utils import InputError
+
+__all__ = ["without_pauses"]  # a fixture of all tests here
 
 
 def set_ranks(monkeypatch, number, rank):

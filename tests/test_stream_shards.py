@@ -24,6 +24,11 @@ from utils import InputError
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def without_pauses(monkeypatch):
+    monkeypatch.setattr(stream_shards, "PAUSE", 0)
+
+
 def open_stream(metadata, samples=None, factors="", keys=(), is_resampled=False):
     return stream_shards.open_stream("webdataset", metadata, keys, samples, is_resampled, factors)
 
