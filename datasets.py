@@ -208,7 +208,10 @@ class EpochLoader:
         batch_size: samples per batch on this rank.
         workers: number of worker processes; they persist from epoch to epoch.
         augments_on_device: bool, whether the batches still need their "steps".
+        order: tells what the order depends on beside the seed; "": nothing.
     """
+
+    order = ""
 
     def __init__(self, dataset, sampler, batch_size, workers, device, collate_fn=None):
         self.images, self.batch_size, self.workers = len(dataset), batch_size, workers
@@ -240,6 +243,31 @@ class EpochLoader:
         return self.loader.collate_fn([self.loader.dataset[key] for key in keys])
 
 
+def count_batches(samples, batch_size, update_freq):
+    """The batches of an epoch on one rank, in whole updates.
+
+    Args:
+        samples: of the epoch, of all ranks.
+        batch_size: samples per rank and micro-batch.
+        update_freq: micro-batches per update.
+
+    Raises InputError if the samples are too few for one update.
+    """
+    world_size = get_world_size()
+    batches = samples // (batch_size * world_size)
+    if not batches:
+        raise InputError(
+            f"batch size {batch_size} on {world_size} ranks is more than the {samples} "
+            "training images; lower it"
+        )
+    if batches < update_freq:
+        raise InputError(
+            f"{update_freq} micro-batches per update are more than the {batches} batches of an "
+            "epoch; lower their number"
+        )
+    return batches - batches % update_freq
+
+
 def open_loader(dataset, batch_size, workers, device, update_freq=1, collate_fn=None, order=None):
     """The EpochLoader of this rank: whole updates of whole batches, shuffled anew every epoch.
 
@@ -254,19 +282,7 @@ def open_loader(dataset, batch_size, workers, device, update_freq=1, collate_fn=
 
     Raises InputError if the dataset is too small for one update.
     """
-    world_size = get_world_size()
-    batches = len(dataset) // (batch_size * world_size)
-    if not batches:
-        raise InputError(
-            f"batch size {batch_size} on {world_size} ranks is more than the {len(dataset)} "
-            "training images; lower it"
-        )
-    if batches < update_freq:
-        raise InputError(
-            f"{update_freq} micro-batches per update are more than the {batches} batches of an "
-            "epoch; lower their number"
-        )
-    batches -= batches % update_freq
-    shape = len(dataset), batch_size, batches, get_rank(), world_size
+    batches = count_batches(len(dataset), batch_size, update_freq)
+    shape = len(dataset), batch_size, batches, get_rank(), get_world_size()
     sampler = EpochSampler(*shape, dataset.seed, order)
     return EpochLoader(dataset, sampler, batch_size, workers, device, collate_fn)

@@ -16,9 +16,11 @@ import captions
 import catalog
 import datasets
 import engine
+import lanes
 import losses
 import models
 import pretrained
+import stream_shards
 import utils
 import warmup
 from evaluation import Evaluation
@@ -39,6 +41,7 @@ def get_args_parser():
     add("--csv-caption-key", default="title", help="caption column of --dataset csv")
     add("--json-caption-key", default=[], nargs="+", help="fields of .json in --dataset webdataset")
     add("--shuffle-window", default=16, type=natural, help="shards shuffled together; 0: all")
+    stream_shards.add_stream_flags(add)
     add("--augment", choices=("cpu", "device"), help="by default device on CUDA, else cpu")
     add("--archived-pixels", action="store_true", help="ignore EXIF's turns and transparency")
     add("--max-bad-fraction", default=0.01, type=number(float, 0, 1), help="of unreadable images")
@@ -125,25 +128,25 @@ def create_model(args):
 
 def open_loader(model, device, args):
     """The loader of one rank: whole updates of whole batches, shuffled anew every epoch."""
-    columns = (args.csv_img_key, args.csv_caption_key, *args.json_caption_key)
+    augment = args.augment or ("device" if device.type == "cuda" else "cpu")
+    form = model.preprocessing, args.seed, augment, args.allow_outside_root, args.archived_pixels
+    if "aug1" in model.views and args.batch_size * distributed.get_world_size() == 1:
+        raise InputError("--batch-size 1 is too few for the SimCLR head's batch norm; raise it")
+    collate = datasets.Collate(getattr(model, "tokenizer", None))
+    shape = args.batch_size, args.workers, device, args.update_freq, collate
+
+    weights = args.dataset_resampled, args.train_data_upsampling_factors
+    length, keys = args.train_num_samples, args.json_caption_key
+    if stream := stream_shards.open_stream(args.dataset, args.metadata, keys, length, *weights):
+        dataset = lanes.StreamDataset(stream, model.views, *form)
+        return lanes.open_loader(dataset, *shape)
+    columns = args.csv_img_key, args.csv_caption_key, *keys
     pairs = distributed.rank_zero_first(
         lambda: captions.load_captions(args.dataset, args.metadata, columns)
     )
-    augment = args.augment or ("device" if device.type == "cuda" else "cpu")
-    options = args.seed, augment, args.allow_outside_root, args.archived_pixels
-    root, form = args.root or pairs.root, model.preprocessing
-    dataset = datasets.CaptionDataset(pairs, root, model.views, form, *options)
-    if "aug1" in model.views and args.batch_size * distributed.get_world_size() == 1:
-        raise InputError("--batch-size 1 is too few for the SimCLR head's batch norm; raise it")
-    return datasets.open_loader(
-        dataset,
-        args.batch_size,
-        args.workers,
-        device,
-        args.update_freq,
-        datasets.Collate(getattr(model, "tokenizer", None)),
-        datasets.window_order(pairs.lengths, args.shuffle_window),
-    )
+    dataset = datasets.CaptionDataset(pairs, args.root or pairs.root, model.views, *form)
+    order = datasets.window_order(pairs.lengths, args.shuffle_window)
+    return datasets.open_loader(dataset, *shape, order)
 
 
 def picture_of_views(model, loader, columns=8):
@@ -229,7 +232,7 @@ def main(args):
     loader = open_loader(model, device, args)
     training = create_training(model, precision, len(loader) // args.update_freq, args)
 
-    facts = {"preprocessing": model.preprocessing.to_dict()}
+    facts = {"preprocessing": model.preprocessing.to_dict(), "order": loader.order}
     with Run(folder, training, args, {"state_dict": model}, **facts) as run:
         run.notes += notes
         run.resume(args.resume, check="--model", fixed=("init_from", "preprocessing"))

@@ -129,7 +129,7 @@ NEUTRAL |= {"activation_budget"}
 
 
 def describe_changes(state, facts):
-    """[a note on flags that a resumed run's checkpoint was not trained with], or []."""
+    """Notes on what a resumed run's checkpoint was not trained with: flags, the samples' order."""
 
     def spell(value):
         return repr(list(value) if isinstance(value, tuple) else value)[:80]
@@ -140,9 +140,16 @@ def describe_changes(state, facts):
         for name in new
         if name in old and name not in NEUTRAL and spell(old[name]) != spell(new[name])
     ]
-    if not changes:
-        return []
-    return [f"note: it was trained with other flags, those given now apply: {', '.join(changes)}"]
+    notes = []
+    if changes:
+        text = ", ".join(changes)
+        notes.append(f"note: it was trained with other flags, those given now apply: {text}")
+    if (before := state.get("order", "")) != (now := facts.get("order", "")):
+        notes.append(
+            f"note: the order of samples was that of {before or 'a set'}, now it is that of "
+            f"{now or 'a set'}: in an epoch that was begun, samples may come twice or not at all"
+        )
+    return notes
 
 
 def restore_optimizer(optimizer, saved, path, check):
