@@ -7,6 +7,8 @@ set as any other: each sample once an epoch, in an order that anyone can repeat.
 
 import json
 import os
+import threading
+import time
 from collections import Counter
 from functools import lru_cache, partial
 
@@ -20,11 +22,11 @@ from infra.arrow import BATCH, KEPT, NULLS, SCHEMA
 from infra.braces import alternatives
 from infra.rows import MAX_LINE, Dropped, Files, caption_texts
 from infra.signals import shield_worker
-from infra.tars import Damage, Tar
+from infra.tars import BLOCK, Damage, Tar, is_sound
 from utils import InputError
 
 IMAGES = ("jpg", "jpeg", "png", "webp")  # endings of images, in any case
-PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".gz", ".zst")
+PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # of packed files
 
 # ---------------------------------------------------------------------------------------------
@@ -56,7 +58,7 @@ def find_shards(metadata):
 
 def check_names(part, paths):
     """Raises InputError unless `paths`, those of one source, are tars that exist."""
-    if packed := [path for path in paths if path.endswith(PACKED)]:
+    if packed := [path for path in paths if path.endswith((*PACKED, ".gz", ".zst"))]:
         raise packed_tar(packed[0])
     absent = [path for path in paths if not os.path.exists(path)]
     if not paths or len(absent) == len(paths):
@@ -126,8 +128,7 @@ def shard_images(folder, shard):
     if not path.exists() or path.is_dir():
         names = [name.rpartition(".") for name in (os.listdir(plain) if plain.exists() else ())]
         return {key: f"{shard}/{key}.{end}" for key, _, end in names if end.lower() in IMAGES}
-    with open(path, "rb", buffering=0, opener=utils.regular_file) as file:
-        images, _, damage, _ = split_members(Tar(file), with_json=False)
+    images, _, damage, _ = read_members(path, with_json=False)
     if damage:
         raise InputError(f"metadata {path}: {damage}; download the shard again")
     return {key: f"{shard}.tar/{m.name}@{m.offset}+{m.size}" for key, m in images.items()}
@@ -163,24 +164,29 @@ def captions_of(texts, keys):
 
 
 def read_members(path, with_json):
-    """split_members of a file. Raises InputError if it is no tar at all."""
+    """split_members of a file."""
+    with open(path, "rb", buffering=0, opener=utils.regular_file) as file:
+        return split_members(Tar(file), with_json)
+
+
+def check_begin(path):
+    """Raises InputError for a file that is no tar from its first bytes on; an empty one passes."""
     try:
         if foreign := utils.foreign_kind(path):
             raise InputError(f"metadata {path} {foreign}")
         with open(path, "rb", buffering=0, opener=utils.regular_file) as file:
-            tar = Tar(file)
-            if tar.read(0, 8).startswith(MAGIC):
-                raise packed_tar(path)
-            return split_members(tar, with_json)
+            head = file.read(BLOCK)
     except OSError as error:
         raise InputError(f"metadata {path}: {error.strerror}; check the file") from error
+    if head.startswith(MAGIC):
+        raise packed_tar(path)
+    if head.strip(b"\0") and not is_sound(head):
+        raise InputError(f"metadata {path} is no tar; check the file")
 
 
 def index_shard(path, root, keys):
     """(record batch of its pairs in the order of the images, Counter of read_pairs, damage)."""
     images, texts, damage, repeats = read_members(path, bool(keys))
-    if damage and damage.startswith("its header at byte 0 "):
-        raise InputError(f"metadata {path} is no tar; check the file")
     if not images and not texts:
         damage = damage or "it holds no sample"
     counts = Counter({"without an image": len(texts.keys() - images.keys())})
@@ -216,6 +222,22 @@ def same(value):
     return value
 
 
+def follow_parent(worker):
+    """For a worker: shields it as any other, and ends it soon after its parent, however that ended.
+
+    Else it would wait for ever for someone to take its result, and keep the parent's locks.
+    """
+    shield_worker()
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def in_parallel(function, items):
     """function(item) of each item in order, by as many processes as there are cores."""
     processes = min(len(os.sched_getaffinity(0)), len(items) // 4)
@@ -224,7 +246,7 @@ def in_parallel(function, items):
         batch_size=None,
         num_workers=processes,
         collate_fn=same,
-        worker_init_fn=shield_worker,
+        worker_init_fn=follow_parent,
         generator=torch.Generator(),  # the workers' seeds use up no random number of the run
     )
 
@@ -243,6 +265,8 @@ class Shards:
         """As infra.arrow's read_chunks: whole shards, of at least BATCH pairs together."""
         lengths, counts = list(facts.get("lengths", [])), Counter(facts["counts"])
         damaged, batches = dict(facts.get("damaged", {})), []
+        for path in self.files.paths:  # at once, and not after hours
+            check_begin(path)
         index = partial(index_shard, root=self.root, keys=self.keys)
         results = in_parallel(index, self.files.paths[len(lengths) :])
         with tqdm(desc=title, unit=" shards", disable=None, total=len(self.files.paths)) as bar:

@@ -195,7 +195,8 @@ class Peer:
 
         split = {"nodesplitter": webdataset.split_by_node}
         samples = webdataset.WebDataset(self.paths, shardshuffle=100, empty_check=False, **split)
-        batches = samples.shuffle(SHUFFLE).map(self).batched(BATCH, collation_fn=self.collate)
+        full = samples.shuffle(SHUFFLE, initial=SHUFFLE)  # its buffer, before the first batch
+        batches = full.map(self).batched(BATCH, collation_fn=self.collate)
         return iter(webdataset.WebLoader(batches, batch_size=None, num_workers=self.workers))
 
 

@@ -42,12 +42,13 @@ def is_sound(header):
 
     The low half of Adler's checksum is that sum plus 1, modulo 65521, in a tenth of sum()'s time.
     """
+    if len(header) < BLOCK:
+        return False
     try:
-        stated = number_of(header[148:156])
+        total = number_of(header[148:156]) + sum(header[148:156]) - 8 * ord(" ")
     except ValueError:
         return False
-    total = stated + sum(header[148:156]) - 8 * ord(" ")
-    return len(header) == BLOCK and zlib.adler32(header) & 0xFFFF == (1 + total) % 65521
+    return zlib.adler32(header) & 0xFFFF == (1 + total) % 65521
 
 
 def is_header_of(header, name, size):

@@ -21,21 +21,21 @@ def check(root, *flags):
 
 
 def test_shards_and_their_faults_before_a_run(tmp_path, capsys):
-    pattern = write_shards(tmp_path, [300, 250])
+    pattern = write_shards(tmp_path, [254, 6])
     check(tmp_path, "--metadata", pattern)
     out = capsys.readouterr().out
     sizes = [os.path.getsize(tmp_path / f"0000{i}.tar") / 1e6 for i in (1, 0)]
-    assert out.startswith("webdataset           usable    550 images with captions in 2 shards")
-    assert "250 to 300 pairs and {:.1f} to {:.1f} MB; 256 decoded, ".format(*sizes) in out
-    assert out.endswith("images/s; 550 pairs kept, 0 rows dropped\n")
+    assert out.startswith("webdataset           usable    260 images with captions in 2 shards")
+    assert "6 to 254 pairs and {:.1f} to {:.1f} MB; 256 decoded, ".format(*sizes) in out
+    assert out.endswith("images/s; 260 pairs kept, 0 rows dropped\n")
 
     members = [("a.jpg", encoded(0)), ("a.txt", b"a"), ("a.png", encoded(0)), ("b.jpg", b"no")]
     write_tar(tmp_path / "00002.tar", [*members, ("b.txt", b"b"), ("c.txt", b"c"), ("d.jpg", b"")])
     cut = tmp_path / "00001.tar"
-    os.truncate(cut, cut.read_bytes().index(b"310.jpg") + 600)  # within the image
+    os.truncate(cut, cut.read_bytes().index(b"257.jpg") + 600)  # within the image
     check(tmp_path, "--metadata", f"{tmp_path}/{{00000..00002}}.tar")
     out = capsys.readouterr().out.splitlines()[-1]
-    assert "in 3 shards of 2 to 300 pairs" in out
+    assert "in 3 shards of 2 to 254 pairs" in out
     assert f"; {tmp_path}/00001.tar: it ends in the middle; 256 decoded" in out
     for reason in ("1 without an image", "1 without a caption", "1 of a name that the shard has"):
         assert reason in out
