@@ -46,7 +46,7 @@ def shuffled(items, rng, size):
 class Lane:
     """The pairs of one lane in an epoch, from number `place` on.
 
-    What lies before is read again, but no image of it is decoded. A lane that comes to the end of
+    Those before are read again, but no image of theirs is decoded. A lane that comes to the end of
     its shards continues with those of another permutation.
     """
 

@@ -21,6 +21,7 @@ from itertools import groupby
 
 from infra.braces import alternatives
 from infra.rows import Dropped
+from infra.tars import Follower
 from shards import IMAGES, MAGIC, captions_of, find_shards, plain_name
 from utils import InputError, positive_int
 
@@ -35,7 +36,7 @@ GUARD = """exec 3<&0 </dev/null
 exec 3<&-
 eval "$1"
 """
-DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, ArithmeticError)
+DAMAGE = (tarfile.TarError, OSError, EOFError, ValueError, ArithmeticError, RecursionError)
 DAMAGE += (zlib.error, lzma.LZMAError)
 
 
@@ -149,7 +150,7 @@ class Command:
     """The output of a command as a binary file; a URL is read by curl.
 
     webdataset's own pipe waits for ever for a command that hangs, leaves the children of its shell
-    alone, and loses what a failed command has said.
+    alone, and loses the output that a failed command has left.
     """
 
     def __init__(self, url):
@@ -166,7 +167,7 @@ class Command:
         )
         self.poll = select.poll()
         self.poll.register(self.process.stdout, select.POLLIN)
-        self.head, self.tail, self.is_over = b"", b"", False
+        self.head, self.is_over, self.follower = b"", False, Follower()
 
     def read(self, size):
         """Up to `size` bytes, none at the end. Raises Lost if it has to wait for too long."""
@@ -174,7 +175,8 @@ class Command:
             raise Lost(f"no byte for {PATIENCE:g} s")
         data = self.process.stdout.read(size)
         self.head = self.head or data[:8]
-        self.tail, self.is_over = (self.tail + data)[-tarfile.BLOCKSIZE :], not data
+        self.is_over = not data
+        self.follower.follow(data)
         return data
 
     def members(self, is_wanted):
@@ -184,16 +186,15 @@ class Command:
 
     def finish(self):
         """Raises Lost unless the command succeeds and behind the last member is the end mark."""
-        has_more = False
-        while data := self.read(CHUNK):
-            has_more |= bool(data.strip(b"\0"))
+        while self.read(CHUNK):
+            pass
         if code := self.exit_code():
             raise Lost(f"exit code {code}")
         if self.head.startswith(MAGIC):  # a packed tar has a sum of its own
             return
-        if has_more:
-            raise Lost("a damaged header, or data behind the end mark")
-        if self.tail.strip(b"\0"):
+        if self.follower.damage:
+            raise Lost(self.follower.damage)
+        if not self.follower.is_over:
             raise Lost("it ends in the middle")
 
     def exit_code(self):

@@ -129,7 +129,7 @@ NEUTRAL |= {"activation_budget"}
 
 
 def describe_changes(state, facts):
-    """Notes on what a resumed run's checkpoint was not trained with: flags, the samples' order."""
+    """Notes on flags and the order of samples that a resumed run's checkpoint did not have."""
 
     def spell(value):
         return repr(list(value) if isinstance(value, tuple) else value)[:80]

@@ -149,3 +149,39 @@ class Tar:
                 raise Damage("it ends in the middle")
             more, offset = block[504], offset + BLOCK
         return offset
+
+
+class Follower:
+    """Follows the headers of a tar as its bytes pass by to another reader.
+
+    Readers of streams take a damaged header for the end of the tar.
+
+    Attributes:
+        is_over: bool, whether the end mark has passed.
+        damage: the reason why members are out of reach; None without.
+    """
+
+    def __init__(self):
+        self.header, self.left = b"", 0  # a header's bytes so far; bytes of data before the next
+        self.is_over, self.damage = False, None
+
+    def follow(self, data):
+        at = 0
+        while at < len(data) and not (self.is_over or self.damage):
+            passed = min(self.left, len(data) - at)
+            self.left, at = self.left - passed, at + passed
+            part = data[at : at + BLOCK - len(self.header)]
+            self.header, at = self.header + part, at + len(part)
+            if len(self.header) == BLOCK:
+                self.pass_header(self.header)
+                self.header = b""
+        if self.is_over and data[at:].strip(b"\0"):
+            self.damage = "there is data behind its end mark"
+
+    def pass_header(self, header):
+        if not header.strip(b"\0"):
+            self.is_over = True
+        elif not is_sound(header):
+            self.damage = "a header is damaged"
+        elif header[156:157] not in WITHOUT_DATA:
+            self.left = -(-number_of(header[124:136]) // BLOCK) * BLOCK
