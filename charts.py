@@ -84,6 +84,7 @@ def draw_curves(runs):
         axes.set(xlabel="epoch", ylabel="R@1 (%)", ylim=(0, 100), title="Held-out pairs")
     for axes in (losses, accuracies, *recalls):
         axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         if axes.lines:  # given one by one, as a legend omits labels that begin with "_"
             axes.legend(axes.lines, [line.get_label() for line in axes.lines])
     return figure
