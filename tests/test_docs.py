@@ -5,6 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import benchmark
@@ -19,6 +20,7 @@ import make_dataset
 import models
 import report
 import run_with_submitit
+import utils
 from utils import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -94,3 +96,16 @@ def test_class_names_and_prompts_of_imagenet_are_open_clips():
     assert labels["imagenet"] == list(open_clip.IMAGENET_CLASSNAMES)
     theirs = [template("dog") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
     assert [prompt.format("dog") for prompt in templates["imagenet80"]] == theirs
+
+
+def test_the_schedule_of_datacomps_recipes_is_open_clips():
+    """Of samples, not epochs: warm-up for 500 updates, then half a cosine down to 0."""
+    recipes = [words for _, words in commands_of(OWN.read_text()) if "--dataset-resampled" in words]
+    for words, samples in zip(recipes, (12_800_000, 128_000_000), strict=True):
+        args = parse("main", words)
+        updates = args.train_num_samples // (8 * args.batch_size)
+        span = args.lr, args.lr_end, args.epochs, updates, args.warmup_epochs, args.lr_start
+        step, total = np.arange(samples // 4096), samples // 4096
+        cosine = 0.5 * (1 + np.cos(np.pi * (step - 500) / (total - 500)))
+        theirs = 5e-4 * np.where(step < 500, (step + 1) / 500, cosine)
+        np.testing.assert_allclose(utils.cosine_scheduler(*span), theirs, rtol=1e-9)
