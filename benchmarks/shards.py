@@ -17,7 +17,9 @@ import numpy as np
 
 import captions
 import datasets
+import lanes
 import models
+import stream_shards
 from benchmarks.data import BATCH, CPU, FORM, machine, make_picture, timed
 from infra.archives import read_file
 from tokenizer import SimpleTokenizer
@@ -87,8 +89,9 @@ def measure_index(folder, paths):
     whole = 10_000 * 10_000 / len(pairs) * len(paths)  # such shards in 10,000 of 10,000 samples
     print(
         f"index of {len(paths)} shards of {len(pairs) // len(paths):,} samples, {cores} processes\n"
-        f"  {rate:.2f} shards/s, {work:.3f} s of a core for each; 10,000 shards of 10,000 samples: "
-        f"{whole / rate / 60:.0f} minutes here, {whole * work / 16 / 60:.0f} on 16 idle cores"
+        f"  {rate:.2f} shards/s, {work:.3f} s of a core for each\n"
+        f"  10,000 shards of 10,000 samples: {whole / rate / 60:.0f} minutes here, "
+        f"{whole * work / 16 / 60:.0f} on 16 idle cores"
     )
     return pairs
 
@@ -208,6 +211,10 @@ def measure_loading(pairs, paths, args):
         order = datasets.window_order(pairs.lengths, window)
         options = BATCH, args.workers, CPU, 1, collate, order
         loaders[name] = datasets.open_loader(dataset, *options)
+    commands = "::".join(f"pipe:cat {path}" for path in paths)
+    stream = stream_shards.open_stream("webdataset", commands, [], len(pairs), False, "")
+    streamed = lanes.StreamDataset(stream, models.CLIP.views, FORM)
+    loaders["streamed"] = lanes.open_loader(streamed, BATCH, args.workers, CPU, 1, collate)
     rates = {name: [] for name in loaders}
     for epoch in range(args.rounds):
         for name, loader in loaders.items():
