@@ -47,9 +47,10 @@ def curve(run, key):
 
 
 def accuracy_curves(run):
-    """{label: curve} of the labelled sets of a log; that of the first set is the run's name."""
-    keys = in_order(run["log"])
-    curves = {run["name"]: curve(run, "test_acc1")} if "test_acc1" in keys else {}
+    """{label: curve} of the labelled sets of a log; runs may have another first set each."""
+    keys, first = in_order(run["log"]), first_set(run)
+    label = f"{run['name']}: {first}" if first else run["name"]
+    curves = {label: curve(run, "test_acc1")} if "test_acc1" in keys else {}
     for key in keys:
         if further := re.fullmatch("test_(.+)_acc1", key):
             curves[f"{run['name']}: {further[1]}"] = curve(run, key)

@@ -96,6 +96,12 @@ def write_shards(args):
 
 
 def split(args):
+    paths = {"--metadata": args.metadata, "--output": args.output, "--held-out": args.held_out}
+    for flag in ("--output", "--held-out"):
+        if not paths[flag].endswith(".arrow"):
+            raise InputError(f"{flag} {paths[flag]}: name it .arrow, by which main.py knows it")
+    if len(set(map(os.path.realpath, paths.values()))) < len(paths):
+        raise InputError(f"split writes two new files; {' and '.join(paths)} must differ")
     pairs = captions.load_captions(args.dataset, args.metadata, columns_of(args))
     print(hold_out(pairs, args.number, args.seed, args.output, args.held_out))
 

@@ -71,6 +71,16 @@ class HeldOutPairs(Dataset):
         self.max_bad_fraction, self.archived = max_bad_fraction, archived
         for path, _ in map(pairs.__getitem__, range(len(pairs))):
             check_inside(root, path, "held-out pairs: image", allow_outside)
+        self.check_begin()
+
+    def check_begin(self, number=20):
+        """Raises InputError if none of the first images can be read, and not after an epoch."""
+        rows = range(min(number, len(self)))
+        if all(self[row][1] < 0 for row in rows):
+            raise InputError(
+                f"none of the first {len(rows)} held-out images can be read; check the root; "
+                f"the first: {self.fault(0)}"
+            )
 
     def __len__(self):
         return len(self.pairs)
@@ -233,6 +243,9 @@ def open_pairs(model, args):
     """The HeldOutPairs of --val-metadata, None without that flag."""
     if not args.val_metadata:
         return None
+    is_same = os.path.realpath(args.val_metadata) == os.path.realpath(args.metadata)
+    if is_same and distributed.is_main_process():
+        print("note: --val-metadata is --metadata: its pairs are trained on, not held out")
     source = args.val_source or args.dataset
     columns = (args.csv_img_key, args.csv_caption_key, *args.json_caption_key)
     try:

@@ -4,7 +4,7 @@ import re
 
 from utils import InputError
 
-MAX_NAMES = 10**6  # of one range
+MAX_NAMES = 10**6  # of one range, and of a pattern
 
 
 def alternatives(pattern):
@@ -21,6 +21,8 @@ def alternatives(pattern):
             if len(parts) == 1:
                 inner = numbers(parts[0]) or ["{" + text + "}" for text in inner]
             ends = alternatives(pattern[at + 1 :])
+            if len(inner) * len(ends) > MAX_NAMES:
+                raise InputError(f"metadata {pattern} names over {MAX_NAMES:,} files; shorten it")
             return [pattern[:start] + text + end for text in inner for end in ends]
     return [pattern]
 

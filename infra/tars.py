@@ -12,6 +12,7 @@ from typing import NamedTuple
 BLOCK = 512  # bytes that headers and data are multiples of
 WINDOW = 2**13  # bytes read at once: the headers and captions between two images
 MAX_NAME = 2**20  # bytes of a pax header or a long name
+MAX_PADDING = 2**20  # bytes of zeros at the end; most write up to 10 KB
 
 REGULAR, WITHOUT_DATA = b"07\0", b"123456"  # types: files; links, devices, folders, pipes
 
@@ -99,6 +100,7 @@ class Tar:
         while True:
             header = self.read(at, BLOCK)
             if not header.strip(b"\0") and len(header) == BLOCK:
+                self.check_end(at)
                 return
             if len(header) < BLOCK:
                 mark = "its end mark is missing" if at else "it is empty"
@@ -126,6 +128,12 @@ class Tar:
                 pax, long_name = {}, None
                 if kind in REGULAR and not is_sparse and not name.endswith("/"):
                     yield Member(name, offset, size)
+
+    def check_end(self, at):
+        """Raises Damage if bytes follow the end mark: a tar appended by cat, or a hole of zeros."""
+        rest = self.read(at, min(self.size - at, MAX_PADDING))
+        if len(rest.strip(b"\0")) or self.size - at > MAX_PADDING:
+            raise Damage(f"bytes follow its end at {at}: zeros within it, or another tar")
 
     def read_pax(self, offset, size):
         try:

@@ -48,9 +48,9 @@ def test_curves_of_all_that_was_validated(shifted, tmp_path):
     losses, accuracies, recalls = charts.draw_curves(runs).axes
     assert lines_of(losses)["shifted: held-out pairs"] == [(1, 2.0), (2, 3.0), (3, 4.0)]
     assert lines_of(accuracies) == {
-        "shifted": [(1, 0.0), (2, 10.0), (3, 20.0)],
+        "shifted: imagenet": [(1, 0.0), (2, 10.0), (3, 20.0)],
         "shifted: imagenet_r": [(1, 0.0), (2, 5.0), (3, 10.0)],
-        "plain": [(1, 7.0), (2, 7.0)],
+        "plain: imagenet": [(1, 7.0), (2, 7.0)],
     }
     recall = [(1, 10.0), (2, 11.0), (3, 12.0)]
     assert lines_of(recalls) == {

@@ -18,8 +18,8 @@ def rows(path):
 
 
 def split(root, *flags):
-    flags = ["split", "--metadata", root / "t.csv", "--number", 7, *flags]
-    flags += ["--output", root / "train.arrow", "--held-out", root / "val.arrow"]
+    outputs = ["--output", root / "train.arrow", "--held-out", root / "val.arrow"]
+    flags = ["split", "--metadata", root / "t.csv", "--number", 7, *outputs, *flags]
     make_dataset.main(make_dataset.get_args_parser().parse_args([str(flag) for flag in flags]))
     return rows(root / "train.arrow"), rows(root / "val.arrow")
 
@@ -84,6 +84,19 @@ def test_too_many(table):
     with pytest.raises(InputError, match="has 1 images, too few to hold out 7"):
         split(table)
     assert not (table / "val.arrow").exists()
+
+
+@pytest.mark.parametrize("flag", ["--metadata", "--held-out"])
+def test_no_file_is_overwritten_by_the_other_part(table, flag):
+    train, _ = split(table)
+    with pytest.raises(InputError, match="--metadata and --output and --held-out must differ"):
+        split(table, flag, table / "train.arrow", "--output", table / "x" / ".." / "train.arrow")
+    assert rows(table / "train.arrow") == train
+
+
+def test_outputs_are_named_arrow(table):
+    with pytest.raises(InputError, match="--held-out val: name it .arrow"):
+        split(table, "--held-out", "val")
 
 
 def test_the_kind_of_a_set_is_any_source(table):

@@ -20,7 +20,6 @@ from captions import load_captions
 from datasets import CaptionDataset
 from infra import arrow, tars
 from infra.archives import read_file
-from infra.braces import alternatives
 from preprocessing import Preprocessing
 from utils import InputError
 
@@ -35,21 +34,6 @@ def rows_of(metadata, *keys):
         (path.partition(".tar/")[2].rpartition("@")[0], read_file(pairs.root, path), texts)
         for path, texts in found
     ]
-
-
-@pytest.mark.parametrize(
-    "pattern, names",
-    [
-        ("x.tar", "x.tar"),
-        ("{08..11}", "08 09 10 11"),
-        ("{0..10..5}{a,b}", "0a 0b 5a 5b 10a 10b"),
-        ("{cc3m,cc12m/{00000..00001}}.tar", "cc3m.tar cc12m/00000.tar cc12m/00001.tar"),
-        ("{2..0}/{x}{,y}", "2/{x} 2/{x}y 1/{x} 1/{x}y 0/{x} 0/{x}y"),
-        ("{a,b", "{a,b"),
-    ],
-)
-def test_patterns(pattern, names):
-    assert alternatives(pattern) == names.split(" ")
 
 
 def test_sources_are_patterns_folders_and_lists(tmp_path):
@@ -243,6 +227,22 @@ def test_damaged_shards_keep_their_whole_samples(tmp_path, capsys):
         "it is empty",
         "it holds no sample",
     ]
+
+
+@pytest.mark.parametrize("follows", ["tar", "hole", "zeros"])
+def test_bytes_behind_the_end_are_told(tmp_path, follows):
+    """Nothing is lost in silence behind zeros; those that fill a tar up are no damage."""
+    data = write_tar(tmp_path / "a.tar", [("a.jpg", JPEG), ("a.txt", b"x")]).read_bytes()
+    place = data.index(b"a.txt")
+    data = {
+        "tar": data * 2,
+        "hole": data[:place] + bytes(512) + data[place + 512 :],
+        "zeros": data + bytes(10240),
+    }[follows]
+    (tmp_path / "a.tar").write_bytes(data)
+    batch, _, damage = shards.index_shard(tmp_path / "a.tar", tmp_path, [])
+    assert len(batch) == (follows != "hole")
+    assert ("bytes follow its end" in (damage or "")) == (follows != "zeros")
 
 
 def test_random_damage_ends_in_time_and_in_one_line(tmp_path):

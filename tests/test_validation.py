@@ -123,6 +123,12 @@ def test_held_out_pairs_on_one_and_two_ranks(tiny, held_out, tmp_path, capsys):
     assert two.stdout.count("held-out pairs, left out: ") == 2
 
 
+def test_pairs_that_are_trained_on_are_told(tiny, tmp_path, capsys):
+    options = {"model": "CLIP_NANO8", "val": "none"}
+    train(tiny, tmp_path, "--val-metadata", tiny / "digits" / ".." / "captions.json", **options)
+    assert "note: --val-metadata is --metadata: its pairs are trained on" in capsys.readouterr().out
+
+
 def test_the_loss_is_the_mean_over_batches_of_a_stated_size(monkeypatch):
     monkeypatch.setattr(validation, "LOSS_BATCH", 4)
     image, text = F.normalize(torch.randn(2, 10, 6, dtype=torch.float64), dim=-1)
@@ -167,6 +173,7 @@ def test_memory_grows_with_the_pairs_alone(monkeypatch):
     "flags, match",
     [
         (["--max-bad-fraction", 0.1], "2 of the 12 held-out images cannot be read, .* 0.1; the fi"),
+        (["--val-root", "."], "none of the first 12 held-out .*; check the root; the first: image"),
         (["--val-root", "nowhere"], "--val-metadata: 'nowhere' is not a folder; give the folder"),
         (["--val-source", "laion"], "--val-metadata: unknown dataset 'laion'; choose from"),
         (["--val-metadata", "no.json"], "--val-metadata: .*no.json: No such file"),
