@@ -6,7 +6,8 @@ import textwrap
 
 import pytest
 import torch
-from helpers import rows, train
+from helpers import rows, train, train_flags
+from launch import run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from infra import logger
@@ -152,3 +153,21 @@ def test_without_the_package_nothing_is_written(tiny, tmp_path, monkeypatch):
     check_writers(["tensorboard"])
     with pytest.raises(InputError, match="argument --report-to: invalid choice: 'mlflow'"):
         train(tiny, tmp_path / "out", "--report-to", "mlflow", val="none")
+
+
+def test_the_package_itself_offline(tiny, tmp_path, monkeypatch):
+    """A run that resumes goes on under the same id; losses are those of a run without it."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name, extra in (("a", ["--report-to", "wandb"]), ("b", [])):
+        for epochs in (1, 2):
+            flags = train_flags(tiny, tmp_path / name, *extra, epochs=epochs)
+            run = run_script("main.py", flags)
+            assert run.returncode == 0, run.stderr
+    ids = [folder.name.rpartition("-")[2] for folder in tmp_path.glob("a/wandb/offline-run-*")]
+    own = json.loads((tmp_path / "a/wandb.json").read_text())["id"]
+    assert ids == [own, own]
+    kept = [{k: v for k, v in row.items() if "loss" in k} for row in rows(tmp_path / "a")]
+    assert len(kept) == 2 and kept == [
+        {k: v for k, v in row.items() if "loss" in k} for row in rows(tmp_path / "b")
+    ]
