@@ -233,7 +233,7 @@ def write_shards(rows, folder, per_shard):
     check_begin(rows)
     facts = [rows.signature(), len(rows), per_shard]
     record = os.path.join(utils.make_folder(folder), "conversion.json")
-    with utils.locked(record):
+    with utils.locked(record) as is_locked:
         if not os.path.exists(record) and not find_tars(folder):
             utils.write_json(record, facts)
         if not os.path.exists(record) or utils.read_json(record, "facts") != facts:
@@ -241,6 +241,8 @@ def write_shards(rows, folder, per_shard):
         numbers = range(-(-len(rows) // per_shard))
         done = [number for number in numbers if os.path.exists(shard_path(folder, number))]
         todo = sorted(set(numbers) - set(done))
+        for number in todo if is_locked else ():  # of a call that was killed, and large
+            utils.remove_temporaries(shard_path(folder, number), days=0)
         shape = {"rows": rows, "folder": folder, "per_shard": per_shard}
         counts, several, bad = Counter(), False, ""
         for function, own in ((count_shard, done), (write_shard, todo)):

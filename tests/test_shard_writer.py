@@ -155,7 +155,9 @@ def test_an_interrupted_call_resumes(tmp_path, capsys, monkeypatch):
         make(*flags, "--output", out)
     assert sorted(os.listdir(out)) == ["00000.tar", "00001.tar", "conversion.json"]
     capsys.readouterr()
+    (out / f"00002.tar.{'0' * 16}.tmp").touch()  # of a process that was killed
     make(*flags, "--output", out)
+    assert not list(out.glob("*.tmp"))
     assert "4 pairs kept, 1 rows dropped; 1 by an earlier call" in capsys.readouterr().out
     assert len(calls) == 4 + 1
     for i in range(3):
