@@ -261,7 +261,11 @@ def main(args):
             distributed.broadcast_buffers(model)
             is_best = False
             if validation and ((epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs):
-                stats |= validation.measure(model, evaluation, run.log.info_once)
+                try:
+                    stats |= validation.measure(model, evaluation, run.log.info_once)
+                except InputError:
+                    run.end_epoch(stats)  # what was trained is kept
+                    raise
                 score = stats.get("test_accuracy", 0.0)
                 is_best = score > run.state.best_acc1
                 run.state.best_acc1 = max(score, run.state.best_acc1)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import utils
-from infra.arrow import BATCH, KEPT, NULLS, SCHEMA
+from infra.arrow import BATCH, INSTEAD, KEPT, NULLS, SCHEMA
 from infra.braces import alternatives
 from infra.rows import MAX_LINE, Dropped, Files, caption_texts
 from infra.signals import shield_worker
@@ -142,7 +142,9 @@ def json_captions(data, keys):
 
 
 def captions_of(texts, keys):
-    """(captions, number of nulls) of a sample, by caption_texts. Raises Dropped without any.
+    """(captions, number of nulls, whether .txt stood in for .json) of a sample, by caption_texts.
+
+    Raises Dropped without any caption.
 
     Args:
         texts: {"txt": bytes, "json": bytes} of the sample; None for one that was not read.
@@ -151,13 +153,14 @@ def captions_of(texts, keys):
     reason = Dropped("without a caption")
     if keys and texts.get("json"):
         try:
-            return caption_texts(json_captions(texts["json"], keys))
+            return *caption_texts(json_captions(texts["json"], keys)), False
         except (ValueError, RecursionError):
             reason = Dropped("with a .json that does not parse")
         except Dropped as error:
             reason = error
     if texts.get("txt"):
-        return caption_texts(texts["txt"].decode("utf-8-sig", errors="surrogateescape"))
+        text = texts["txt"].decode("utf-8-sig", errors="surrogateescape")
+        return *caption_texts(text), bool(keys) and "json" in texts
     if not keys and "json" in texts:
         reason = Dropped("without a .txt (of a .json, name the fields of captions)")
     raise reason
@@ -194,13 +197,14 @@ def index_shard(path, root, keys):
     names, lists, prefix = [], [], os.path.relpath(path, root)
     for key, image in images.items():
         try:
-            captions, nulls = captions_of(texts.get(key, {}), keys)
+            captions, nulls, is_instead = captions_of(texts.get(key, {}), keys)
         except Dropped as error:
             counts[str(error)] += 1
             continue
         names.append(f"{prefix}/{image.name}@{image.offset}+{image.size}")
         lists.append(captions)
         counts[NULLS] += nulls
+        counts[INSTEAD] += is_instead
     counts[KEPT] = len(names)
     return pa.record_batch([names, lists], SCHEMA), +counts, damage
 

@@ -250,7 +250,7 @@ def read_pairs(url, keys):
                 yield f"{name} has {repeats} members of a kind that came before"
             texts = {kind: m["data"] for kind, m in found.items() if kind != "image"}
             try:
-                captions, _ = captions_of(texts, keys)
+                captions, *_ = captions_of(texts, keys)
             except Dropped as reason:
                 yield f"{name} is {reason}"
                 continue

@@ -24,6 +24,7 @@ TEXT = pa.large_string()
 SCHEMA = pa.schema([("image", TEXT), ("captions", pa.large_list(TEXT))])
 BATCH = 2**16  # rows read between two batches of the Arrow file
 KEPT, NULLS = "kept", "nulls"  # the counts of kept rows, and of nulls in their lists of captions
+INSTEAD = "instead"  # of kept rows whose captions were not in the named fields
 
 
 @dataclass
@@ -170,10 +171,12 @@ def merge_parts(output, source, key, folder):
 
 def describe(counts):
     """The result of write_captions in words."""
-    dropped = [pair for pair in counts.most_common() if pair[0] not in (KEPT, NULLS)]
+    dropped = [pair for pair in counts.most_common() if pair[0] not in (KEPT, NULLS, INSTEAD)]
     reasons = "".join(f"; {number:,} {reason}" for reason, number in dropped)
     total = sum(number for _, number in dropped)
     nulls = f"; {counts[NULLS]:,} nulls among the captions of others" if counts[NULLS] else ""
+    if counts[INSTEAD]:
+        nulls += f"; {counts[INSTEAD]:,} take their .txt, as .json lacks the fields named"
     return f"{counts[KEPT]:,} pairs kept, {total:,} rows dropped{reasons}{nulls}"
 
 

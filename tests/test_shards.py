@@ -130,7 +130,9 @@ def test_images_and_captions_of_every_kind(tmp_path, capsys):
     ):
         assert reason in out
     assert rows_of(tmp_path, "caption")[0][2] == ["json"]
-    assert "1 with a caption that is no text" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 with a caption that is no text" in out
+    assert "; 1 take their .txt, as .json lacks the fields named" in out
     found = rows_of(tmp_path, "alt", "n")
     assert [texts for *_, texts in found] == [["one", "two"], *(r[2] for r in rest), ["text"]]
     assert "3 nulls among the captions of others" in capsys.readouterr().out

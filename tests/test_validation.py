@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import PeakMemory, rows, train, train_flags, write_coco
+from helpers import PeakMemory, rows, train, train_flags, weights, write_coco
 from launch import run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -184,3 +184,8 @@ def test_bad_held_out_pairs(tiny, held_out, tmp_path, flags, match):
     with pytest.raises(InputError, match=match) as error:
         train(tiny, tmp_path / "out", *pair_flags(held_out), *flags, model="CLIP_NANO8", val="none")
     assert "\n" not in str(error.value)
+    # What is found after an epoch does not cost it; what is found before leaves nothing behind.
+    is_late = "--max-bad-fraction" in flags
+    assert (tmp_path / "out/checkpoint.pt").exists() == is_late
+    if is_late:
+        assert weights(tmp_path / "out")["epoch"] == 1
