@@ -113,21 +113,26 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start(script, flags, log, ranks=1):
+def start(script, flags, log, ranks=1, **environment):
     """Starts a script on several ranks; returns a Running per rank, with the log f"{log}{rank}"."""
-    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common = environment | {
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     return [
         Running(script, flags, f"{log}{r}", common | {"RANK": str(r), "LOCAL_RANK": str(r)})
         for r in range(ranks)
     ]
 
 
-def run_script(script, flags, ranks=1):
+def run_script(script, flags, ranks=1, **environment):
     """Runs a script on several ranks to its end.
 
     Returns returncode, the first that is not 0, and stdout and stderr, both the text of all ranks.
     """
-    running = start(script, flags, os.path.join(tempfile.mkdtemp(), "rank"), ranks)
+    log = os.path.join(tempfile.mkdtemp(), "rank")
+    running = start(script, flags, log, ranks, **environment)
     codes = [process.wait() for process in running]
     text = "".join(process.text() for process in running)
     return SimpleNamespace(returncode=next(filter(None, codes), 0), stdout=text, stderr=text)

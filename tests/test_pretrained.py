@@ -197,7 +197,8 @@ def test_checkpoints_that_say_nothing_have_slips_form(tmp_path):
         *("text_projection", "image_projection", "image_mlp.layer1.weight"),
     ],
 )
-def test_a_number_in_the_place_of_a_tensor_is_one_line(tmp_path, key):
+def test_a_number_in_the_place_of_a_tensor_is_one_line(tmp_path, key, monkeypatch):
+    monkeypatch.setattr(layouts, "CLIP_TOWERS", {"SMALL": ROW})  # the others take long to compare
     state = small("SLIP_SMALL").state_dict() | {key: torch.tensor(3.0)}
     for source in (f"SLIP_SMALL:{save(tmp_path / 'x.pt', state)}", tmp_path / "x.pt"):
         with pytest.raises(InputError, match="x.pt") as error:

@@ -155,14 +155,12 @@ def test_without_the_package_nothing_is_written(tiny, tmp_path, monkeypatch):
         train(tiny, tmp_path / "out", "--report-to", "mlflow", val="none")
 
 
-def test_the_package_itself_offline(tiny, tmp_path, monkeypatch):
+def test_the_package_itself_offline(tiny, tmp_path):
     """A run that resumes goes on under the same id; losses are those of a run without it."""
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
     for name, extra in (("a", ["--report-to", "wandb"]), ("b", [])):
         for epochs in (1, 2):
             flags = train_flags(tiny, tmp_path / name, *extra, epochs=epochs)
-            run = run_script("main.py", flags)
+            run = run_script("main.py", flags, WANDB_MODE="offline", WANDB_SILENT="true")
             assert run.returncode == 0, run.stderr
     ids = [folder.name.rpartition("-")[2] for folder in tmp_path.glob("a/wandb/offline-run-*")]
     own = json.loads((tmp_path / "a/wandb.json").read_text())["id"]
