@@ -231,7 +231,7 @@ def test_counts_equal_open_clips_and_the_tower_is_found(name):
 
 
 def test_a_tower_is_found_at_other_numbers_of_positions(monkeypatch):
-    rows = {name: CLIP_TOWERS[name] for name in ("ViT-L-14-336", "ViT-L-14", "RN50x16")}
+    rows = {name: CLIP_TOWERS[name] for name in ("ViT-L-14", "ViT-L-14-336", "RN50x16")}
     monkeypatch.setattr(layouts, "CLIP_TOWERS", rows)
     weights = on_meta("CLIP_ViT-L-14").state_dict()
     weights["positional_embedding"] = torch.empty(32, 768)
