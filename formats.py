@@ -20,6 +20,7 @@ from models import CLIP
 from tokenizer import END, START
 from towers import ACTIVATIONS, Tower, output_width
 from utils import InputError
+from weight_names import tower_of
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def write_open_clip(source, folder, home):
     is_native = vision is not None
     if not is_native:
         vision = timm_vision(source, folder, home)
-    tower = source.name.partition("_")[2]
+    tower = tower_of(source.name)
     config = {
         "model_cfg": {
             "embed_dim": model.embed_dim,

@@ -213,7 +213,6 @@ def train_probe(model, digest, splits, precision, args):
     loader = datasets.open_loader(
         LabelledViews(train, view, args.seed), args.batch_size, args.workers, precision.device
     )
-    before = digests(model.visual)
     probe = Probe(model, len(names)).to(precision.device)
     training = create_training(probe, precision, len(loader), args)
 
@@ -227,6 +226,7 @@ def train_probe(model, digest, splits, precision, args):
         if args.evaluate:
             return probe.score(test, evaluation), run.state.epoch
 
+        before = digests(probe.tower)
         run.start()
         run.log.info(
             f"{args.dataset}: {len(train)} images of {len(names)} classes, {len(loader)} updates "
@@ -248,7 +248,7 @@ def train_probe(model, digest, splits, precision, args):
             run.state.best_acc1 = max(run.state.best_acc1, summary["accuracy"])
             stats |= {"test_acc1": summary["acc1"], "test_acc5": summary["acc5"]}
             run.end_epoch(stats)
-    check_frozen(model.visual, before)
+    check_frozen(probe.tower, before)
     return ranking, run.state.epoch
 
 

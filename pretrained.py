@@ -20,12 +20,12 @@ import layouts
 from infra import checkpoint, weights
 from infra.distributed import is_main_process
 from infra.untrusted import SLACK, first_line, memory_limit
-from models import CLIP, METHODS, Method, parse_name
+from models import CLIP, Method, parse_name
 from preprocessing import SLIP_PREPROCESSING, Preprocessing
 from towers import CLIP_TOWERS, TOWERS, Tower, create_visual, find_tower, input_size, is_tower
 from transforms import CenterCrop, CropAndFlip, ToInput
 from utils import InputError
-from weight_names import find_place, full_name, list_pretrained, named, tower_of
+from weight_names import find_place, full_name, has_method, list_pretrained, named, tower_of
 
 __all__ = ["create_model_and_transforms", "list_pretrained", "load_model", "open_weights"]
 
@@ -198,7 +198,7 @@ def is_own_run(state, named):
         raise InputError(
             "it does not say which model it holds; its args need one, as 'SLIP_VITB16'"
         )
-    return isinstance(name, str) and name.partition("_")[0] in METHODS
+    return isinstance(name, str) and has_method(name)
 
 
 def of_run(source, place, content):

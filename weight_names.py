@@ -30,9 +30,14 @@ CONFIGS = {  # of a folder: its reader, and the names that the weights may have
 }
 
 
+def has_method(name):
+    """Whether a name is METHOD_TOWER and not a tower's alone."""
+    return name.partition("_")[0] in METHODS
+
+
 def full_name(name):
     """METHOD_TOWER, of itself or of a tower's name, which then is CLIP's."""
-    return name if name.partition("_")[0] in METHODS else f"CLIP_{name}"
+    return name if has_method(name) else f"CLIP_{name}"
 
 
 def tower_of(name):
@@ -121,11 +126,14 @@ def place_of_tag(source, row):
         raise InputError(
             f"{source}: {error}; download that file{also} elsewhere and give {name}:FILE"
         ) from error
-    return Place(path, name, form_of_row(row))
+    return place_of_row(path, row["tower"], row)
 
 
-def form_of_row(row):
-    return {"mean": row["mean"], "std": row["std"]}
+def place_of_row(path, tower, row):
+    """The Place of weights that pretrained.json lists."""
+    activation = "quick_gelu" if row["quick_gelu"] else "gelu"
+    form = {"mean": row["mean"], "std": row["std"], "activation": activation}
+    return Place(path, named(tower, row["quick_gelu"]), form)
 
 
 def place_of_file(path):
@@ -133,9 +141,7 @@ def place_of_file(path):
     for key, row in known_weights().items():
         is_release = row["url"] and "/releases/" in row["url"]
         if is_release and os.path.basename(path) == os.path.basename(row["url"]):
-            activation = "quick_gelu" if row["quick_gelu"] else "gelu"
-            form = form_of_row(row) | {"activation": activation}
-            return Place(path, named(key.partition(":")[0], row["quick_gelu"]), form)
+            return place_of_row(path, key.partition(":")[0], row)
     return Place(path)
 
 
