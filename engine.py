@@ -14,15 +14,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from diagnosis import count_bad, describe_fault, skip_update
 from infra.devices import Precision, Prefetcher
-from infra.distributed import (
-    all_gather_object,
-    all_reduce,
-    average_gradients,
-    broadcast_object,
-    get_rank,
-    get_world_size,
-)
+from infra.distributed import all_reduce, average_gradients, get_world_size
 from infra.logger import WRITERS
 from utils import InputError, get_rng_state, natural, not_negative, positive_int, set_rng_state
 
@@ -101,11 +95,14 @@ def accumulate_exact(training, micro_batches):
                 parts.append(t.model.forward_features(**views))
 
     # Heads and loss run once, on the features of all micro-batches.
-    features = {v: torch.cat([part[v] for part in parts]).requires_grad_() for v in parts[0]}
+    features = {v: torch.cat([part[v] for part in parts]) for v in parts[0]}
+    for x in features.values():
+        x.requires_grad_(x.is_floating_point())
     with t.precision.autocast():
         metrics = t.criterion(t.model.forward_head(features))
     t.precision.scaler.scale(metrics["loss"]).backward()
-    gradients = {view: iter(x.grad.split(len(parts[0][view]))) for view, x in features.items()}
+    trained = {view: x.grad for view, x in features.items() if x.grad is not None}
+    gradients = {view: iter(x.split(len(parts[0][view]))) for view, x in trained.items()}
 
     # The towers run again, from the same random states, and backward with the features' gradients.
     for batch, state in zip(micro_batches, states, strict=True):
@@ -113,6 +110,7 @@ def accumulate_exact(training, micro_batches):
         set_rng_state(state, t.precision.device)
         with t.precision.autocast():
             part = t.model.forward_features(**views)
+        part = {view: x for view, x in part.items() if x.requires_grad}  # of towers that train
         torch.autograd.backward(list(part.values()), [next(gradients[view]) for view in part])
     average_gradients(t.model, t.reduce_dtype)
     return {key: value.detach() for key, value in metrics.items()}
@@ -313,63 +311,3 @@ def train_one_epoch(training, loader, run, print_freq=10, max_bad_fraction=0.01)
             log_means(report)
     size = {"pairs": state.step * batch_size, "bad_samples": state.bad}
     return state.meters.averages(), state.speed() | size
-
-
-def count_bad(reasons, run, samples, fraction):
-    """Counts and names the samples that had to be replaced, on all ranks together.
-
-    Args:
-        reasons: a text for each such sample of this rank.
-        run: whose state counts them.
-        samples: of the epoch, on all ranks.
-        fraction: of these that may be replaced.
-
-    Raises InputError, on every rank at once, above that fraction.
-    """
-    if not all_reduce(torch.tensor(len(reasons))):
-        return
-    reasons = all_gather_object(reasons)
-    for reason in reasons:
-        run.log.info_once(f"replaced by the next sample: {reason}")
-    run.state.bad += len(reasons)
-    if run.state.bad > fraction * samples:
-        raise InputError(
-            f"{run.state.bad} of the epoch's {samples} samples cannot be read, more than the "
-            f"allowed fraction of {fraction:g}; the latest: {reasons[-1]}"
-        )
-
-
-def skip_update(training, metrics, sources, update, run):
-    """Counts and names an update that was not taken. Raises InputError if it is one too many."""
-    limit, state = training.skip_nonfinite, run.state
-    state.skipped += 1
-    fault = describe_fault([metrics["loss"].item()], [sources], update, run)
-    if state.skipped > limit:
-        raise InputError(f"more than {limit} updates of the run would be skipped: {fault}")
-    run.log.info(f"skipped, {state.skipped} of {limit}: {fault}")
-
-
-def describe_fault(losses, sources, update, run):
-    """Names the first loss that is not finite, or the gradient; lists its samples in a file.
-
-    Args:
-        losses: this rank's losses of its latest updates.
-        sources: the samples of each of these.
-        update: the number of the last of them.
-        run: whose log takes the file.
-
-    Returns the text, the same on every rank; all call it together.
-    """
-    faults = all_gather_object([(i, get_rank(), x) for i, x in enumerate(losses)])
-    faults = [fault for fault in faults if not np.isfinite(fault[2])]
-    i, rank, loss = min(faults, default=(len(losses) - 1, 0, None))
-    fault = "gradient is not finite" if loss is None else f"loss is {loss}"
-    update, epoch = update + i + 1 - len(losses), run.state.epoch
-    samples = all_gather_object([{"rank": get_rank(), **source} for source in sources[i]])
-    facts = {"update": update, "epoch": epoch, "rank": rank, "loss": str(loss)}
-    path = run.log.dump(f"nonfinite-{update}.json", {**facts, "samples": samples})
-    return (
-        f"{fault} at update {update} (epoch {epoch}) on rank {rank}; lower the learning rate, "
-        "lengthen warm-up or try precision fp32; its samples are listed in "
-        f"{broadcast_object(path)}"
-    )
