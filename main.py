@@ -30,6 +30,8 @@ from transforms import to_unit
 from utils import InputError, natural, not_negative, number, positive, positive_int
 from validation import add_validation_flags, evaluate_only, open_validation
 
+FIXED = ("init_from", "image_size", "preprocessing")  # flags and facts that a resumed run keeps
+
 
 def get_args_parser():
     parser = utils.ArgumentParser("main.py", "Pre-training of CLIP, SimCLR and SLIP models")
@@ -58,11 +60,11 @@ def get_args_parser():
     add("--ssl-scale", default=1.0, type=not_negative, help="weight of the SimCLR loss in SLIP")
     add("--ssl-temp", default=0.1, type=positive, help="temperature of the SimCLR loss")
     add("--gather-with-grad", action="store_true", help="full CLIP gradient on several ranks")
-    add(
-        "--init-from",
-        default="",
-        help="weights to start from: a file, NAME:TAG, see docs/weights.md",
-    )
+    add("--image-size", type=positive_int, help="pixels of a side; by default the tower's")
+    text = "share of a ViT's patches, below 1, that training leaves out"
+    add("--patch-dropout", default=0.0, type=number(float, 0, 1), help=text)
+    text = "weights to start from: a file, NAME:TAG, see docs/weights.md"
+    add("--init-from", default="", help=text)
     add("--resume", default="", help="checkpoint to resume; output-dir's own comes first")
 
     add = parser.add_argument_group("Optimization").add_argument
@@ -107,19 +109,22 @@ def output_folder(args):
 
 def create_model(args):
     """(model, notes): randomly initialised, but for all that it shares with --init-from."""
-    sizes = args.ssl_mlp_dim, args.ssl_emb_dim
-    if not args.init_from:
-        return models.create_model(args.model, *sizes), []
+    weights = open_initial_weights(args) if args.init_from else None
+    # Positions are resampled to the size of this run.
+    form = weights and replace(weights.tower.preprocessing, image_size=None)
+    sizes, tokens = (args.ssl_mlp_dim, args.ssl_emb_dim), (args.image_size, args.patch_dropout)
+    model = models.create_model(args.model, *sizes, form, *tokens)
+    return model, [weights.initialise(model)] if weights else []
+
+
+def open_initial_weights(args):
     try:
-        weights = pretrained.open_weights(args.init_from, args.model.partition("_")[2])
+        return pretrained.open_weights(args.init_from, args.model.partition("_")[2])
     except InputError:
         latest = os.path.join(args.output_dir, "checkpoint.pt")
         if not os.path.exists(latest):
             raise
-        weights = pretrained.open_weights(latest)  # a resumed run needs the former no more
-    form = replace(weights.tower.preprocessing, image_size=None)  # positions are resampled
-    model = models.create_model(args.model, *sizes, form)
-    return model, [weights.initialise(model)]
+        return pretrained.open_weights(latest)  # a resumed run needs the former no more
 
 
 # ---------------------------------------------------------------------------------------------
@@ -235,7 +240,7 @@ def main(args):
     facts = {"preprocessing": model.preprocessing.to_dict(), "order": loader.order}
     with Run(folder, training, args, {"state_dict": model}, **facts) as run:
         run.notes += notes
-        run.resume(args.resume, check="--model", fixed=("init_from", "preprocessing"))
+        run.resume(args.resume, check="--model", fixed=FIXED)
         # The picture first: if --root is wrong it fails before anything is written.
         is_pictured = run.is_new and distributed.is_main_process()
         picture = picture_of_views(model, loader) if is_pictured else None

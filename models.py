@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from infra.distributed import all_reduce_with_grad, get_world_size
+from infra.batch_norm import SyncBatchNorm
 from tokenizer import LENGTHS, create_tokenizer
 from towers import (
     KNOWN,
@@ -24,6 +24,7 @@ from towers import (
     input_size,
     is_convolutional,
     output_width,
+    resized,
 )
 from transforms import Augment, normalize, pack_steps, to_unit
 from utils import InputError
@@ -33,28 +34,6 @@ MAX_LOGIT_SCALE = 4.6052  # ln(100)
 
 # ---------------------------------------------------------------------------------------------
 # SimCLR head
-
-
-class SyncBatchNorm(nn.BatchNorm1d):
-    """Batch norm whose training statistics span all ranks, on CUDA and on the CPU alike.
-
-    (torch.nn.SyncBatchNorm refuses CPU tensors.) On one rank it is nn.BatchNorm1d.
-    """
-
-    def forward(self, x):  # (B, W)
-        if not self.training or get_world_size() == 1:
-            return super().forward(x)
-        with torch.autocast(x.device.type, enabled=False):
-            full = x if x.dtype == torch.float64 else x.float()
-            count = len(full) * get_world_size()
-            mean = all_reduce_with_grad(full.sum(0)) / count
-            centred = full - mean
-            var = all_reduce_with_grad(centred.square().sum(0)) / count
-            with torch.no_grad():  # running_var is the unbiased estimate, as in nn.BatchNorm1d
-                self.num_batches_tracked += 1
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(var * count / (count - 1), self.momentum)
-            return (centred * (var + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)
 
 
 class SIMCLRHead(nn.Module):
@@ -291,7 +270,9 @@ def list_models():
     return [f"{method}_{tower}" for method in METHODS for tower in TOWERS]
 
 
-def create_model(name, ssl_mlp_dim=4096, ssl_emb_dim=256, preprocessing=None):
+def create_model(
+    name, ssl_mlp_dim=4096, ssl_emb_dim=256, preprocessing=None, image_size=None, patch_dropout=0.0
+):
     """Builds a model by name, randomly initialised.
 
     Args:
@@ -299,10 +280,14 @@ def create_model(name, ssl_mlp_dim=4096, ssl_emb_dim=256, preprocessing=None):
         ssl_mlp_dim: hidden width of the SimCLR head, if the method has one.
         ssl_emb_dim: output width of that head.
         preprocessing: a Preprocessing other than that of the tower's row.
+        image_size: in pixels; None: that of the preprocessing, or else the tower's.
+        patch_dropout: share of a ViT's patches that training leaves out (FLIP, arXiv:2212.00794).
 
-    Raises InputError for an unknown name.
+    Raises InputError for an unknown name, and for a size or dropout that the tower cannot take.
     """
     method, tower = parse_name(name)
     if preprocessing:
         tower = replace(tower, preprocessing=preprocessing)
-    return method(tower, ssl_mlp_dim, ssl_emb_dim)
+    if patch_dropout:
+        tower = replace(tower, options=tower.options | {"patch_drop_rate": patch_dropout})
+    return method(resized(tower, image_size), ssl_mlp_dim, ssl_emb_dim)

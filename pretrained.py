@@ -22,7 +22,16 @@ from infra.distributed import is_main_process
 from infra.untrusted import SLACK, first_line, memory_limit
 from models import CLIP, Method, parse_name
 from preprocessing import SLIP_PREPROCESSING, Preprocessing
-from towers import CLIP_TOWERS, TOWERS, Tower, create_visual, find_tower, input_size, is_tower
+from towers import (
+    CLIP_TOWERS,
+    TOWERS,
+    Tower,
+    create_visual,
+    find_tower,
+    input_size,
+    is_tower,
+    resized,
+)
 from transforms import CenterCrop, CropAndFlip, ToInput
 from utils import InputError
 from weight_names import find_place, full_name, has_method, list_pretrained, named, tower_of
@@ -53,7 +62,6 @@ class Weights:
         sizes = head_sizes(self.args, self.state_dict)
         with bounded(self.path):
             model = self.method(resized(self.tower, image_size), *sizes)
-        check_size(model.visual, model.image_size)
         state = self.state_dict
         if image_size:
             state = image_towers.resample_positions(state, model.visual)
@@ -83,7 +91,6 @@ class Weights:
             raise InputError(
                 f"{path} holds {self.name}, whose image tower is no ViT; choose another"
             )
-        check_size(vit, input_size(vit))
         torch.nn.init.trunc_normal_(vit.head.weight, std=2e-5)
         torch.nn.init.zeros_(vit.head.bias)
         head = {f"head.{key}": value for key, value in vit.head.state_dict().items()}
@@ -121,16 +128,6 @@ class Weights:
         return hashlib.sha256(f"{digest} {self.name} {self.tower}".encode()).hexdigest()
 
 
-def check_size(visual, size):
-    """Raises InputError if the patches of a ViT, or a CLIP ResNet's strides, do not divide S."""
-    patch = getattr(getattr(visual, "patch_embed", None), "patch_size", 1)
-    patch = timm.layers.to_2tuple(patch)[0]  # XCiT's is a number
-    if isinstance(getattr(visual, "head", None), timm.layers.AttentionPool2d):
-        patch = 32
-    if size % patch:
-        raise InputError(f"image size {size} is no multiple of the patch of {patch} pixels")
-
-
 def head_sizes(args, state_dict):
     """(hidden, output) width of the SimCLR head, if there is one."""
     layers = (state_dict.get(f"image_mlp.layer{i}.weight", torch.empty(0)) for i in (1, 3))
@@ -141,12 +138,6 @@ def head_sizes(args, state_dict):
 def part_of(key):
     parts = {"visual": "image tower", "image_mlp": "SimCLR head"}
     return parts.get(key.partition(".")[0], "text tower and projections")
-
-
-def resized(tower, image_size):
-    form = tower.preprocessing
-    size = image_size or form.image_size
-    return replace(tower, preprocessing=replace(form, image_size=size))
 
 
 def open_weights(source, arch=None):
@@ -328,7 +319,6 @@ def create_model_and_transforms(name_or_path, pretrained=None, device="cpu", ima
     else:
         method, tower = parse_name(full_name(name_or_path))
         model = method(resized(tower, image_size), 4096, 256).eval()
-        check_size(model.visual, model.image_size)
     form = model.preprocessing
     training = CropAndFlip(form.image_size, form.crop_min, False, form.interpolation)
     return model.to(device), ToInput(training, form), ToInput(CenterCrop.of(form), form)

@@ -92,17 +92,47 @@ def find_tower(name):
     return TOWERS.get(name) or Tower(name)
 
 
+def resized(tower, image_size):
+    """The row for another image size in pixels; None: the same."""
+    form = tower.preprocessing
+    size = image_size or form.image_size
+    return replace(tower, preprocessing=replace(form, image_size=size))
+
+
 def create_visual(tower, **options):
     """The timm image tower without its classifier: images (B, 3, S, S) -> (B, W).
 
     Convolutional towers take images of any size; others have positions for tower's image size.
+    Raises InputError for a size or an option that the tower cannot take.
     """
-    options = {"num_classes": 0, **tower.options, **options}
-    sized = options | {"img_size": tower.preprocessing.image_size}
+    size, options = tower.preprocessing.image_size, {"num_classes": 0} | tower.options | options
     try:
-        return timm.create_model(tower.timm_name, **(sized if sized["img_size"] else options))
+        visual = build(tower.timm_name, options | ({"img_size": size} if size else {}))
     except TypeError:  # timm's convolutional towers know of no size
-        return timm.create_model(tower.timm_name, **options)
+        visual = build(tower.timm_name, options)
+    check_size(visual, size or input_size(visual))
+    return visual
+
+
+def build(timm_name, options):
+    try:
+        return timm.create_model(timm_name, **options)
+    except TypeError as error:
+        if "patch_drop_rate" not in str(error):
+            raise
+        raise InputError(f"{timm_name} cannot leave out patches; omit patch dropout") from error
+    except AssertionError as error:
+        raise InputError(f"{timm_name} of this image size: {error}; choose another") from error
+
+
+def check_size(visual, size):
+    """Raises InputError if the patches of a ViT, or a CLIP ResNet's strides, do not divide S."""
+    patch = getattr(getattr(visual, "patch_embed", None), "patch_size", 1)
+    patch = timm.layers.to_2tuple(patch)[0]  # XCiT's is a number
+    if isinstance(getattr(visual, "head", None), timm.layers.AttentionPool2d):
+        patch = 32
+    if size % patch:
+        raise InputError(f"image size {size} is no multiple of the patch of {patch} pixels")
 
 
 def output_width(visual):

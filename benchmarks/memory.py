@@ -14,7 +14,6 @@ from torch.overrides import TorchFunctionMode
 
 import losses
 import main as main_script
-import models
 from infra.devices import PRECISIONS
 
 GPUS = (24, 40, 80, 141)  # GB
@@ -87,7 +86,7 @@ def saved_activations(model, loss, views):
 def measure(args, batch_size, device=CUDA):
     """{part: bytes} of a training of main.py's flags with that batch on each GPU."""
     with torch.device("meta"):
-        model = models.create_model(args.model, args.ssl_mlp_dim, args.ssl_emb_dim)
+        model, _ = main_script.create_model(args)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     with FakeTensorMode():

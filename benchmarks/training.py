@@ -22,7 +22,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import captions
 import engine
 import main as main_script
-import models
 import utils
 import warmup
 from benchmarks import archived
@@ -98,7 +97,7 @@ class MeasuredTraining:
         self.args = args = main_script.get_args_parser().parse_args(variant.flags)
         self.device = distributed.init_distributed(args.device, args.dist_url)
         utils.seed_everything(args.seed)
-        model = models.create_model(args.model, args.ssl_mlp_dim, args.ssl_emb_dim)
+        model, _ = main_script.create_model(args)
         self.model = model.to(self.device)
         precision = devices.Precision(args.precision, self.device)
         self.training = main_script.create_training(self.model, precision, UPDATES, args)

@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import default_collate
 
 import main
-import models
 import tests.warm  # noqa: F401
 from infra import devices, distributed, logger
 from infra.logger import SilentLog
@@ -180,8 +179,10 @@ def exact_training(name, k, exact=True, seed=0, flags=()):
         f"--accum {'exact' if exact else 'plain'}".split()
         + list(flags)
     )
-    model = models.create_model(name, args.ssl_mlp_dim, args.ssl_emb_dim).double()
-    t = main.create_training(model, devices.Precision("fp32", torch.device("cpu")), 1, args)
+    model, _ = main.create_model(args)
+    t = main.create_training(
+        model.double(), devices.Precision("fp32", torch.device("cpu")), 1, args
+    )
     t.prefetcher.prepare = lambda batch: batch
     return t
 

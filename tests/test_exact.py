@@ -72,11 +72,12 @@ def test_gradients_summed_in_bf16_are_rounded_and_equal_on_all_ranks(exact, two_
     assert 0 < error < 2**-7
 
 
-def test_towers_see_the_same_random_state_twice():
+@pytest.mark.parametrize("option", ["drop_path_rate", "patch_drop_rate"])
+def test_towers_see_the_same_random_state_twice(option):
     t = exact_training("SLIP_VITTINY8", 3)
     torch.manual_seed(0)
     t.model.visual = timm.create_model(
-        "vit_tiny_patch16_224", num_classes=0, drop_path_rate=0.5, **TINY_VIT
+        "vit_tiny_patch16_224", num_classes=0, **{option: 0.5}, **TINY_VIT
     ).double()
     t.model.train()
     towers, seen = t.model.forward_features, []

@@ -17,7 +17,8 @@ import main_finetune
 import main_linear
 import models
 from preprocessing import IMAGENET_MEAN
-from pretrained import check_size, create_model_and_transforms, load_model, open_weights
+from pretrained import create_model_and_transforms, load_model, open_weights
+from towers import check_size
 from utils import InputError
 
 

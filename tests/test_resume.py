@@ -88,7 +88,7 @@ def test_so_does_one_on_shards(tiny, tmp_path, ranks=3, workers=2):
 @pytest.mark.parametrize(
     "extra",
     [
-        ["--update-freq", 2, "--accum", "exact"],
+        ["--update-freq", 2, "--accum", "exact", "--image-size", 16, "--patch-dropout", 0.5],
         ["--update-freq", 2, "--precision", "fp16"],
         ["--precision", "bf16", "--clip-grad-norm", 1, "--augment", "device"],
     ],
