@@ -172,9 +172,7 @@ def describe(source, data, args, notes):
         f"mean {mean}, deviation {std}",
     ]
     if isinstance(source.model, CLIP):
-        lines.append(
-            f"- Texts: CLIP's tokenizer, {form.context_length} tokens; activation {form.activation}"
-        )
+        lines.append(f"- Texts: {describe_text(source.model)}")
     if method in ("SIMCLR", "SLIP"):
         lines.append("- The SimCLR head is left out")
     folder = Path(args.output).name
@@ -185,6 +183,13 @@ def describe(source, data, args, notes):
         lines += ["", "| set | evaluation | % |", "|---|---|---|"]
         lines += [f"| {' | '.join(row)} |" for row in scores]
     return "\n".join(lines) + "\n"
+
+
+def describe_text(model):
+    form = model.preprocessing
+    if model.text:
+        return f"the tokenizer of {model.text.source.name}, {form.context_length} tokens, padded"
+    return f"CLIP's tokenizer, {form.context_length} tokens; activation {form.activation}"
 
 
 def main(args):

@@ -16,6 +16,7 @@ from torch import nn
 import layouts
 import utils
 from infra.checkpoint import describe_mismatches, mismatches
+from model_configs import TEXT_FOLDER
 from models import CLIP
 from tokenizer import END, START
 from towers import ACTIVATIONS, Tower, output_width
@@ -104,6 +105,7 @@ def vit_sizes(visual):
 
 
 def text_sizes(model):
+    """Of CLIP's text tower."""
     block = model.transformer.resblocks[0]
     vocabulary, width = model.token_embedding.weight.shape
     return {
@@ -136,24 +138,19 @@ def timm_args(source):
 
 def write_open_clip(source, folder, home):
     require_text(source, "open_clip")
-    model, form, text = source.model, source.form, text_sizes(source.model)
+    model, form = source.model, source.form
     vision = own_vision(model)
     is_native = vision is not None
     if not is_native:
         vision = timm_vision(source, folder, home)
     tower = tower_of(source.name)
+    activation = activation_of(model.visual) if is_native and model.text else form.activation
     config = {
         "model_cfg": {
             "embed_dim": model.embed_dim,
-            "quick_gelu": form.activation == "quick_gelu",  # of timm's towers: the text's alone
+            "quick_gelu": activation == "quick_gelu",  # of timm's towers: the text's alone
             "vision_cfg": {"image_size": form.image_size} | vision,
-            "text_cfg": {
-                "context_length": text["length"],
-                "vocab_size": text["vocabulary"],
-                "width": text["width"],
-                "heads": text["heads"],
-                "layers": text["layers"],
-            },
+            "text_cfg": hf_text(model, folder, home) if model.text else own_text(model),
         },
         "preprocess_cfg": {
             "size": form.image_size,
@@ -168,7 +165,37 @@ def write_open_clip(source, folder, home):
     weights = layouts.to_open_clip(model.state_dict(), is_native)
     save_tensors(folder / "open_clip_model.safetensors", weights)
     is_bound = vision.get("timm_model_name") == f"local-dir:{home}"
-    return [MOVED] if is_bound else []
+    return [MOVED] * is_bound + [MOVED_TEXT] * bool(model.text)
+
+
+def own_text(model):
+    """open_clip's text_cfg of CLIP's text tower."""
+    text = text_sizes(model)
+    return {
+        "context_length": text["length"],
+        "vocab_size": text["vocabulary"],
+        "width": text["width"],
+        "heads": text["heads"],
+        "layers": text["layers"],
+    }
+
+
+def hf_text(model, folder, home):
+    """The same of Hugging Face's: its configuration and tokenizer lie in a folder below.
+
+    open_clip looks for the tokenizer in the folder itself.
+    """
+    model.text.source.write(folder / TEXT_FOLDER)
+    model.text.source.write_tokenizer(folder)
+    name = str(home / TEXT_FOLDER)
+    return {
+        "hf_model_name": name,
+        "hf_tokenizer_name": name,
+        "hf_model_pretrained": False,
+        "hf_proj_type": "mlp",
+        "hf_pooler_type": "mean_pooler",
+        "context_length": model.preprocessing.context_length,
+    }
 
 
 # For the README of a folder whose config names the folder itself.
@@ -180,6 +207,13 @@ arguments from no other place. After moving the folder run this in it:
     json.dump(config, open(name, 'w'), indent=1)"
 
 On Hugging Face's hub the name is 'hf-hub:ORGANISATION/NAME', of the repository itself."""
+MOVED_TEXT = """The text tower's configuration and tokenizer are in the folder text, which
+open_clip_config.json names by its path. After moving the folder run this in it:
+
+    python -c "import json, os; name = 'open_clip_config.json'; config = json.load(open(name)); \\
+    text = dict.fromkeys(('hf_model_name', 'hf_tokenizer_name'), os.path.abspath('text')); \\
+    config['model_cfg']['text_cfg'].update(text); json.dump(config, open(name, 'w'), indent=1)"
+"""
 
 
 def own_vision(model):
@@ -190,8 +224,10 @@ def own_vision(model):
         layers = [len(stage) for stage in visual.stages]
         head_width = width * 32 // visual.head.num_heads
         return {"layers": layers, "width": width, "head_width": head_width}
-    if unlike_clip(model) or activation_of(visual) != model.preprocessing.activation:
-        return None  # open_clip's own ViT has that of the text tower
+    if unlike_clip(model):
+        return None
+    if not model.text and activation_of(visual) != model.preprocessing.activation:
+        return None  # open_clip's own ViT has that of CLIP's text tower
     sizes = vit_sizes(visual)
     return {
         "layers": sizes["layers"],
@@ -265,7 +301,8 @@ def write_timm_config(source, args, folder):
 def write_huggingface(source, folder, home):
     require_text(source, "transformers' CLIPModel")
     model, form = source.model, source.form
-    if faults := unlike_clip(model):
+    text = [f"the text tower {model.text.source.name}"] if model.text else []
+    if faults := unlike_clip(model) + text:
         parts = " and ".join(faults)
         raise InputError(
             f"{source.name} has {parts}, which transformers' CLIPModel cannot express; choose "

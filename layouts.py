@@ -12,7 +12,8 @@ import torch
 
 from infra.checkpoint import describe_mismatches, mismatches
 from models import CLIP
-from towers import CLIP_TOWERS
+from text_models import with_text_model
+from towers import CLIP_TOWERS, HF_TOWERS
 from utils import InputError
 
 # ---------------------------------------------------------------------------------------------
@@ -37,7 +38,7 @@ OPEN_CLIP_TEXT = {
         "text_projection",
         "logit_scale",
     )
-}
+} | {"text.**": "text.**"}  # the latter of Hugging Face's text towers
 OPEN_CLIP_VIT = OPEN_CLIP_TEXT | {
     "visual.class_embedding": "visual.cls_token",
     "visual.positional_embedding": "visual.pos_embed",
@@ -125,6 +126,7 @@ MORE_AXES = {
 }
 SURPLUS = re.compile(  # constants of their models, no weights
     r"(text\.)?attn_mask|input_resolution|context_length|vocab_size|"
+    r"text\.transformer\.embeddings\.position_ids|"
     r"(text|vision)_model\.embeddings\.position_ids"
 )
 POSITIONS = {"positional_embedding": 0, "visual.pos_embed": 1, "visual.head.pos_embed": 0}  # T
@@ -180,14 +182,20 @@ def to_theirs(state_dict, names):
 # open_clip and OpenAI
 
 
+def has_hf_text(tensors):
+    """Whether the text tower of a state dict, ours or open_clip's, is Hugging Face's."""
+    return any(key.startswith("text.proj.") for key in tensors)
+
+
 def from_open_clip(tensors):
     """The state dict of our CLIP, from open_clip's or OpenAI's.
 
-    The image tower is a ViT, a modified ResNet or one of timm's (visual.trunk); the keys of the
+    The image tower is a ViT, a modified ResNet or one of timm's (visual.trunk); the keys of CLIP's
     text tower are flat or below "text.". Raises InputError for another layout.
     """
+    flat = "" if has_hf_text(tensors) else "text."
     tensors = {
-        key.removeprefix("text."): value
+        key.removeprefix(flat): value
         for key, value in tensors.items()
         if not SURPLUS.fullmatch(key)
     }
@@ -274,26 +282,37 @@ def native_size(state_dict):
     return patch.shape[-1] * math.isqrt(positions.shape[1])
 
 
-def match_tower(tensors):
-    """The name of the row of CLIP_TOWERS whose CLIP a state dict in our layout fits.
+def candidates(tensors, text_model):
+    """{name: row} of the rows whose CLIP a state dict in our layout may fit.
+
+    text_model: the TextModel beside the weights, which takes the place of the rows' own.
+    """
+    if has_hf_text(tensors):
+        rows = CLIP_TOWERS if text_model else HF_TOWERS
+        return {k: with_text_model(row, text_model or row.text_model) for k, row in rows.items()}
+    shapes = {key: value.shape for key, value in tensors.items()}
+    layers = len({key.split(".")[2] for key in shapes if key.startswith("transformer.resblocks.")})
+    alike = {
+        name: row
+        for name, row in CLIP_TOWERS.items()
+        if shapes.get("text_projection") == (row.text_width, row.embed_dim)
+        and layers == row.text_layers
+        and ("image_projection_bias" in shapes) == row.projection_bias
+    }
+    return alike or CLIP_TOWERS
+
+
+def match_tower(tensors, text_model=None):
+    """The name of the row whose CLIP a state dict in our layout fits.
 
     Numbers of positions may differ; a row with equal ones comes first.
 
     Raises InputError naming the first keys that fit none.
     """
-    shapes = {key: value.shape for key, value in tensors.items()}
-    layers = len({key.split(".")[2] for key in shapes if key.startswith("transformer.resblocks.")})
-    alike = [
-        name
-        for name, row in CLIP_TOWERS.items()
-        if shapes.get("text_projection") == (row.text_width, row.embed_dim)
-        and layers == row.text_layers
-        and ("image_projection_bias" in shapes) == row.projection_bias
-    ]
     fits = []
-    for name in alike or CLIP_TOWERS:
+    for name, row in candidates(tensors, text_model).items():
         with torch.device("meta"):
-            own = CLIP(CLIP_TOWERS[name]).state_dict()
+            own = CLIP(row).state_dict()
         faults, resized = misfits(own, tensors)
         fits.append((sum(map(len, faults.values())), len(resized), name, faults))
         if not faults and not resized:

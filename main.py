@@ -16,10 +16,10 @@ import captions
 import catalog
 import datasets
 import engine
+import initial
 import lanes
 import losses
 import models
-import pretrained
 import stream_shards
 import utils
 import warmup
@@ -30,7 +30,12 @@ from transforms import to_unit
 from utils import InputError, natural, not_negative, number, positive, positive_int
 from validation import add_validation_flags, evaluate_only, open_validation
 
-FIXED = ("init_from", "image_size", "preprocessing")  # flags and facts that a resumed run keeps
+FIXED = (
+    "init_from",
+    "image_size",
+    "text_model",
+    "preprocessing",
+)  # flags and facts that a resumed run keeps
 
 
 def get_args_parser():
@@ -61,6 +66,7 @@ def get_args_parser():
     add("--ssl-temp", default=0.1, type=positive, help="temperature of the SimCLR loss")
     add("--gather-with-grad", action="store_true", help="full CLIP gradient on several ranks")
     add("--image-size", type=positive_int, help="pixels of a side; by default the tower's")
+    add("--text-model", default="", help="of transformers, instead of CLIP's: a folder or a name")
     text = "share of a ViT's patches, below 1, that training leaves out"
     add("--patch-dropout", default=0.0, type=number(float, 0, 1), help=text)
     text = "weights to start from: a file, NAME:TAG, see docs/weights.md"
@@ -108,23 +114,18 @@ def output_folder(args):
 
 
 def create_model(args):
-    """(model, notes): randomly initialised, but for all that it shares with --init-from."""
-    weights = open_initial_weights(args) if args.init_from else None
+    """(model, notes): randomly initialised, but for --text-model and what --init-from shares."""
+    latest = os.path.join(output_folder(args), "checkpoint.pt")
+    weights = initial.open_initial_weights(args.init_from, args.model, latest)
+    text_model = initial.find_text_model(
+        args.text_model, args.model, weights, (latest, args.resume)
+    )
     # Positions are resampled to the size of this run.
     form = weights and replace(weights.tower.preprocessing, image_size=None)
     sizes, tokens = (args.ssl_mlp_dim, args.ssl_emb_dim), (args.image_size, args.patch_dropout)
-    model = models.create_model(args.model, *sizes, form, *tokens)
-    return model, [weights.initialise(model)] if weights else []
-
-
-def open_initial_weights(args):
-    try:
-        return pretrained.open_weights(args.init_from, args.model.partition("_")[2])
-    except InputError:
-        latest = os.path.join(args.output_dir, "checkpoint.pt")
-        if not os.path.exists(latest):
-            raise
-        return pretrained.open_weights(latest)  # a resumed run needs the former no more
+    model = models.create_model(args.model, *sizes, form, *tokens, text_model)
+    notes = model.text.load_pretrained() if text_model else []
+    return model, notes + ([weights.initialise(model)] if weights else [])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -238,7 +239,7 @@ def main(args):
     training = create_training(model, precision, len(loader) // args.update_freq, args)
 
     facts = {"preprocessing": model.preprocessing.to_dict(), "order": loader.order}
-    with Run(folder, training, args, {"state_dict": model}, **facts) as run:
+    with Run(folder, training, args, initial.parts_of(model), **facts) as run:
         run.notes += notes
         run.resume(args.resume, check="--model", fixed=FIXED)
         # The picture first: if --root is wrong it fails before anything is written.

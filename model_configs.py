@@ -5,9 +5,11 @@ preprocessing). An entry by which the model would compute other embeddings than 
 """
 
 import os
+from dataclasses import replace
 
 from models import parse_name
 from preprocessing import Preprocessing
+from text_models import DESCRIPTION, KNOWN_TEXTS, TOKENIZER, open_text_model, read_small
 from utils import InputError, read_json_object
 
 # ---------------------------------------------------------------------------------------------
@@ -22,8 +24,6 @@ def read_open_clip(config, folder):
         return own["model"], Preprocessing.from_dict(own["preprocessing"]).to_dict()
     model, images = config["model_cfg"], config.get("preprocess_cfg") or {}
     vision, text = model["vision_cfg"], model["text_cfg"]
-    if name := text.get("hf_model_name"):
-        raise InputError(f"its text tower is {name}; only CLIP's own is known here")
     check_known(vision, text)
     if (mode := images.get("resize_mode", "shortest")) != "shortest":
         raise InputError(f"resize_mode {mode!r} is unknown; only 'shortest' is known here")
@@ -41,8 +41,9 @@ FREE = {
     *("image_size", "layers", "width", "mlp_ratio", "patch_size", "patch_dropout", "output_tokens"),
     *("timm_model_name", "timm_model_pretrained", "timm_proj_bias", "timm_drop", "timm_drop_path"),
     *("pos_embed_type", "attn_pooler_queries", "attn_pooler_heads", "context_length", "pad_id"),
-    *("vocab_size", "eos_id", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type"),
+    *("vocab_size", "eos_id", "hf_model_name", "hf_model_pretrained"),
 }
+HF_TEXT = {"hf_proj_type": "mlp", "hf_pooler_type": "mean_pooler"}
 HEAD_WIDTHS = {1280: 80, 1408: 88}  # by the width of an image tower: of ViT-H and ViT-g; else 64
 
 
@@ -56,12 +57,49 @@ def check_known(vision, text):
     if vision.get("timm_model_name"):
         images |= {"timm_pool": "", "timm_proj": "linear"}
         vision = {"timm_pool": "avg"} | vision  # open_clip's default, as the heads below
-    vision, text = {"head_width": 64} | vision, {"heads": 8} | text
+    vision = {"head_width": 64} | vision
+    if name := text.get("hf_model_name"):  # entries of CLIP's text tower do not matter
+        text = {key: value for key, value in (HF_TEXT | text).items() if key not in texts}
+        texts = HF_TEXT | {"hf_tokenizer_name": name}
+    else:
+        text = {"heads": 8} | {key: value for key, value in text.items() if key not in HF_TEXT}
     for part, own in ((vision, images), (text, texts)):
         for key, value in part.items():
             if key not in FREE and value != own.get(key) and (value or key in own):
                 known = f"; only {own[key]!r} is known here" if key in own else " is unknown here"
                 raise InputError(f"its {key} {repr(value)[:80]}{known}")
+
+
+TEXT_FOLDER = "text"  # of an export of ours: configuration and tokenizer of its text model
+
+
+def text_name(config):
+    """The name of the text model of Hugging Face that an open_clip_config.json gives, or None."""
+    for key in ("model_cfg", "text_cfg", "hf_model_name"):
+        config = config.get(key) if isinstance(config, dict) else None
+    return config
+
+
+def text_files(config):
+    """The files of a folder of weights that describe its text model, each a list of one."""
+    is_ours = text_name(config) and "slip" in config
+    return [[f"{TEXT_FOLDER}/{name}"] for name in DESCRIPTION] if is_ours else []
+
+
+def read_text_model(config, folder):
+    """The TextModel that an open_clip_config.json names, or None.
+
+    Raises InputError if it is not one of open_clip's own and not beside the weights.
+    """
+    if not (name := text_name(config)):
+        return None
+    if text_files(config):
+        return replace(open_text_model(os.path.join(folder, TEXT_FOLDER)), weights=None)
+    if name not in KNOWN_TEXTS:
+        known = ", ".join(KNOWN_TEXTS)
+        raise InputError(f"its text tower is {repr(name)[:80]}; only {known} are known here")
+    path = os.path.join(folder, TOKENIZER)
+    return replace(KNOWN_TEXTS[name], data=read_small(path) if os.path.isfile(path) else None)
 
 
 def square(size):

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hf_text import HFText
 from infra.batch_norm import SyncBatchNorm
+from text_models import with_text_model
 from tokenizer import LENGTHS, create_tokenizer
 from towers import (
     KNOWN,
@@ -159,20 +161,30 @@ class CLIP(TextTower, Method):
 
     def __init__(self, tower, ssl_mlp_dim=None, ssl_emb_dim=None):
         super().__init__(tower)
-        self.add_text_tower(tower)
+        self.text = HFText(tower) if tower.text_model else None
+        if not self.text:  # CLIP's own, whose order of parameters released checkpoints have
+            self.add_text_tower(tower)
         self.embed_dim = tower.embed_dim
         self.image_projection = nn.Parameter(torch.empty(self.num_features, self.embed_dim))
         bias = nn.Parameter(torch.zeros(self.embed_dim)) if tower.projection_bias else None
         self.register_parameter("image_projection_bias", bias)
-        self.text_projection = nn.Parameter(torch.empty(tower.text_width, self.embed_dim))
+        if not self.text:
+            self.text_projection = nn.Parameter(torch.empty(tower.text_width, self.embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
-        self.init_text_tower()
+        if not self.text:
+            self.init_text_tower()
         nn.init.normal_(self.image_projection, std=self.num_features**-0.5)
-        nn.init.normal_(self.text_projection, std=tower.text_width**-0.5)
+        if not self.text:
+            nn.init.normal_(self.text_projection, std=tower.text_width**-0.5)
+
+    @property
+    def text_tower(self):
+        """Hugging Face's, a module, or this model itself, which holds the parts of CLIP's."""
+        return self.text or self
 
     @cached_property
     def tokenizer(self):
-        return create_tokenizer(self.preprocessing)
+        return create_tokenizer(self.preprocessing, self.text and self.text.source)
 
     def project_image(self, x):
         """(B, W) -> (B, D)."""
@@ -184,15 +196,15 @@ class CLIP(TextTower, Method):
 
     def encode_text(self, text):
         """(B, L) token ids -> (B, D), not normalised."""
-        return self.forward_text(text) @ self.text_projection
+        return self.text_tower.project_text(self.text_tower.forward_text(text))
 
     def forward_features(self, text, **images):
-        return {**super().forward_features(**images), "text": self.forward_text(text)}
+        return {**super().forward_features(**images), "text": self.text_tower.forward_text(text)}
 
     def forward_head(self, features):
         return {
             "image_embed": self.project_image(features["image"]),  # (B, D)
-            "text_embed": features["text"] @ self.text_projection,  # (B, D)
+            "text_embed": self.text_tower.project_text(features["text"]),  # (B, D)
             "logit_scale": self.logit_scale.exp(),
         }
 
@@ -207,11 +219,11 @@ class CLIP(TextTower, Method):
         return [views | {"text": views["text"][:, :length]} for length in lengths]
 
     def blocks(self):
-        return [*super().blocks(), *self.transformer.resblocks]
+        return [*super().blocks(), *self.text_tower.text_blocks()]
 
     def set_grad_checkpointing(self):
         super().set_grad_checkpointing()
-        self.transformer.grad_checkpointing = True
+        self.text_tower.set_text_checkpointing()
 
     @torch.no_grad()
     def clamp_logit_scale(self):
@@ -271,7 +283,13 @@ def list_models():
 
 
 def create_model(
-    name, ssl_mlp_dim=4096, ssl_emb_dim=256, preprocessing=None, image_size=None, patch_dropout=0.0
+    name,
+    ssl_mlp_dim=4096,
+    ssl_emb_dim=256,
+    preprocessing=None,
+    image_size=None,
+    patch_dropout=0.0,
+    text_model=None,
 ):
     """Builds a model by name, randomly initialised.
 
@@ -282,12 +300,13 @@ def create_model(
         preprocessing: a Preprocessing other than that of the tower's row.
         image_size: in pixels; None: that of the preprocessing, or else the tower's.
         patch_dropout: share of a ViT's patches that training leaves out (FLIP, arXiv:2212.00794).
+        text_model: a TextModel; None: that of the tower's row, most often CLIP's own text tower.
 
     Raises InputError for an unknown name, and for a size or dropout that the tower cannot take.
     """
     method, tower = parse_name(name)
-    if preprocessing:
-        tower = replace(tower, preprocessing=preprocessing)
+    tower = replace(tower, preprocessing=preprocessing or tower.preprocessing)
+    tower = with_text_model(tower, text_model or tower.text_model)
     if patch_dropout:
         tower = replace(tower, options=tower.options | {"patch_drop_rate": patch_dropout})
     return method(resized(tower, image_size), ssl_mlp_dim, ssl_emb_dim)

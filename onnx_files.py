@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from infra.untrusted import first_line
+from model_configs import TEXT_FOLDER
 from models import CLIP
 from utils import InputError
 
@@ -52,6 +53,9 @@ def write_onnx(source, folder, home):
                 f"ONNX cannot express the {name} encoder of {source.name}: {first_line(error)}"
             ) from error
         notes.append(check_onnx(path, name, x, encoder))
+    if getattr(model, "text", None):
+        model.text.source.write(folder / TEXT_FOLDER)
+        notes.append(f"The tokenizer is in the folder {TEXT_FOLDER}, for transformers to open.")
     return notes
 
 

@@ -10,11 +10,11 @@ from utils import InputError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # per channel
 IMAGENET_STD = (0.229, 0.224, 0.225)
-CHOICES = {  # keys of transforms.INTERPOLATIONS, towers.ACTIVATIONS and POOLINGS, TOKENIZERS
+CHOICES = {  # keys of transforms.INTERPOLATIONS, towers.ACTIVATIONS, tokenizer.TOKENIZERS
     "interpolation": ("bilinear", "bicubic"),
     "activation": ("quick_gelu", "gelu"),
-    "pooling": ("argmax",),
-    "tokenizer": ("clip",),
+    "pooling": ("argmax", "mean"),
+    "tokenizer": ("clip", "huggingface"),
 }
 LIMITS = {"image_size": 4096, "context_length": 4096}
 
@@ -29,8 +29,8 @@ class Preprocessing:
     interpolation: str = "bilinear"
     crop_min: float = 0.5  # least share of a picture's area in a training crop
     activation: str = "quick_gelu"  # of the text tower
-    pooling: str = "argmax"  # of the text tower: at the token of the highest id
-    tokenizer: str = "clip"
+    pooling: str = "argmax"  # of the text tower: at the token of the highest id; mean: over all
+    tokenizer: str = "clip"  # or the text model's own
     context_length: int = 77  # tokens
 
     def __post_init__(self):

@@ -22,8 +22,12 @@ from infra.distributed import is_main_process
 from infra.untrusted import SLACK, first_line, memory_limit
 from models import CLIP, Method, parse_name
 from preprocessing import SLIP_PREPROCESSING, Preprocessing
+from text_models import TextModel, with_text_model
+from tokenizer import create_tokenizer
 from towers import (
     CLIP_TOWERS,
+    HF_TOWERS,
+    QUICK_TOWERS,
     TOWERS,
     Tower,
     create_visual,
@@ -36,7 +40,8 @@ from transforms import CenterCrop, CropAndFlip, ToInput
 from utils import InputError
 from weight_names import find_place, full_name, has_method, list_pretrained, named, tower_of
 
-__all__ = ["create_model_and_transforms", "list_pretrained", "load_model", "open_weights"]
+__all__ = ["create_model_and_transforms", "get_tokenizer", "list_pretrained", "load_model"]
+__all__ += ["open_weights"]
 
 
 @dataclass
@@ -109,9 +114,10 @@ class Weights:
         """
         state = image_towers.resample_positions(self.state_dict, model.visual)
         own = model.state_dict()
-        old, new = ({part_of(key) for key in keys} for keys in (state, own))
-        shared = {key: value for key, value in state.items() if part_of(key) in new}
-        wanted = {key: value for key, value in own.items() if part_of(key) in old}
+        old_parts, new_parts = parts_of(state), parts_of(own)
+        old, new = set(old_parts.values()), set(new_parts.values())
+        shared = {key: value for key, value in state.items() if old_parts[key] in new}
+        wanted = {key: value for key, value in own.items() if new_parts[key] in old}
         if faults := checkpoint.mismatches(wanted, shared):
             text = checkpoint.describe_mismatches(faults)
             raise InputError(f"weights {self.source} do not fit ({text}); choose their model")
@@ -135,9 +141,11 @@ def head_sizes(args, state_dict):
     return getattr(args, "ssl_mlp_dim", hidden), getattr(args, "ssl_emb_dim", output)
 
 
-def part_of(key):
+def parts_of(state_dict):
+    """{key: its part of the model}."""
     parts = {"visual": "image tower", "image_mlp": "SimCLR head"}
-    return parts.get(key.partition(".")[0], "text tower and projections")
+    kind = "Hugging Face's text tower" if layouts.has_hf_text(state_dict) else "text tower"
+    return {k: parts.get(k.partition(".")[0], f"{kind} and projections") for k in state_dict}
 
 
 def open_weights(source, arch=None):
@@ -199,15 +207,20 @@ def of_run(source, place, content):
     check_named(place.name, name)
     saved, (method, tower) = content.state.get("preprocessing"), parse_name(name)
     form = SLIP_PREPROCESSING if saved is None else Preprocessing.from_dict(saved)
-    tower = replace(tower, preprocessing=form)
+    text_model = content.state.get("text_model") or None
+    text_model = text_model and TextModel.from_state(text_model)
+    tower = with_text_model(replace(tower, preprocessing=form), text_model or tower.text_model)
+    if text_model:  # before a large tower is built for a small file
+        check_fits(name, tower, content.tensors)
     return Weights(source, place.path, name, method, tower, content.tensors, args)
 
 
 def of_pair(source, place, content, state, arch):
     """Of a state dict with an image and a text tower, which does not say how it was trained."""
-    name = full_name(place.name or arch or layouts.match_tower(state))
+    text_model = place.text_model
+    name = full_name(place.name or arch or layouts.match_tower(state, text_model))
     activation, notes = place.form.get("activation"), []
-    is_told = place.name or arch or activation
+    is_told = place.name or arch or activation or tower_of(name) in HF_TOWERS
     is_openai = content.is_torchscript and "input_resolution" in content.tensors
     if is_openai or (content.is_torchscript and not is_told):
         activation = "quick_gelu"
@@ -224,10 +237,14 @@ def of_pair(source, place, content, state, arch):
             f"with QuickGELU, as OpenAI's weights, give {tower_of(name)}-quickgelu:{source}"
         )
     method, tower = parse_name(name)
+    tower = with_text_model(tower, text_model or tower.text_model)
     check_fits(name, tower, state)  # before a large model is built for a small file
-    form = place.form | {"context_length": len(state["positional_embedding"])}
+    form = place.form | {"tokenizer": tower.preprocessing.tokenizer}
+    form["pooling"] = tower.preprocessing.pooling
+    if not tower.text_model:
+        form["context_length"] = len(state["positional_embedding"])
     form["image_size"] = layouts.native_size(state) or form.get("image_size")
-    if tower_of(name) in CLIP_TOWERS or tower_of(name).endswith("-quickgelu"):
+    if tower_of(name) in CLIP_TOWERS | QUICK_TOWERS | HF_TOWERS:
         form.pop("activation", None)  # the name says it
     is_foreign = "image_projection" not in content.tensors
     if is_foreign and tower_of(name) not in TOWERS and "mean" not in form:
@@ -322,6 +339,15 @@ def create_model_and_transforms(name_or_path, pretrained=None, device="cpu", ima
     form = model.preprocessing
     training = CropAndFlip(form.image_size, form.crop_min, False, form.interpolation)
     return model.to(device), ToInput(training, form), ToInput(CenterCrop.of(form), form)
+
+
+def get_tokenizer(name):
+    """The tokenizer of a model or a tower by its name, as "SLIP_VITB16" or "ViT-B-32".
+
+    Raises InputError for an unknown name.
+    """
+    tower = find_tower(name if is_tower(name) else tower_of(name))
+    return create_tokenizer(tower.preprocessing, tower.text_model)
 
 
 @contextmanager

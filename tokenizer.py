@@ -1,19 +1,23 @@
-"""CLIP's byte-pair encoding: text to the 49,408 token ids of Radford et al. (2021).
+"""Text to token ids: CLIP's byte-pair encoding, and tokenizers that Hugging Face's library saved.
 
-The vocabulary file is OpenAI's (MIT licence): one merge a line, most frequent first.
+CLIP's vocabulary file is OpenAI's (MIT licence): one merge a line, most frequent first.
 """
 
 import gzip
 import html
 import itertools
-from functools import cache, lru_cache
+import json
+import math
+import os
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 
 import ftfy
 import regex
 import torch
 
-from towers import find_tower, is_tower
+from infra.untrusted import SLACK, memory_limit, named_failures
+from utils import InputError
 
 VOCABULARY = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
 MERGES = 49152 - 256 - 2  # the file holds more than CLIP's vocabulary uses
@@ -39,7 +43,7 @@ def byte_symbols():
 
 def clean(text):
     """Mends mis-decoded characters, unescapes HTML (twice: it is often doubled), joins blanks."""
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
 @cache
@@ -50,7 +54,21 @@ def read_merges(path):
     return [tuple(line.split()) for line in lines]
 
 
-class SimpleTokenizer:
+class Tokenizer:
+    """Called with texts it returns rows of `context_length` ids; `lengths` counts those in use."""
+
+    def trim(self, tokens, buckets=LENGTHS):
+        """Rows of ids (n, L) cut to the longest text, rounded up to one of few lengths.
+
+        Embeddings stay the same: no text tower looks beyond a text's end. Few lengths, because each
+        is compiled anew; `buckets` None cuts exactly.
+        """
+        longest = int(self.lengths(tokens).max())
+        fitting = [longest] if buckets is None else [b for b in buckets if b >= longest]
+        return tokens[:, : min(fitting, default=None)]
+
+
+class SimpleTokenizer(Tokenizer):
     """Lower-cases, splits and encodes text; called, returns rows of `context_length` ids."""
 
     def __init__(self, path=VOCABULARY, context_length=77):
@@ -91,7 +109,7 @@ class SimpleTokenizer:
     def encode(self, text):
         """The ids of a text, without start and end."""
         ids = []
-        for piece in PIECES.findall(clean(text)):
+        for piece in PIECES.findall(clean(text).lower()):
             if piece in (START, END):
                 ids.append(self.encoder[piece])
             else:
@@ -124,30 +142,101 @@ class SimpleTokenizer:
         """(n, L) ids -> (n,): the tokens of each text, start and end included."""
         return (tokens == self.end).int().argmax(-1) + 1
 
-    def trim(self, tokens, buckets=LENGTHS):
-        """Rows of ids (n, L) cut to the longest text, rounded up to one of few lengths.
 
-        The text tower is causal and pools at the end token, so embeddings stay the same. Few
-        lengths, because each is compiled anew; `buckets` None cuts exactly.
-        """
-        longest = int(self.lengths(tokens).max())
-        fitting = [longest] if buckets is None else [b for b in buckets if b >= longest]
-        return tokens[:, : min(fitting, default=None)]
+# ---------------------------------------------------------------------------------------------
+# Hugging Face
 
 
-TOKENIZERS = {"clip": SimpleTokenizer}
+def check_tokenizer(data, largest=2**25):
+    """Raises InputError for bytes of a tokenizer.json that is refused.
 
-
-def create_tokenizer(preprocessing):
-    """The tokenizer that a model's preprocessing names."""
-    kind = TOKENIZERS[preprocessing.tokenizer]
-    return kind(context_length=preprocessing.context_length)
-
-
-def get_tokenizer(name):
-    """The tokenizer of a model or a tower by its name, as "SLIP_VITB16" or "ViT-B-32".
-
-    Raises InputError for an unknown name.
+    One by which few letters become endless tokens would fill the memory; one that drops merges at
+    random would give a text new tokens each time.
     """
-    _, _, tower = name.partition("_")
-    return create_tokenizer(find_tower(tower if is_tower(tower) else name).preprocessing)
+    if len(data) > largest:
+        raise InputError(f"its tokenizer has {len(data)} bytes, more than {largest}")
+    with memory_limit(32 * len(data) + SLACK):
+        content = json.loads(data)
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise InputError("its tokenizer.json describes no tokenizer")
+    changes = [*parts_of(content.get("normalizer")), *parts_of(content.get("pre_tokenizer"))]
+    added = [*parts_of(content.get("post_processor"))]
+    inserted = [len(str(part.get("content", part.get("prepend", "")))) for part in changes]
+    ids = sum(len(part["ids"]) for part in added if isinstance(part.get("ids"), list))
+    if max(len(changes), len(added), ids) > 64 or math.prod(max(1, n) for n in inserted) > 2**10:
+        raise InputError("its tokenizer.json makes texts too long")
+    if content["model"].get("dropout"):
+        raise InputError("its tokenizer.json has a dropout; set it to null")
+
+
+def parts_of(value):
+    """The dicts within parsed JSON."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            yield value
+        waiting += value.values() if isinstance(value, dict) else ()
+        waiting += value if isinstance(value, list) else ()
+
+
+class JSONTokenizer(Tokenizer):
+    """That of a tokenizer.json, which check_tokenizer has seen; texts are cleaned and padded.
+
+    name: for errors. data: of the file. vocabulary: the ids that the text tower knows. pad: the id
+    of padding, beyond a text's end.
+    """
+
+    def __init__(self, name, data, vocabulary, pad, context_length=77):
+        self.args = name, data, vocabulary, pad
+        self.name, self.data, self.vocabulary, self.pad = self.args
+        self.context_length = context_length
+
+    def __reduce__(self):  # the library's object is made anew in a loader's worker
+        return type(self), (*self.args, self.context_length)
+
+    @cached_property
+    def backend(self):
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a loader has its own processes
+        with named_failures(f"tokenizer of {self.name}"):
+            import tokenizers
+
+            found = tokenizers.Tokenizer.from_buffer(self.data)
+            found.no_padding()
+            return found
+
+    @property
+    def padding(self):
+        """The token, as text."""
+        return self.backend.id_to_token(self.pad)
+
+    def __call__(self, texts, context_length=None):
+        """One string -> (L,) int64; a list of n strings -> (n, L), with L the context length."""
+        length = context_length or self.context_length
+        if isinstance(texts, str):
+            return self([texts], length)[0]
+        result = torch.full((len(texts), length), self.pad)
+        with named_failures(f"tokenizer of {self.name}"):
+            self.backend.enable_truncation(length)
+            rows = [row.ids[:length] for row in self.backend.encode_batch([*map(clean, texts)])]
+        for row, ids in zip(result, rows, strict=True):
+            row[: len(ids)] = torch.tensor(ids)
+        if len(texts) and not int(result.max()) < self.vocabulary:
+            raise InputError(f"tokenizer of {self.name}: its text tower has fewer tokens")
+        return result
+
+    def lengths(self, tokens):
+        """(n, L) ids -> (n,): the tokens of each text, special ones included."""
+        places = torch.arange(1, tokens.shape[1] + 1)
+        return ((tokens != self.pad) * places).amax(1).clamp(min=1)
+
+
+TOKENIZERS = {  # by the name of preprocessing.py
+    "clip": lambda length, text_model: SimpleTokenizer(context_length=length),
+    "huggingface": lambda length, text_model: text_model.create_tokenizer(length),
+}
+
+
+def create_tokenizer(preprocessing, text_model=None):
+    """The tokenizer that a model's preprocessing names; text_model: a TextModel or None."""
+    return TOKENIZERS[preprocessing.tokenizer](preprocessing.context_length, text_model)

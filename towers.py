@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from preprocessing import CLIP_PREPROCESSING, SLIP_PREPROCESSING, Preprocessing
+from text_models import KNOWN_TEXTS, TextModel, with_text_model
 from utils import InputError
 
 VOCAB_SIZE = 49408
@@ -30,6 +31,7 @@ class Tower:
     text_layers: int = 12
     projection_bias: bool = False  # of the image tower's projection
     preprocessing: Preprocessing = SLIP_PREPROCESSING
+    text_model: TextModel | None = field(default=None, repr=False)  # in the place of CLIP's
 
 
 def clip_tower(timm_name, embed_dim, text_width=512, text_layers=12, **fields):
@@ -68,13 +70,18 @@ CLIP_TOWERS = {  # names, sizes and values of open_clip
     "RN50x16": clip_tower("resnet50x16_clip", 768, 768, projection_bias=True),
     "RN50x64": clip_tower("resnet50x64_clip", 1024, 1024, projection_bias=True),
 }
-TOWERS = {
-    **SLIP_TOWERS,
-    **CLIP_TOWERS,
-    **{f"{name}-quickgelu": with_quick_gelu(row) for name, row in CLIP_TOWERS.items()},
+QUICK_TOWERS = {f"{name}-quickgelu": with_quick_gelu(row) for name, row in CLIP_TOWERS.items()}
+HF_TOWERS = {  # open_clip's with a text tower of Hugging Face
+    name: with_text_model((CLIP_TOWERS | QUICK_TOWERS)[image], KNOWN_TEXTS[text])
+    for name, image, text in (
+        ("roberta-ViT-B-32", "ViT-B-32-quickgelu", "roberta-base"),
+        ("xlm-roberta-base-ViT-B-32", "ViT-B-32", "xlm-roberta-base"),
+        ("xlm-roberta-large-ViT-H-14", "ViT-H-14", "xlm-roberta-large"),
+    )
 }
+TOWERS = SLIP_TOWERS | CLIP_TOWERS | QUICK_TOWERS | HF_TOWERS
 KNOWN = f"{', '.join(SLIP_TOWERS)}, {', '.join(CLIP_TOWERS)} (the latter also with -quickgelu), "
-KNOWN += "or any model name of timm"
+KNOWN += f"{', '.join(HF_TOWERS)}, or any model name of timm"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -241,8 +248,10 @@ class TextTower:
     """CLIP's text tower, a base class of the methods that read text.
 
     It is no module of its own: released checkpoints hold its keys flat ("token_embedding.weight"),
-    and optimizer states load by the order of parameters.
+    and optimizer states load by the order of parameters. hf_text.HFText has the same methods.
     """
+
+    vocabulary = VOCAB_SIZE
 
     def add_text_tower(self, tower):
         width, form = tower.text_width, tower.preprocessing
@@ -267,6 +276,17 @@ class TextTower:
         x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]  # (B, L, W)
         x = self.ln_final(self.transformer(x))
         return POOLINGS[self.preprocessing.pooling](x, text)
+
+    def project_text(self, x):
+        """(B, W) -> (B, D)."""
+        return x @ self.text_projection
+
+    def text_blocks(self):
+        """The modules to compile."""
+        return list(self.transformer.resblocks)
+
+    def set_text_checkpointing(self):
+        self.transformer.grad_checkpointing = True
 
 
 def pool_end(x, text):

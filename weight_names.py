@@ -16,9 +16,10 @@ from functools import cache
 from pathlib import Path
 
 from infra import hub
-from model_configs import read_huggingface, read_open_clip
+from model_configs import read_huggingface, read_open_clip, read_text_model, text_files
 from models import METHODS, parse_name
-from towers import KNOWN, TOWERS
+from text_models import TextModel
+from towers import CLIP_TOWERS, KNOWN, TOWERS
 from utils import InputError, read_json, read_json_object
 
 PRETRAINED = Path(__file__).with_name("pretrained.json")
@@ -46,7 +47,8 @@ def tower_of(name):
 
 
 def named(tower, quick_gelu):
-    return f"{tower}-quickgelu" if quick_gelu else tower
+    """The name of CLIP's tower or model with that activation; others have one alone."""
+    return f"{tower}-quickgelu" if quick_gelu and tower_of(tower) in CLIP_TOWERS else tower
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Place:
     path: str
     name: str | None = None  # of its model or tower
     form: dict = field(default_factory=dict)  # fields of its preprocessing
+    text_model: TextModel | None = None  # if its text tower is Hugging Face's
 
 
 @cache
@@ -64,8 +67,8 @@ def known_weights():
 
 
 def list_pretrained():
-    """Each NAME:TAG of pretrained.json whose tower is here."""
-    return [key for key in known_weights() if key.partition(":")[0] in TOWERS]
+    """Each NAME:TAG of pretrained.json."""
+    return list(known_weights())
 
 
 def find_place(source):
@@ -79,8 +82,6 @@ def find_place(source):
     if tags and source == head and not os.path.exists(source):
         known = ", ".join(tags)
         raise InputError(f"{source} names no weights; give {source}:TAG, TAG of {known}, or a file")
-    if source in known_weights() and head not in TOWERS:
-        raise InputError(f"{source}: the text tower of {head} is not here; choose other weights")
     if not rest and not os.path.exists(source) and not os.path.splitext(source)[1]:
         raise InputError(
             f"{source!r} is no file and no tower; check the path, or choose from {KNOWN}"
@@ -103,7 +104,7 @@ def tags_of(name):
     for key, row in known_weights().items():
         tower, _, tag = key.partition(":")
         is_named = name == tower or (row["quick_gelu"] and name == named(tower, True))
-        if is_named and tower in TOWERS:
+        if is_named:
             tags[tag] = row | {"tower": tower}
     return tags
 
@@ -111,7 +112,8 @@ def tags_of(name):
 def fetch_folder(source, repository, revision):
     try:
         config = hub.fetch(repository, [CONFIG], revision or None)
-        hub.fetch(repository, FILES, revision or None)
+        for names in (FILES, *text_files(read_json_object(config, "configuration"))):
+            hub.fetch(repository, names, revision or None)
     except InputError as error:
         raise InputError(f"{source}: {error}; download it elsewhere and give its folder") from error
     return os.path.dirname(config)
@@ -157,9 +159,11 @@ def place_in_folder(folder):
     if file is None:
         raise InputError(f"folder {folder} has none of {', '.join(names)}; check that it is whole")
     try:
-        name, form = read(read_json_object(path, "configuration"), folder)
+        config = read_json_object(path, "configuration")
+        name, form = read(config, folder)
+        text_model = read_text_model(config, folder)
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise InputError(f"configuration {path} is of another kind: {error!r}") from error
     except InputError as error:
         raise InputError(f"configuration {path}: {error}") from error
-    return Place(os.path.join(folder, file), name and full_name(name), form)
+    return Place(os.path.join(folder, file), name and full_name(name), form, text_model)

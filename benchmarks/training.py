@@ -120,7 +120,8 @@ class MeasuredTraining:
         size = self.model.image_size
         views = {view: torch.randn(number, 3, size, size) for view in self.model.views}
         if "text" in views:
-            views["text"] = torch.randint(1, 49000, (number, self.variant.caption_tokens))
+            most = min(49000, self.model.text_tower.vocabulary)
+            views["text"] = torch.randint(1, most, (number, self.variant.caption_tokens))
         return devices.to_device(views, self.device)
 
     def gflop_per_sample(self):

@@ -140,6 +140,23 @@ def first_line(error):
     return text.strip().partition("\n")[0].strip() or type(error).__name__
 
 
+@contextmanager
+def named_failures(name):
+    """Every failure within is an InputError of one line that begins with `name`.
+
+    Also the panics of libraries in Rust, which are no Exceptions.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = f"{type(error).__name__}: {first_line(error)[:200]}"
+        raise InputError(f"{name} cannot be used ({reason})") from error
+
+
 def read_metadata(path, parse):
     """The result of parse(binary file); every failure is an InputError that names the file."""
     try:

