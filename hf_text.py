@@ -76,4 +76,6 @@ class HFText(nn.Module):
         return list(self.transformer.encoder.layer)
 
     def set_text_checkpointing(self):
-        self.transformer.gradient_checkpointing_enable({"use_reentrant": False})
+        older = self.transformer.gradient_checkpointing_enable  # the name until it was renamed
+        enable = getattr(self.transformer, "activation_checkpointing_enable", older)
+        enable({"use_reentrant": False})

@@ -345,6 +345,7 @@ def test_pretrained_json_is_whole():
     assert quick == {name for name in listed if name.endswith(":openai")} | {
         *("RN50:yfcc15m", "RN50:cc12m", "RN101:yfcc15m"),
         *("ViT-B-32:laion400m_e31", "ViT-B-32:laion400m_e32"),
+        "roberta-ViT-B-32:laion2b_s12b_b32k",
     }
     for row in known.values():
         assert row["repository"].count("/") == 1 and len(row["mean"]) == len(row["std"]) == 3
