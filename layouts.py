@@ -287,19 +287,21 @@ def candidates(tensors, text_model):
 
     text_model: the TextModel beside the weights, which takes the place of the rows' own.
     """
-    if has_hf_text(tensors):
-        rows = CLIP_TOWERS if text_model else HF_TOWERS
-        return {k: with_text_model(row, text_model or row.text_model) for k, row in rows.items()}
     shapes = {key: value.shape for key, value in tensors.items()}
     layers = len({key.split(".")[2] for key in shapes if key.startswith("transformer.resblocks.")})
+    rows, is_flat = CLIP_TOWERS, not has_hf_text(tensors)
+    if not is_flat:
+        rows = CLIP_TOWERS if text_model else HF_TOWERS
+        rows = {k: with_text_model(r, text_model or r.text_model) for k, r in rows.items()}
     alike = {
         name: row
-        for name, row in CLIP_TOWERS.items()
-        if shapes.get("text_projection") == (row.text_width, row.embed_dim)
-        and layers == row.text_layers
+        for name, row in rows.items()
+        if shapes.get("image_projection", (0,))[-1:] == (row.embed_dim,)
         and ("image_projection_bias" in shapes) == row.projection_bias
+        and (not is_flat or shapes.get("text_projection") == (row.text_width, row.embed_dim))
+        and (not is_flat or layers == row.text_layers)
     }
-    return alike or CLIP_TOWERS
+    return alike or rows
 
 
 def match_tower(tensors, text_model=None):

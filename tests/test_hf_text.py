@@ -1,6 +1,5 @@
 """Text towers of Hugging Face, beside open_clip's and transformers' own; from training to export."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -8,7 +7,7 @@ import sys
 import pytest
 import torch
 from helpers import assert_equal, exact_training, train, views_of, weights, write_folders
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_export import call
 from test_formats import ROWS, open_by_open_clip
 from test_layouts import assert_same
@@ -35,7 +34,9 @@ TEXTS = ["a picture of a Dog", "Ünïcode &amp;amp; more", "", "photo " * 90]
 def folders(tmp_path_factory):
     """{kind: folder of a tiny text model}."""
     root = tmp_path_factory.mktemp("texts")
-    return {kind: write_text_model(root / kind, kind, **DROPOUT_OFF) for kind in ("roberta", "bert")}
+    return {
+        kind: write_text_model(root / kind, kind, **DROPOUT_OFF) for kind in ("roberta", "bert")
+    }
 
 
 def create(folder, name="CLIP_NANO8"):
@@ -166,7 +167,7 @@ def test_a_checkpoint_opens_alone_in_every_script(trained, tiny, tmp_path, capsy
     ):
         flags = map(str, [*flags, *common, "--output-dir", tmp_path / script.__name__])
         script.main(script.get_args_parser().parse_args(list(flags)))
-    flags = f"--resume {path} --captions {tiny}/captions.json --root {tiny} --workers 0 "
+    flags = f"--resume {path} --captions {tiny}/captions.json --root {tiny}/train2017 --workers 0 "
     flags += f"--device cpu --output-dir {tmp_path}"
     eval_retrieval.main(eval_retrieval.get_args_parser().parse_args(flags.split()))
     train(tiny, tmp_path / "more", "--init-from", path, "--text-model", "gone", val="none")
