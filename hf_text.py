@@ -30,7 +30,7 @@ class HFText(nn.Module):
         super().__init__()
         self.source, package = tower.text_model, load_transformers()
         with named_failures(f"text model {self.source.name}"):
-            config = package.AutoConfig.for_model(**self.source.config)
+            config = package.AutoConfig.for_model(**self.source.config, use_cache=False)
             self.transformer = package.AutoModel.from_config(config, add_pooling_layer=False)
         self.pad, self.vocabulary = config.pad_token_id, config.vocab_size
         used = 0 if config.model_type == "bert" else self.pad + 1  # positions before a text's first

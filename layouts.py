@@ -12,7 +12,7 @@ import torch
 
 from infra.checkpoint import describe_mismatches, mismatches
 from models import CLIP
-from text_models import with_text_model
+from text_models import with_text
 from towers import CLIP_TOWERS, HF_TOWERS
 from utils import InputError
 
@@ -292,7 +292,7 @@ def candidates(tensors, text_model):
     rows, is_flat = CLIP_TOWERS, not has_hf_text(tensors)
     if not is_flat:
         rows = CLIP_TOWERS if text_model else HF_TOWERS
-        rows = {k: with_text_model(r, text_model or r.text_model) for k, r in rows.items()}
+        rows = {k: with_text(r, text_model or r.text_model) for k, r in rows.items()}
     alike = {
         name: row
         for name, row in rows.items()

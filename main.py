@@ -216,7 +216,7 @@ def warm_up(model, training, log, args, augments_on_device=False):
     batches = model.dummy_batches(args.batch_size, training.precision.device)
 
     def prepare(views):  # as updates do, so that the trial covers the augmentation
-        return training.prepare(model.as_loaded(views, augments_on_device))
+        return training.prepare(warmup.as_loaded(views, augments_on_device))
 
     warmup.warm_up(training, modules, batches, log, args, prepare)
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from models import parse_name
 from preprocessing import Preprocessing
-from text_models import DESCRIPTION, KNOWN_TEXTS, TOKENIZER, open_text_model, read_small
+from text_models import DESCRIPTION, TEXTS, TOKENIZER, open_text_model, read_small
 from utils import InputError, read_json_object
 
 # ---------------------------------------------------------------------------------------------
@@ -95,11 +95,11 @@ def read_text_model(config, folder):
         return None
     if text_files(config):
         return replace(open_text_model(os.path.join(folder, TEXT_FOLDER)), weights=None)
-    if name not in KNOWN_TEXTS:
-        known = ", ".join(KNOWN_TEXTS)
+    if name not in TEXTS:
+        known = ", ".join(TEXTS)
         raise InputError(f"its text tower is {repr(name)[:80]}; only {known} are known here")
     path = os.path.join(folder, TOKENIZER)
-    return replace(KNOWN_TEXTS[name], data=read_small(path) if os.path.isfile(path) else None)
+    return replace(TEXTS[name], data=read_small(path) if os.path.isfile(path) else None)
 
 
 def square(size):

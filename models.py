@@ -14,7 +14,7 @@ from torch import nn
 
 from hf_text import HFText
 from infra.batch_norm import SyncBatchNorm
-from text_models import with_text_model
+from text_models import with_text
 from tokenizer import LENGTHS, create_tokenizer
 from towers import (
     KNOWN,
@@ -28,7 +28,7 @@ from towers import (
     output_width,
     resized,
 )
-from transforms import Augment, normalize, pack_steps, to_unit
+from transforms import Augment, normalize, to_unit
 from utils import InputError
 
 MAX_LOGIT_SCALE = 4.6052  # ln(100)
@@ -125,13 +125,6 @@ class Method(nn.Module):
     def dummy_batches(self, batch_size, device):
         """The same for every shape of a training batch, the largest first."""
         return [self.dummy_batch(batch_size, device)]
-
-    def as_loaded(self, views, augments_on_device):
-        """A dummy batch as the loader would have made it: uint8 images, and steps if any."""
-        raw = {v: x if v == "text" else x.byte() for v, x in views.items()}
-        augmented = [v for v in ("aug1", "aug2") if v in views and augments_on_device]
-        steps = {v: pack_steps([[]] * len(raw[v])).to(raw[v].device) for v in augmented}
-        return {**raw, "steps": steps}
 
     def encode_image(self, image):
         """(B, 3, S, S) normalised images -> (B, W), before any head."""
@@ -306,7 +299,7 @@ def create_model(
     """
     method, tower = parse_name(name)
     tower = replace(tower, preprocessing=preprocessing or tower.preprocessing)
-    tower = with_text_model(tower, text_model or tower.text_model)
+    tower = with_text(tower, text_model or tower.text_model)
     if patch_dropout:
         tower = replace(tower, options=tower.options | {"patch_drop_rate": patch_dropout})
     return method(resized(tower, image_size), ssl_mlp_dim, ssl_emb_dim)

@@ -22,7 +22,7 @@ from infra.distributed import is_main_process
 from infra.untrusted import SLACK, first_line, memory_limit
 from models import CLIP, Method, parse_name
 from preprocessing import SLIP_PREPROCESSING, Preprocessing
-from text_models import TextModel, with_text_model
+from text_models import TextModel, with_text
 from tokenizer import create_tokenizer
 from towers import (
     CLIP_TOWERS,
@@ -209,7 +209,7 @@ def of_run(source, place, content):
     form = SLIP_PREPROCESSING if saved is None else Preprocessing.from_dict(saved)
     text_model = content.state.get("text_model") or None
     text_model = text_model and TextModel.from_state(text_model)
-    tower = with_text_model(replace(tower, preprocessing=form), text_model or tower.text_model)
+    tower = with_text(replace(tower, preprocessing=form), text_model or tower.text_model)
     if text_model:  # before a large tower is built for a small file
         check_fits(name, tower, content.tensors)
     return Weights(source, place.path, name, method, tower, content.tensors, args)
@@ -237,7 +237,7 @@ def of_pair(source, place, content, state, arch):
             f"with QuickGELU, as OpenAI's weights, give {tower_of(name)}-quickgelu:{source}"
         )
     method, tower = parse_name(name)
-    tower = with_text_model(tower, text_model or tower.text_model)
+    tower = with_text(tower, text_model or tower.text_model)
     check_fits(name, tower, state)  # before a large model is built for a small file
     form = place.form | {"tokenizer": tower.preprocessing.tokenizer}
     form["pooling"] = tower.preprocessing.pooling

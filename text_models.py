@@ -145,7 +145,7 @@ def configuration(model_type, vocab_size, hidden_size=768, num_hidden_layers=12)
     }
 
 
-KNOWN_TEXTS = {  # the text towers of open_clip's rows
+TEXTS = {  # the text towers of open_clip's rows
     name: TextModel(name, config)
     for name, config in {
         "roberta-base": configuration("roberta", 50265),
@@ -155,7 +155,7 @@ KNOWN_TEXTS = {  # the text towers of open_clip's rows
 }
 
 
-def with_text_model(tower, text_model):
+def with_text(tower, text_model):
     """The row with a text tower of Hugging Face, or with CLIP's if there is none."""
     tokenizer, pooling = ("huggingface", "mean") if text_model else ("clip", "argmax")
     form = replace(tower.preprocessing, tokenizer=tokenizer, pooling=pooling)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from preprocessing import CLIP_PREPROCESSING, SLIP_PREPROCESSING, Preprocessing
-from text_models import KNOWN_TEXTS, TextModel, with_text_model
+from text_models import TEXTS, TextModel, with_text
 from utils import InputError
 
 VOCAB_SIZE = 49408
@@ -72,12 +72,9 @@ CLIP_TOWERS = {  # names, sizes and values of open_clip
 }
 QUICK_TOWERS = {f"{name}-quickgelu": with_quick_gelu(row) for name, row in CLIP_TOWERS.items()}
 HF_TOWERS = {  # open_clip's with a text tower of Hugging Face
-    name: with_text_model((CLIP_TOWERS | QUICK_TOWERS)[image], KNOWN_TEXTS[text])
-    for name, image, text in (
-        ("roberta-ViT-B-32", "ViT-B-32-quickgelu", "roberta-base"),
-        ("xlm-roberta-base-ViT-B-32", "ViT-B-32", "xlm-roberta-base"),
-        ("xlm-roberta-large-ViT-H-14", "ViT-H-14", "xlm-roberta-large"),
-    )
+    "roberta-ViT-B-32": with_text(QUICK_TOWERS["ViT-B-32-quickgelu"], TEXTS["roberta-base"]),
+    "xlm-roberta-base-ViT-B-32": with_text(CLIP_TOWERS["ViT-B-32"], TEXTS["xlm-roberta-base"]),
+    "xlm-roberta-large-ViT-H-14": with_text(CLIP_TOWERS["ViT-H-14"], TEXTS["xlm-roberta-large"]),
 }
 TOWERS = SLIP_TOWERS | CLIP_TOWERS | QUICK_TOWERS | HF_TOWERS
 KNOWN = f"{', '.join(SLIP_TOWERS)}, {', '.join(CLIP_TOWERS)} (the latter also with -quickgelu), "
@@ -250,8 +247,6 @@ class TextTower:
     It is no module of its own: released checkpoints hold its keys flat ("token_embedding.weight"),
     and optimizer states load by the order of parameters. hf_text.HFText has the same methods.
     """
-
-    vocabulary = VOCAB_SIZE
 
     def add_text_tower(self, tower):
         width, form = tower.text_width, tower.preprocessing

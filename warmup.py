@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import engine
 from infra.compilation import compile_modules
+from transforms import pack_steps
 from utils import InputError, get_rng_state, number, set_rng_state
 
 
@@ -32,6 +33,14 @@ def check_flags(args, device):
             f"activation budget {args.activation_budget:g}: it acts in compiled blocks only; "
             "compile, or omit it"
         )
+
+
+def as_loaded(views, augments_on_device):
+    """A model's dummy batch as the loader would have made it: uint8 images, and steps if any."""
+    raw = {v: x if v == "text" else x.byte() for v, x in views.items()}
+    augmented = [v for v in ("aug1", "aug2") if v in views and augments_on_device]
+    steps = {v: pack_steps([[]] * len(raw[v])).to(raw[v].device) for v in augmented}
+    return {**raw, "steps": steps}
 
 
 def unchanged(views):

@@ -120,7 +120,7 @@ class MeasuredTraining:
         size = self.model.image_size
         views = {view: torch.randn(number, 3, size, size) for view in self.model.views}
         if "text" in views:
-            most = min(49000, self.model.text_tower.vocabulary)
+            most = min(49000, getattr(self.model.text, "vocabulary", 49000))
             views["text"] = torch.randint(1, most, (number, self.variant.caption_tokens))
         return devices.to_device(views, self.device)
 
@@ -167,7 +167,7 @@ class MeasuredTraining:
             augments = self.open_loader().augments_on_device
 
             def prepare(views):
-                return t.prepare(self.model.as_loaded(views, augments))
+                return t.prepare(warmup.as_loaded(views, augments))
 
         modules = [*self.model.blocks(), *t.criterion.blocks()]
         reasons = warmup.try_compilation(t, modules, batches, args.activation_budget, prepare)

@@ -63,6 +63,17 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """{kind: folder of a tiny text model of Hugging Face}, without dropout."""
+    from text_folders import DROPOUT_OFF, write_text_model
+
+    root = tmp_path_factory.mktemp("texts")
+    return {
+        kind: write_text_model(root / kind, kind, **DROPOUT_OFF) for kind in ("roberta", "bert")
+    }
+
+
+@pytest.fixture(scope="session")
 def probed(tiny, tmp_path_factory):
     """A folder with a checkpoint of one epoch and a labelled set of two splits."""
     from helpers import train, write_folders

@@ -1,4 +1,4 @@
-"""Text towers of Hugging Face, beside open_clip's and transformers' own; from training to export."""
+"""Text towers of Hugging Face, beside open_clip's; from training to export."""
 
 import shutil
 import subprocess
@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from test_export import call
 from test_formats import ROWS, open_by_open_clip
 from test_layouts import assert_same
-from text_folders import DROPOUT_OFF, change_json, write_text_model
+from text_folders import change_json, write_text_model
 
 import engine
 import eval_retrieval
@@ -30,15 +30,6 @@ from utils import InputError
 TEXTS = ["a picture of a Dog", "Ünïcode &amp;amp; more", "", "photo " * 90]
 
 
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory):
-    """{kind: folder of a tiny text model}."""
-    root = tmp_path_factory.mktemp("texts")
-    return {
-        kind: write_text_model(root / kind, kind, **DROPOUT_OFF) for kind in ("roberta", "bert")
-    }
-
-
 def create(folder, name="CLIP_NANO8"):
     """(model with that text tower and its weights, its text model)."""
     text_model = text_models.open_text_model(str(folder))
@@ -50,12 +41,12 @@ def create(folder, name="CLIP_NANO8"):
 
 
 @pytest.mark.parametrize("kind", ["roberta", "bert"])
-def test_embeddings_and_tokens_equal_open_clips(folders, kind):
+def test_embeddings_and_tokens_equal_open_clips(texts, kind):
     from open_clip.hf_model import HFTextEncoder
     from open_clip.tokenizer import HFTokenizer
 
-    model, _ = create(folders[kind])
-    peer = HFTextEncoder(str(folders[kind]), 32, None, "mean_pooler", "mlp").eval()
+    model, _ = create(texts[kind])
+    peer = HFTextEncoder(str(texts[kind]), 32, None, "mean_pooler", "mlp").eval()
     with torch.no_grad():
         peer.proj[0].weight.copy_(model.text.proj[0].weight)
         peer.proj[2].weight.copy_(model.text.proj[2].weight)
@@ -63,7 +54,7 @@ def test_embeddings_and_tokens_equal_open_clips(folders, kind):
         f"text.{key}" for key in peer.state_dict()
     ]
     tokens = model.tokenizer(TEXTS)
-    assert torch.equal(tokens, HFTokenizer(str(folders[kind]))(TEXTS))
+    assert torch.equal(tokens, HFTokenizer(str(texts[kind]))(TEXTS))
     lengths = model.tokenizer.lengths(tokens)
     assert lengths[-1] == 77 and lengths[2] == 2 and lengths[0] < 77
     with torch.no_grad():
@@ -81,10 +72,10 @@ def test_embeddings_and_tokens_equal_open_clips(folders, kind):
 
 
 @pytest.fixture(scope="module")
-def trained(folders, tiny, tmp_path_factory):
-    """(run of two epochs, its text model's name): its text model's folder is gone since the first."""
+def trained(texts, tiny, tmp_path_factory):
+    """A folder of two runs of two epochs, of which one has lost the text model's folder between."""
     root = tmp_path_factory.mktemp("trained")
-    folder = shutil.copytree(folders["roberta"], root / "little-roberta")
+    folder = shutil.copytree(texts["roberta"], root / "little-roberta")
     flags = ["--text-model", folder, "--update-freq", 2]
     train(tiny, root / "whole", *flags, epochs=2)
     train(tiny, root / "parts", *flags, epochs=1)
@@ -102,7 +93,7 @@ def test_a_run_resumes_to_the_bit_without_the_folder(trained, tiny):
         train(tiny, trained / "parts", val="none")
 
 
-def test_it_trains_and_its_tokens_are_cut(folders, tiny, tmp_path, capsys):
+def test_it_trains_and_its_tokens_are_cut(texts, tiny, tmp_path, capsys):
     seen, forward = [], hf_text.HFText.forward_text
 
     def spy(tower, text):
@@ -111,12 +102,12 @@ def test_it_trains_and_its_tokens_are_cut(folders, tiny, tmp_path, capsys):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hf_text.HFText, "forward_text", spy)
-        flags = ["--text-model", folders["bert"], "--grad-checkpointing", "--lr", 1e-2]
+        flags = ["--text-model", texts["bert"], "--grad-checkpointing", "--lr", 1e-2]
         folder = train(tiny, tmp_path / "x", *flags, model="CLIP_NANO8", val="none")
     assert set(seen) == {16}  # of 77
     said = capsys.readouterr().out
-    assert f"text tower bert: pretrained weights, {folders['bert']}/model.safetensors" in said
-    old = load_file(folders["bert"] / "model.safetensors")
+    assert f"text tower bert: pretrained weights, {texts['bert']}/model.safetensors" in said
+    old = load_file(texts["bert"] / "model.safetensors")
     new = weights(folder)["state_dict"]
     for key in ("embeddings.word_embeddings.weight", "encoder.layer.1.output.dense.weight"):
         assert not torch.equal(new[f"text.transformer.{key}"], old[key])
@@ -124,10 +115,10 @@ def test_it_trains_and_its_tokens_are_cut(folders, tiny, tmp_path, capsys):
     assert sum(len(group["params"]) for group in groups) == len(new)
 
 
-def test_gradients_of_micro_batches_equal_those_of_the_large_batch(folders):
+def test_gradients_of_micro_batches_equal_those_of_the_large_batch(texts):
     gradients = {}
     for k in (1, 4):
-        t = exact_training("SLIP_NANO8", k, flags=["--text-model", str(folders["roberta"])])
+        t = exact_training("SLIP_NANO8", k, flags=["--text-model", str(texts["roberta"])])
         batches = views_of(t.model, 8, k)
         engine.update(t, batches, 0)
         gradients[k] = {key: param.grad for key, param in t.model.named_parameters()}
@@ -176,9 +167,9 @@ def test_a_checkpoint_opens_alone_in_every_script(trained, tiny, tmp_path, capsy
     assert f"initialised from {path}; from: {parts}\n" in said
 
 
-def test_an_image_tower_of_clip_with_a_new_text_tower(folders, tiny, tmp_path):
+def test_an_image_tower_of_clip_with_a_new_text_tower(texts, tiny, tmp_path):
     old = train(tiny, tmp_path / "old", model="CLIP_NANO8", val="none")
-    flags = ["--init-from", old / "checkpoint.pt", "--text-model", folders["roberta"]]
+    flags = ["--init-from", old / "checkpoint.pt", "--text-model", texts["roberta"]]
     flags = ["--model", "CLIP_NANO8", *map(str, flags)]
     _, notes = main.create_model(main.get_args_parser().parse_args(flags))
     assert notes[1].endswith(
@@ -194,9 +185,9 @@ IMAGES = {  # a row for the image tower; whether open_clip's own ViT is to hold 
 
 
 @pytest.mark.parametrize("image", IMAGES)
-def test_an_export_opens_in_open_clip_and_comes_back(folders, image, tmp_path, monkeypatch, capsys):
+def test_an_export_opens_in_open_clip_and_comes_back(texts, image, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(towers.TOWERS, image, {**towers.TOWERS, **ROWS}[image])
-    model, text_model = create(folders["roberta"], f"SLIP_{image}")
+    model, text_model = create(texts["roberta"], f"SLIP_{image}")
     source = formats.Source(model, f"SLIP_{image}", towers.TOWERS[image])
     notes = formats.write_open_clip(source, tmp_path, tmp_path)
     assert notes[-1] == formats.MOVED_TEXT and len(notes) == 2 - IMAGES[image]
@@ -220,8 +211,8 @@ def test_an_export_opens_in_open_clip_and_comes_back(folders, image, tmp_path, m
     assert found.tower.text_model.config == text_model.config
 
 
-def test_a_moved_export_and_targets_that_cannot_express_it(folders, tmp_path, monkeypatch, capsys):
-    model, text_model = create(folders["bert"])
+def test_a_moved_export_and_targets_that_cannot_express_it(texts, tmp_path, monkeypatch, capsys):
+    model, text_model = create(texts["bert"])
     state = {"state_dict": model.state_dict(), "text_model": text_model.state_dict()}
     state |= {"args": {"model": "CLIP_NANO8"}, "preprocessing": model.preprocessing.to_dict()}
     torch.save(state, tmp_path / "c.pt")
@@ -242,8 +233,8 @@ def test_a_moved_export_and_targets_that_cannot_express_it(folders, tmp_path, mo
     assert not (tmp_path / "out").exists()
 
 
-def test_onnx(folders, tmp_path):
-    model, _ = create(folders["roberta"])
+def test_onnx(texts, tmp_path):
+    model, _ = create(texts["roberta"])
     notes = write_onnx(formats.Source(model, "CLIP_NANO8", towers.TOWERS["NANO8"]), tmp_path, "")
     assert "text.onnx gives the model's embeddings to" in notes[1]
     assert (tmp_path / "text/tokenizer.json").exists() and "folder text" in notes[2]

@@ -1,4 +1,4 @@
-"""Folders of tiny text models, as transformers saves them: random weights, a tokenizer made here."""
+"""Folders of tiny text models, as transformers saves them, with tokenizers made here."""
 
 import json
 
