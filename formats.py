@@ -161,6 +161,8 @@ def write_open_clip(source, folder, home):
         },
         "slip": {"model": f"CLIP_{tower}", "preprocessing": form.to_dict()},  # for us to read
     }
+    if model.text:
+        config["slip"]["text_model"] = model.text.source.name
     utils.write_json(folder / "open_clip_config.json", config)
     weights = layouts.to_open_clip(model.state_dict(), is_native)
     save_tensors(folder / "open_clip_model.safetensors", weights)

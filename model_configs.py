@@ -94,7 +94,8 @@ def read_text_model(config, folder):
     if not (name := text_name(config)):
         return None
     if text_files(config):
-        return replace(open_text_model(os.path.join(folder, TEXT_FOLDER)), weights=None)
+        found = open_text_model(os.path.join(folder, TEXT_FOLDER))
+        return replace(found, name=str(config["slip"]["text_model"])[:200], weights=None)
     if name not in TEXTS:
         known = ", ".join(TEXTS)
         raise InputError(f"its text tower is {repr(name)[:80]}; only {known} are known here")

@@ -203,7 +203,9 @@ class CLIP(TextTower, Method):
 
     def dummy_batch(self, batch_size, device):
         length = self.preprocessing.context_length
-        text = torch.zeros(batch_size, length, dtype=torch.long, device=device)
+        padding = self.text.pad if self.text else 0
+        text = torch.full((batch_size, length), padding, device=device)
+        text[:, 0] = abs(padding - 1)  # a text of one token
         return super().dummy_batch(batch_size, device) | {"text": text}
 
     def dummy_batches(self, batch_size, device):
