@@ -193,7 +193,7 @@ def index_shard(path, root, keys):
     if not images and not texts:
         damage = damage or "it holds no sample"
     counts = Counter({"without an image": len(texts.keys() - images.keys())})
-    counts["of a name that the shard has already"] = repeats
+    counts["members of a name that their shard has already"] = repeats
     names, lists, prefix = [], [], os.path.relpath(path, root)
     for key, image in images.items():
         try:
@@ -282,7 +282,7 @@ class Shards:
                 if damage:
                     damaged[path] = damage
                     first = next(iter(damaged.items()))
-                    counts["ends of damaged shards, the first that of {}: {}".format(*first)] += 1
+                    counts["shards not readable to their end, the first {}: {}".format(*first)] += 1
                 batches.append(batch)
                 bar.update()
                 is_last = len(lengths) == len(self.files.paths)

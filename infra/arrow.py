@@ -25,6 +25,7 @@ SCHEMA = pa.schema([("image", TEXT), ("captions", pa.large_list(TEXT))])
 BATCH = 2**16  # rows read between two batches of the Arrow file
 KEPT, NULLS = "kept", "nulls"  # the counts of kept rows, and of nulls in their lists of captions
 INSTEAD = "instead"  # of kept rows whose captions were not in the named fields
+OTHER_UNITS = ("members ", "shards ")  # reasons that begin so do not count rows
 
 
 @dataclass
@@ -171,9 +172,10 @@ def merge_parts(output, source, key, folder):
 
 def describe(counts):
     """The result of write_captions in words."""
-    dropped = [pair for pair in counts.most_common() if pair[0] not in (KEPT, NULLS, INSTEAD)]
-    reasons = "".join(f"; {number:,} {reason}" for reason, number in dropped)
-    total = sum(number for _, number in dropped)
+    found = [pair for pair in counts.most_common() if pair[0] not in (KEPT, NULLS, INSTEAD)]
+    found.sort(key=lambda pair: pair[0].startswith(OTHER_UNITS))
+    reasons = "".join(f"; {number:,} {reason}" for reason, number in found)
+    total = sum(number for reason, number in found if not reason.startswith(OTHER_UNITS))
     nulls = f"; {counts[NULLS]:,} nulls among the captions of others" if counts[NULLS] else ""
     if counts[INSTEAD]:
         nulls += f"; {counts[INSTEAD]:,} take their .txt, as .json lacks the fields named"

@@ -144,7 +144,7 @@ def test_the_first_member_of_a_name_counts(tmp_path, capsys):
     )
     write_tar(tmp_path / "1.tar", [("a.jpg", JPEG), ("a.txt", b"z")])  # another shard's own
     assert rows_of(tmp_path) == [("a.jpg", JPEG, ["x"]), ("a.jpg", JPEG, ["z"])]
-    assert "2 of a name that the shard has already" in capsys.readouterr().out
+    assert "2 members of a name that their shard has already" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -217,8 +217,8 @@ def test_damaged_shards_keep_their_whole_samples(tmp_path, capsys):
     assert [name for name, *_ in rows_of(pattern)] == [f"00{i}.jpg" for i in (0, 1, 0, 1, 0, 1, 2)]
     first = f"{tmp_path}/00000.tar: it ends in the middle"
     out = capsys.readouterr().out
-    assert "7 pairs kept, 7 rows dropped; 5 ends of damaged shards" in out and first in out
-    assert "2 without a caption" in out
+    assert "7 pairs kept, 2 rows dropped; 2 without a caption; 5 shards not readable to" in out
+    assert first in out
     (index,) = tmp_path.glob("*.arrow")
     facts = arrow.read_facts(index)
     assert facts["lengths"] == [2, 2, 3, 0, 0]
