@@ -5,12 +5,17 @@ some fields. The index has the place of every image and its captions, so that sh
 set as any other: each sample once an epoch, in an order that anyone can repeat.
 """
 
+import glob
+import hashlib
 import json
 import os
 import threading
 import time
 from collections import Counter
 from functools import lru_cache, partial
+from itertools import accumulate
+from operator import itemgetter
+from pathlib import Path
 
 import pyarrow as pa
 import torch
@@ -18,13 +23,14 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import utils
-from infra.arrow import BATCH, INSTEAD, KEPT, NULLS, SCHEMA
+from infra.arrow import BATCH, INSTEAD, KEPT, NULLS, SCHEMA, read_batches, read_facts
 from infra.braces import alternatives
-from infra.rows import MAX_LINE, Dropped, Files, caption_texts
+from infra.rows import BAD_ROW, MAX_LINE, Dropped, Files, caption_texts
 from infra.signals import shield_worker
 from infra.tars import BLOCK, Damage, Tar, is_sound
 from utils import InputError
 
+DAMAGE = "damage"  # of a shard, beside its counts
 IMAGES = ("jpg", "jpeg", "png", "webp")  # endings of images, in any case
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # of packed files
@@ -188,7 +194,7 @@ def check_begin(path):
 
 
 def index_shard(path, root, keys):
-    """(record batch of its pairs in the order of the images, Counter of read_pairs, damage)."""
+    """(table of its pairs in the order of the images, Counter of read_pairs, damage)."""
     images, texts, damage, repeats = read_members(path, bool(keys))
     if not images and not texts:
         damage = damage or "it holds no sample"
@@ -206,7 +212,7 @@ def index_shard(path, root, keys):
         counts[NULLS] += nulls
         counts[INSTEAD] += is_instead
     counts[KEPT] = len(names)
-    return pa.record_batch([names, lists], SCHEMA), +counts, damage
+    return pa.table([names, lists], SCHEMA), +counts, damage
 
 
 class Tasks(Dataset):
@@ -255,46 +261,77 @@ def in_parallel(function, items):
     )
 
 
+def as_batch(table):
+    return pa.record_batch([column.combine_chunks() for column in table.columns], SCHEMA)
+
+
+def read_before(output, first):
+    """{digest: as index_shard's result} of the shards in older indices beside `output`.
+
+    first: path of the first shard, by which indices are named.
+    """
+    known = {}
+    for path in Path(output).parent.glob(f"{glob.escape(os.path.basename(first))}.*.arrow"):
+        try:
+            facts, table = read_facts(path), pa.Table.from_batches(read_batches(path), SCHEMA)
+            ends = accumulate(map(itemgetter(KEPT), facts["shards"].values()))
+            for (digest, found), end in zip(facts["shards"].items(), ends, strict=True):
+                rows, damage = table.slice(end - found[KEPT], found[KEPT]), found.get(DAMAGE)
+                counts = Counter({k: int(n) for k, n in found.items() if k != DAMAGE})
+                known[digest] = rows, counts, damage
+        except (*BAD_ROW, InputError, pa.ArrowException):  # of another form, or by another hand
+            continue
+    return known
+
+
 class Shards:
     """A source, as write_captions takes it, that is read by shard and in parallel.
 
-    Its facts also hold "lengths", the number of pairs of each shard, and "damaged", {path: reason}
-    of those that cannot be read to their end.
+    A shard that an older index has is not read again. Its facts also hold "lengths", the number of
+    pairs of each shard, "damaged", {path: reason} of those that cannot be read to their end, and
+    "shards", {digest: counts and damage} of each.
     """
 
     def __init__(self, paths, keys):
         self.files, self.keys, self.root = Files(paths), list(keys), root_of(paths)
 
-    def chunks(self, facts, title):
+    def digests(self):
+        """Of each shard and of all that the rows of its index depend on."""
+        values = [json.dumps([row, self.root, self.keys]) for row in self.files.signature()]
+        return [hashlib.sha256(value.encode()).hexdigest()[:16] for value in values]
+
+    def results(self, skip, output):
+        """Yields (path, digest, *result of index_shard) of the shards after the first `skip`."""
+        rest = [*zip(self.files.paths, self.digests(), strict=True)][skip:]
+        known = read_before(output, self.files.paths[0])
+        index = partial(index_shard, root=self.root, keys=self.keys)
+        fresh = iter(in_parallel(index, [path for path, digest in rest if digest not in known]))
+        for path, digest in rest:
+            rows, counts, damage = known[digest] if digest in known else next(fresh)
+            yield path, digest, rows, counts, damage
+
+    def chunks(self, facts, output):
         """As infra.arrow's read_chunks: whole shards, of at least BATCH pairs together."""
         lengths, counts = list(facts.get("lengths", [])), Counter(facts["counts"])
-        damaged, batches = dict(facts.get("damaged", {})), []
+        damaged, own = dict(facts.get("damaged", {})), dict(facts.get("shards", {}))
+        tables, number = [], len(self.files.paths)
         for path in self.files.paths:  # at once, and not after hours
             check_begin(path)
-        index = partial(index_shard, root=self.root, keys=self.keys)
-        results = in_parallel(index, self.files.paths[len(lengths) :])
-        with tqdm(desc=title, unit=" shards", disable=None, total=len(self.files.paths)) as bar:
+        results = self.results(len(lengths), output)
+        with tqdm(desc=output, unit=" shards", disable=None, total=number) as bar:
             bar.update(len(lengths))
-            for batch, found, damage in results:
-                path = self.files.paths[len(lengths)]
-                lengths.append(len(batch))
+            for path, digest, rows, found, damage in results:
+                lengths.append(len(rows))
                 counts.update(found)
+                own[digest] = {KEPT: 0, **found, **({DAMAGE: damage} if damage else {})}
                 if damage:
                     damaged[path] = damage
                     first = next(iter(damaged.items()))
                     counts["shards not readable to their end, the first {}: {}".format(*first)] += 1
-                batches.append(batch)
+                tables.append(rows)
                 bar.update()
-                is_last = len(lengths) == len(self.files.paths)
-                if is_last or sum(map(len, batches)) >= BATCH:
-                    yield (
-                        pa.concat_batches(batches),
-                        facts
-                        | {
-                            "rows": sum(lengths),
-                            "counts": counts,
-                            "lengths": lengths,
-                            "damaged": damaged,
-                        },
-                    )
-                    batches = []
+                if len(lengths) == number or sum(map(len, tables)) >= BATCH:
+                    told = {"lengths": lengths, "damaged": damaged, "shards": own}
+                    told |= {"rows": sum(lengths), "counts": counts}
+                    yield as_batch(pa.concat_tables(tables)), facts | told
+                    tables = []

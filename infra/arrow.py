@@ -36,8 +36,8 @@ class Source:
     rows: Iterable  # one may be a Dropped
     pick: Callable  # row -> (image path, caption or captions); may raise Dropped
 
-    def chunks(self, facts, title):
-        return read_chunks(self, facts, title)
+    def chunks(self, facts, output):
+        return read_chunks(self, facts, output)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -59,17 +59,17 @@ def read_pairs(source, skip=0):
     return parse_rows(source.files, source.rows, pick, skip, Malformed())
 
 
-def read_chunks(source, facts, title):
+def read_chunks(source, facts, output):
     """Yields (record batch, facts up to its end) of the rows that `facts` does not cover.
 
     Args:
         source: the Source to read.
         facts: dict of "key", "rows" (number of rows read) and "counts" (Counter of read_pairs).
-        title: name of the progress bar.
+        output: path of the file to write, the name of the progress bar.
     """
     rows, counts = facts["rows"], Counter(facts["counts"])
     pairs = read_pairs(source, rows)
-    with tqdm(desc=title, unit=" rows", unit_scale=True, disable=None) as bar:
+    with tqdm(desc=output, unit=" rows", unit_scale=True, disable=None) as bar:
         bar.update(rows)
         while chunk := list(islice(pairs, BATCH)):
             rows += len(chunk)

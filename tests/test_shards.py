@@ -386,3 +386,35 @@ def test_an_index_goes_with_its_shards(tmp_path):
     views = CaptionDataset(moved, tmp_path / "b", ("image",), Preprocessing(image_size=32))
     assert_equal(views[0, [1]]["source"]["path"], moved[1][0])
     assert torch.is_tensor(views[0, [0]]["image"])
+
+
+def test_only_shards_that_changed_are_read_again(tmp_path, monkeypatch):
+    pattern = write_shards(tmp_path, [2, 3, 1, 2])
+    cut = tmp_path / "00003.tar"
+    os.truncate(cut, cut.read_bytes().index(b"007.jpg"))
+    load_captions("webdataset", pattern)
+    read, index_shard = [], shards.index_shard
+
+    def watched(path, root, keys):
+        read.append(os.path.basename(path))
+        return index_shard(path, root, keys)
+
+    monkeypatch.setattr(shards, "in_parallel", lambda function, items: map(function, items))
+    monkeypatch.setattr(shards, "index_shard", watched)
+    write_tar(tmp_path / "00001.tar", [("new.jpg", JPEG), ("new.txt", b"new")])
+    (tmp_path / "00000.tar").rename(tmp_path / "00009.tar")
+    write_tar(tmp_path / "00000.tar", [])
+    monkeypatch.setattr(shards, "BATCH", 2)
+    pairs = load_captions("webdataset", tmp_path)  # with another one, and in two parts
+    assert read == ["00000.tar", "00001.tar", "00009.tar"]
+    texts = [pairs[i][1] for i in range(len(pairs))]
+    assert texts == [[t] for t in ("new", "picture 5", "picture 6", "picture 0", "picture 1")]
+    facts = arrow.read_facts(pairs.path)
+    for index in tmp_path.glob("*.arrow"):
+        index.unlink()
+    afresh = load_captions("webdataset", tmp_path)
+    assert facts == arrow.read_facts(afresh.path) and facts["damaged"].keys() >= {str(cut)}
+    assert [afresh[i] for i in range(len(pairs))] == [pairs[i] for i in range(len(pairs))]
+    read.clear()
+    load_captions("webdataset", tmp_path, ("", "", "caption"))  # may have other rows
+    assert len(read) == 5
