@@ -42,8 +42,8 @@ MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # of packed fil
 def find_shards(metadata):
     """Paths of the shards that `metadata` names: patterns, folders and lists, joined by "::".
 
-    A list is a .txt file, one path a line, relative to the folder of the list. Raises InputError
-    if a shard is absent, packed or named twice.
+    A list is a .txt file, one path a line, relative to the folder of the list; lines that begin
+    with # are comments. Raises InputError if a shard is absent, packed or named twice.
     """
     paths = []
     for part in os.fspath(metadata).split("::"):
@@ -51,8 +51,9 @@ def find_shards(metadata):
             names = [name for name in os.listdir(part) if name.endswith((".tar", *PACKED))]
             found = [os.path.join(part, name) for name in sorted(names)]
         elif part.endswith(".txt"):
-            lines = filter(None, map(str.strip, Files([part]).lines()))
-            found = [os.path.join(os.path.dirname(part), line) for line in lines]
+            lines = map(str.strip, Files([part]).lines())
+            named = [line for line in lines if line and not line.startswith("#")]
+            found = [os.path.join(os.path.dirname(part), line) for line in named]
         else:
             found = alternatives(part)
         check_names(part, found)
@@ -67,6 +68,11 @@ def check_names(part, paths):
     if packed := [path for path in paths if path.endswith((*PACKED, ".gz", ".zst"))]:
         raise packed_tar(packed[0])
     absent = [path for path in paths if not os.path.exists(path)]
+    if dangling := [path for path in absent if os.path.islink(path)]:
+        raise InputError(
+            f"metadata {dangling[0]} is a link to {os.readlink(dangling[0])}, which is absent; "
+            "mend or remove the link"
+        )
     if not paths or len(absent) == len(paths):
         raise InputError(f"metadata {part} matches no file; check the path and the pattern")
     if absent:
