@@ -40,7 +40,6 @@ def advise(log, data_wait, loader):
         augment = "" if loader.augments_on_device else "--augment device, "
         log.info_once(
             f"over 10% of the time is spent waiting for data ({data_wait:.0%} in the epoch): try "
-            f"--workers above {loader.workers}, {augment}smaller images or faster storage for "
-            "--root",
+            f"--workers above {loader.workers}, {augment}smaller images or faster storage",
             topic="data wait",
         )

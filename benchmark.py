@@ -7,6 +7,7 @@
     torchrun --nproc-per-node 2 benchmark.py agreement  # time that ranks spend on agreeing
     python benchmark.py data        # samples per second and core: archived code and ours
     python benchmark.py shards      # tar shards: index, orders of reading, beside webdataset
+    python benchmark.py workers     # memory of a loader's worker, beside webdataset
     python benchmark.py augment     # kernels, bytes and time of a view with --augment device
     python benchmark.py classifier  # prompts to a zero-shot classifier
     python benchmark.py features    # memory of classifiers on ImageNet-sized features
@@ -29,6 +30,7 @@ from benchmarks import (
     saving,
     shards,
     training,
+    workers,
 )
 from infra.distributed import run_script
 from utils import ArgumentParser, InputError, natural, number, positive, positive_int
@@ -69,6 +71,13 @@ def add_data_commands(commands):
     add("--workers", default=0, type=natural, help="loader processes; 0: this process loads")
     add("--rounds", default=3, type=positive_int, help="rounds; their median counts")
     add("--folder", help="for the shards; by default the system's temporary folder")
+
+    description = "memory of a loader's worker, beside webdataset and the archived code"
+    add = add_command(commands, "workers", description, workers.benchmark_workers)
+    add("--samples", default=1000, type=positive_int, help="JPEGs to write, and those of a shard")
+    add("--workers", default=2, type=positive_int, help="loader processes")
+    add("--batches", default=20, type=positive_int, help="batches loaded before the measurement")
+    add("--folder", help="for the files; by default the system's temporary folder")
 
     description = "kernels, bytes and time of a view with --augment device"
     add = add_command(commands, "augment", description, augmentation.benchmark_augment)

@@ -20,6 +20,7 @@ from pathlib import Path
 from urllib.parse import unquote_plus
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet
 
 import utils
@@ -36,7 +37,7 @@ from infra.rows import (
     plain_text,
     table_rows,
 )
-from infra.untrusted import check_inside, read_metadata, read_npy, read_pickle
+from infra.untrusted import check_inside, first_line, read_metadata, read_npy, read_pickle
 from shards import Shards, find_shards, root_of, shard_images
 from utils import InputError
 
@@ -159,13 +160,24 @@ def open_csv(path, columns):
     )
 
 
+def open_parquet(path, columns=(), file=None):
+    """A ParquetFile. Raises InputError if it is damaged, or lacks one of `columns`.
+
+    file: to read from, if it is open.
+    """
+    try:
+        table = pyarrow.parquet.ParquetFile(file or path)
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"metadata {path}: {first_line(error)}; check the file") from error
+    if absent := [column for column in columns if column not in table.schema_arrow.names]:
+        raise InputError(f"metadata {path}: no column {absent[0]!r}; name one it has")
+    return table
+
+
 def parquet_rows(files, columns):
     """Rows of parquet files as dicts."""
     for file in files:
-        table = pyarrow.parquet.ParquetFile(file)
-        if absent := [column for column in columns if column not in table.schema_arrow.names]:
-            raise InputError(f"metadata {files.path}: no column {absent[0]!r}; name one it has")
-        for batch in table.iter_batches(columns=columns):
+        for batch in open_parquet(files.path, columns, file).iter_batches(columns=columns):
             yield from batch.to_pylist()
 
 

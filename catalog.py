@@ -52,9 +52,11 @@ def load_catalog(path=CATALOG, allow_outside=False, ignore_names=False):
     if not isinstance(catalog, dict):
         raise InputError(f"catalog {path} is no object of named sets; see dataset_catalog.json")
     for name, entry in catalog.items():
-        texts = isinstance(entry, dict) and all(isinstance(v, str) for v in entry.values())
-        if not texts or not {"type", "path"} <= entry.keys():
-            raise InputError(f"catalog {path}: entry {name!r} needs a type and a path, as texts")
+        if not isinstance(entry, dict) or not {"type", "path"} <= entry.keys():
+            raise InputError(f"catalog {path}: entry {name!r} needs a type and a path")
+        for key, value in entry.items():
+            if not isinstance(value, str):
+                raise InputError(f"catalog {path}: {name!r}: {key} is no text: {repr(value)[:80]}")
         if (pixels := entry.setdefault("pixels", "upright")) not in ("upright", "archived"):
             raise InputError(f"catalog {path}: {name!r}: pixels are upright or archived: {pixels}")
         entry.setdefault("labels", name)

@@ -3,7 +3,7 @@
 import os
 import time
 from collections import Counter
-from itertools import accumulate
+from itertools import accumulate, islice
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from utils import InputError
 
 SAMPLE = 256  # pairs of a caption set that are decoded
 MAX_BAD = 0.01  # share of them that may be unreadable, as training has it
+MOST_NAMED = 20  # damaged shards
 
 # ---------------------------------------------------------------------------------------------
 # Labelled sets
@@ -43,7 +44,7 @@ def split_is_present(entry, split):
 
 
 def check_labelled(catalog, name, labels):
-    """A line on a set of the catalog; labels: {name: classes}. Raises InputError if not usable."""
+    """(line on a set of the catalog, no faults); labels: {name: classes}. See is_usable."""
     if catalog[name]["labels"] not in labels:
         raise InputError("labels.json has no classes for it")
     parts, entry = [], catalog[name]
@@ -64,16 +65,22 @@ def check_labelled(catalog, name, labels):
         order = "folder names ignored"
     elif hasattr(found, "class_to_idx"):
         order = describe_order(*check_order(name, found, classes))
-    return f"{', '.join(parts)}, some decoded; {len(classes)} classes, {order}"
+    return f"{', '.join(parts)}, some decoded; {len(classes)} classes, {order}", ()
 
 
 def is_usable(name, look):
-    """Prints and returns a verdict; look() returns a text, or raises InputError."""
+    """Prints and returns a verdict; look() returns (text, faults), or raises InputError.
+
+    faults: texts; with one the set can be used, but not all that was meant to be in it.
+    """
     try:
-        print(f"{name:20} usable    {look()}")
+        text, faults = look()
     except InputError as error:
         print(f"{name:20} UNUSABLE  {error}")
         return False
+    print(f"{name:20} {'DAMAGED ' if faults else 'usable  '}  {text}")
+    for fault in faults:
+        print(f"{'':32}{fault}")
     return True
 
 
@@ -82,19 +89,31 @@ def is_usable(name, look):
 
 
 def describe_shards(pairs, root):
-    """Number and size of the shards of an index, and the damaged ones; "" for another set."""
+    """Number and size of the shards of an index; "" for another set."""
     if len(pairs.lengths) == 1 and "lengths" not in pairs.facts:
         return ""
     ends = accumulate(pairs.lengths)
     first = [end - length for end, length in zip(ends, pairs.lengths, strict=True) if length]
     paths = [file_of(os.path.join(root, pairs[row][0])) for row in first]
     sizes = [os.path.getsize(path) / 1e6 for path in paths if os.path.exists(path)] or [0]
-    damaged = plain_items(pairs.facts, "damaged", str)
     return (
         f" in {len(pairs.lengths):,} shards of {min(pairs.lengths):,} to {max(pairs.lengths):,} "
         f"pairs and {min(sizes):,.1f} to {max(sizes):,.1f} MB"
-        + "".join(f"; {path}: {reason}" for path, reason in damaged.items())
     )
+
+
+def damaged_shards(pairs):
+    """Lines on the shards of an index that cannot be read to their end; [] if all can."""
+    damaged = plain_items(pairs.facts, "damaged", str)
+    lines = [f"{path}: {reason}" for path, reason in islice(damaged.items(), MOST_NAMED)]
+    if more := len(damaged) - len(lines):
+        lines.append(f"and {more:,} others")
+    if damaged:
+        lines.append(
+            f"The pairs behind the damage of {len(damaged):,} of {len(pairs.lengths):,} shards are "
+            "lost: fetch these shards again, or train without them."
+        )
+    return lines
 
 
 def plain_items(facts, name, kind):
@@ -105,14 +124,14 @@ def plain_items(facts, name, kind):
 
 
 def describe_pairs(pairs, root, allow_outside=False):
-    """A line on a caption set, from its counts and a sample of its images.
+    """(line on a caption set, its faults), from its counts and a sample of its images.
 
     Args:
         pairs: Captions.
         root: folder of the images, "" for that of the pairs.
         allow_outside: bool, whether image paths may lead out of it.
 
-    Raises InputError if more than MAX_BAD of the sample cannot be read.
+    See is_usable. Raises InputError if more than MAX_BAD of the sample cannot be read.
     """
     root, bad, started = root or pairs.root, [], time.perf_counter()
     sample = np.random.default_rng(0).permutation(len(pairs))[:SAMPLE].tolist()
@@ -132,4 +151,4 @@ def describe_pairs(pairs, root, allow_outside=False):
     return (
         f"{len(pairs):,} images with captions{describe_shards(pairs, root)}; {len(sample)} "
         f"decoded, {speed:,.0f} images/s{unreadable}{counts}"
-    )
+    ), damaged_shards(pairs)

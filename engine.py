@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from diagnosis import count_bad, describe_fault, skip_update
 from infra.devices import Precision, Prefetcher
 from infra.distributed import all_reduce, average_gradients, get_world_size
-from infra.logger import WRITERS
+from infra.logger import writer
 from utils import InputError, get_rng_state, natural, not_negative, positive_int, set_rng_state
 
 
@@ -26,8 +26,8 @@ def add_training_flags(add):
     add("--print-freq", default=10, type=positive_int, help="updates between readings of metrics")
     add("--skip-nonfinite", default=0, type=natural, help="updates a run may skip as nan or inf")
     add("--save-every-minutes", default=30, type=not_negative, help="also at epoch ends; 0: never")
-    text = "writers of the log beside log.txt; wandb if it is installed"
-    add("--report-to", default=["tensorboard"], nargs="*", choices=WRITERS, help=text)
+    text = "writers of the log beside log.txt: tensorboard, wandb if it is installed"
+    add("--report-to", default=["tensorboard"], nargs="*", type=writer, help=text)
     add("--keep-last", default=2, type=positive_int, help="checkpoints kept, the latest first")
 
 

@@ -15,11 +15,10 @@ from functools import partial
 from itertools import accumulate
 
 import pyarrow as pa
-import pyarrow.parquet
 from tqdm import tqdm
 
 import utils
-from captions import load_captions
+from captions import load_captions, open_parquet
 from infra.archives import read_file
 from infra.arrow import KEPT, describe
 from infra.braces import alternatives
@@ -73,7 +72,7 @@ class ImageParquet:
 
     def __init__(self, paths, columns):
         self.paths, self.columns = paths, list(columns)
-        pairs = [(path, open_parquet(path).metadata) for path in paths]
+        pairs = [(path, open_parquet(path, self.columns).metadata) for path in paths]
         self.groups = [(p, g) for p, t in pairs for g in range(t.num_row_groups)]
         lengths = [t.row_group(g).num_rows for _, t in pairs for g in range(t.num_row_groups)]
         self.starts = [0, *accumulate(lengths)]
@@ -111,13 +110,6 @@ class ImageParquet:
             return error
 
 
-def open_parquet(path):
-    try:
-        return pyarrow.parquet.ParquetFile(path)
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"metadata {path}: {first_line(error)}; check the file") from error
-
-
 def find_parquet(metadata):
     """Paths of the .parquet files that a path, a pattern or a folder names, [] for none."""
     if os.path.isdir(metadata):
@@ -139,8 +131,6 @@ def open_rows(dataset, metadata, columns, root="", allow_outside=False):
     """The rows of any caption set, as write_shards takes them; see load_captions, ImageFiles."""
     paths = find_parquet(metadata) if dataset == "csv" else []
     if paths and has_bytes(paths[0], columns[0]):
-        if absent := [c for c in columns[:2] if c not in open_parquet(paths[0]).schema_arrow.names]:
-            raise InputError(f"metadata {paths[0]}: no column {absent[0]!r}; name one it has")
         return ImageParquet(paths, columns[:2])
     pairs = load_captions(dataset, metadata, columns)
     if not os.path.isdir(root := root or pairs.root):

@@ -5,12 +5,17 @@ some fields. The index has the place of every image and its captions, so that sh
 set as any other: each sample once an epoch, in an order that anyone can repeat.
 """
 
+import glob
+import hashlib
 import json
 import os
 import threading
 import time
 from collections import Counter
 from functools import lru_cache, partial
+from itertools import accumulate
+from operator import itemgetter
+from pathlib import Path
 
 import pyarrow as pa
 import torch
@@ -18,13 +23,14 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import utils
-from infra.arrow import BATCH, INSTEAD, KEPT, NULLS, SCHEMA
+from infra.arrow import BATCH, INSTEAD, KEPT, NULLS, SCHEMA, read_batches, read_facts
 from infra.braces import alternatives
-from infra.rows import MAX_LINE, Dropped, Files, caption_texts
+from infra.rows import BAD_ROW, MAX_LINE, Dropped, Files, caption_texts
 from infra.signals import shield_worker
 from infra.tars import BLOCK, Damage, Tar, is_sound
 from utils import InputError
 
+DAMAGE = "damage"  # of a shard, beside its counts
 IMAGES = ("jpg", "jpeg", "png", "webp")  # endings of images, in any case
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # of packed files
@@ -36,8 +42,8 @@ MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # of packed fil
 def find_shards(metadata):
     """Paths of the shards that `metadata` names: patterns, folders and lists, joined by "::".
 
-    A list is a .txt file, one path a line, relative to the folder of the list. Raises InputError
-    if a shard is absent, packed or named twice.
+    A list is a .txt file, one path a line, relative to the folder of the list; lines that begin
+    with # are comments. Raises InputError if a shard is absent, packed or named twice.
     """
     paths = []
     for part in os.fspath(metadata).split("::"):
@@ -45,8 +51,9 @@ def find_shards(metadata):
             names = [name for name in os.listdir(part) if name.endswith((".tar", *PACKED))]
             found = [os.path.join(part, name) for name in sorted(names)]
         elif part.endswith(".txt"):
-            lines = filter(None, map(str.strip, Files([part]).lines()))
-            found = [os.path.join(os.path.dirname(part), line) for line in lines]
+            lines = map(str.strip, Files([part]).lines())
+            named = [line for line in lines if line and not line.startswith("#")]
+            found = [os.path.join(os.path.dirname(part), line) for line in named]
         else:
             found = alternatives(part)
         check_names(part, found)
@@ -61,6 +68,11 @@ def check_names(part, paths):
     if packed := [path for path in paths if path.endswith((*PACKED, ".gz", ".zst"))]:
         raise packed_tar(packed[0])
     absent = [path for path in paths if not os.path.exists(path)]
+    if dangling := [path for path in absent if os.path.islink(path)]:
+        raise InputError(
+            f"metadata {dangling[0]} is a link to {os.readlink(dangling[0])}, which is absent; "
+            "mend or remove the link"
+        )
     if not paths or len(absent) == len(paths):
         raise InputError(f"metadata {part} matches no file; check the path and the pattern")
     if absent:
@@ -188,12 +200,12 @@ def check_begin(path):
 
 
 def index_shard(path, root, keys):
-    """(record batch of its pairs in the order of the images, Counter of read_pairs, damage)."""
+    """(table of its pairs in the order of the images, Counter of read_pairs, damage)."""
     images, texts, damage, repeats = read_members(path, bool(keys))
     if not images and not texts:
         damage = damage or "it holds no sample"
     counts = Counter({"without an image": len(texts.keys() - images.keys())})
-    counts["of a name that the shard has already"] = repeats
+    counts["members of a name that their shard has already"] = repeats
     names, lists, prefix = [], [], os.path.relpath(path, root)
     for key, image in images.items():
         try:
@@ -206,7 +218,7 @@ def index_shard(path, root, keys):
         counts[NULLS] += nulls
         counts[INSTEAD] += is_instead
     counts[KEPT] = len(names)
-    return pa.record_batch([names, lists], SCHEMA), +counts, damage
+    return pa.table([names, lists], SCHEMA), +counts, damage
 
 
 class Tasks(Dataset):
@@ -255,46 +267,77 @@ def in_parallel(function, items):
     )
 
 
+def as_batch(table):
+    return pa.record_batch([column.combine_chunks() for column in table.columns], SCHEMA)
+
+
+def read_before(output, first):
+    """{digest: as index_shard's result} of the shards in older indices beside `output`.
+
+    first: path of the first shard, by which indices are named.
+    """
+    known = {}
+    for path in Path(output).parent.glob(f"{glob.escape(os.path.basename(first))}.*.arrow"):
+        try:
+            facts, table = read_facts(path), pa.Table.from_batches(read_batches(path), SCHEMA)
+            ends = accumulate(map(itemgetter(KEPT), facts["shards"].values()))
+            for (digest, found), end in zip(facts["shards"].items(), ends, strict=True):
+                rows, damage = table.slice(end - found[KEPT], found[KEPT]), found.get(DAMAGE)
+                counts = Counter({k: int(n) for k, n in found.items() if k != DAMAGE})
+                known[digest] = rows, counts, damage
+        except (*BAD_ROW, InputError, pa.ArrowException):  # of another form, or by another hand
+            continue
+    return known
+
+
 class Shards:
     """A source, as write_captions takes it, that is read by shard and in parallel.
 
-    Its facts also hold "lengths", the number of pairs of each shard, and "damaged", {path: reason}
-    of those that cannot be read to their end.
+    A shard that an older index has is not read again. Its facts also hold "lengths", the number of
+    pairs of each shard, "damaged", {path: reason} of those that cannot be read to their end, and
+    "shards", {digest: counts and damage} of each.
     """
 
     def __init__(self, paths, keys):
         self.files, self.keys, self.root = Files(paths), list(keys), root_of(paths)
 
-    def chunks(self, facts, title):
+    def digests(self):
+        """Of each shard and of all that the rows of its index depend on."""
+        values = [json.dumps([row, self.root, self.keys]) for row in self.files.signature()]
+        return [hashlib.sha256(value.encode()).hexdigest()[:16] for value in values]
+
+    def results(self, skip, output):
+        """Yields (path, digest, *result of index_shard) of the shards after the first `skip`."""
+        rest = [*zip(self.files.paths, self.digests(), strict=True)][skip:]
+        known = read_before(output, self.files.paths[0])
+        index = partial(index_shard, root=self.root, keys=self.keys)
+        fresh = iter(in_parallel(index, [path for path, digest in rest if digest not in known]))
+        for path, digest in rest:
+            rows, counts, damage = known[digest] if digest in known else next(fresh)
+            yield path, digest, rows, counts, damage
+
+    def chunks(self, facts, output):
         """As infra.arrow's read_chunks: whole shards, of at least BATCH pairs together."""
         lengths, counts = list(facts.get("lengths", [])), Counter(facts["counts"])
-        damaged, batches = dict(facts.get("damaged", {})), []
+        damaged, own = dict(facts.get("damaged", {})), dict(facts.get("shards", {}))
+        tables, number = [], len(self.files.paths)
         for path in self.files.paths:  # at once, and not after hours
             check_begin(path)
-        index = partial(index_shard, root=self.root, keys=self.keys)
-        results = in_parallel(index, self.files.paths[len(lengths) :])
-        with tqdm(desc=title, unit=" shards", disable=None, total=len(self.files.paths)) as bar:
+        results = self.results(len(lengths), output)
+        with tqdm(desc=output, unit=" shards", disable=None, total=number) as bar:
             bar.update(len(lengths))
-            for batch, found, damage in results:
-                path = self.files.paths[len(lengths)]
-                lengths.append(len(batch))
+            for path, digest, rows, found, damage in results:
+                lengths.append(len(rows))
                 counts.update(found)
+                own[digest] = {KEPT: 0, **found, **({DAMAGE: damage} if damage else {})}
                 if damage:
                     damaged[path] = damage
                     first = next(iter(damaged.items()))
-                    counts["ends of damaged shards, the first that of {}: {}".format(*first)] += 1
-                batches.append(batch)
+                    counts["shards not readable to their end, the first {}: {}".format(*first)] += 1
+                tables.append(rows)
                 bar.update()
-                is_last = len(lengths) == len(self.files.paths)
-                if is_last or sum(map(len, batches)) >= BATCH:
-                    yield (
-                        pa.concat_batches(batches),
-                        facts
-                        | {
-                            "rows": sum(lengths),
-                            "counts": counts,
-                            "lengths": lengths,
-                            "damaged": damaged,
-                        },
-                    )
-                    batches = []
+                if len(lengths) == number or sum(map(len, tables)) >= BATCH:
+                    told = {"lengths": lengths, "damaged": damaged, "shards": own}
+                    told |= {"rows": sum(lengths), "counts": counts}
+                    yield as_batch(pa.concat_tables(tables)), facts | told
+                    tables = []

@@ -25,6 +25,7 @@ SCHEMA = pa.schema([("image", TEXT), ("captions", pa.large_list(TEXT))])
 BATCH = 2**16  # rows read between two batches of the Arrow file
 KEPT, NULLS = "kept", "nulls"  # the counts of kept rows, and of nulls in their lists of captions
 INSTEAD = "instead"  # of kept rows whose captions were not in the named fields
+OTHER_UNITS = ("members ", "shards ")  # reasons that begin so do not count rows
 
 
 @dataclass
@@ -35,8 +36,8 @@ class Source:
     rows: Iterable  # one may be a Dropped
     pick: Callable  # row -> (image path, caption or captions); may raise Dropped
 
-    def chunks(self, facts, title):
-        return read_chunks(self, facts, title)
+    def chunks(self, facts, output):
+        return read_chunks(self, facts, output)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -58,17 +59,17 @@ def read_pairs(source, skip=0):
     return parse_rows(source.files, source.rows, pick, skip, Malformed())
 
 
-def read_chunks(source, facts, title):
+def read_chunks(source, facts, output):
     """Yields (record batch, facts up to its end) of the rows that `facts` does not cover.
 
     Args:
         source: the Source to read.
         facts: dict of "key", "rows" (number of rows read) and "counts" (Counter of read_pairs).
-        title: name of the progress bar.
+        output: path of the file to write, the name of the progress bar.
     """
     rows, counts = facts["rows"], Counter(facts["counts"])
     pairs = read_pairs(source, rows)
-    with tqdm(desc=title, unit=" rows", unit_scale=True, disable=None) as bar:
+    with tqdm(desc=output, unit=" rows", unit_scale=True, disable=None) as bar:
         bar.update(rows)
         while chunk := list(islice(pairs, BATCH)):
             rows += len(chunk)
@@ -171,9 +172,10 @@ def merge_parts(output, source, key, folder):
 
 def describe(counts):
     """The result of write_captions in words."""
-    dropped = [pair for pair in counts.most_common() if pair[0] not in (KEPT, NULLS, INSTEAD)]
-    reasons = "".join(f"; {number:,} {reason}" for reason, number in dropped)
-    total = sum(number for _, number in dropped)
+    found = [pair for pair in counts.most_common() if pair[0] not in (KEPT, NULLS, INSTEAD)]
+    found.sort(key=lambda pair: pair[0].startswith(OTHER_UNITS))
+    reasons = "".join(f"; {number:,} {reason}" for reason, number in found)
+    total = sum(number for reason, number in found if not reason.startswith(OTHER_UNITS))
     nulls = f"; {counts[NULLS]:,} nulls among the captions of others" if counts[NULLS] else ""
     if counts[INSTEAD]:
         nulls += f"; {counts[INSTEAD]:,} take their .txt, as .json lacks the fields named"

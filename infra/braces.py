@@ -8,7 +8,19 @@ MAX_NAMES = 10**6  # of one range, and of a pattern
 
 
 def alternatives(pattern):
-    """The texts that a pattern with braces stands for: {00..12}, {0..9..3}, {a,b{1..3}}."""
+    """The texts that a pattern with braces stands for: {00..12}, {0..9..3}, {a,b{1..3}}.
+
+    Raises InputError for more than MAX_NAMES, and for more braces than Python can follow.
+    """
+    try:
+        return expand(pattern)
+    except RecursionError:
+        raise InputError(
+            f"metadata {pattern[:80]}... has {pattern.count('{'):,} braces; name a folder or a list"
+        ) from None
+
+
+def expand(pattern):
     start = pattern.find("{")
     depth, cuts = 0, [start]
     for at in range(max(start, 0), len(pattern) if start >= 0 else 0):
@@ -17,10 +29,10 @@ def alternatives(pattern):
             cuts.append(at)
         if depth == 0:
             parts = [pattern[a + 1 : b] for a, b in zip(cuts, [*cuts[1:], at], strict=True)]
-            inner = [text for part in parts for text in alternatives(part)]
+            inner = [text for part in parts for text in expand(part)]
             if len(parts) == 1:
                 inner = numbers(parts[0]) or ["{" + text + "}" for text in inner]
-            ends = alternatives(pattern[at + 1 :])
+            ends = expand(pattern[at + 1 :])
             if len(inner) * len(ends) > MAX_NAMES:
                 raise InputError(f"metadata {pattern} names over {MAX_NAMES:,} files; shorten it")
             return [pattern[:start] + text + end for text in inner for end in ends]

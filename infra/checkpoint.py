@@ -134,7 +134,10 @@ def describe_changes(state, facts):
     def spell(value):
         return repr(list(value) if isinstance(value, tuple) else value)[:80]
 
-    old, new = vars(state["args"]), facts["args"]
+    old, new = dict(vars(state["args"])), facts["args"]
+    for name in old.keys() & new.keys():  # older runs gave one text to what takes several now
+        if isinstance(new[name], list) and isinstance(old[name], str):
+            old[name] = [old[name]]
     changes = [
         f"--{name.replace('_', '-')} {spell(new[name])} (was {spell(old[name])})"
         for name in new

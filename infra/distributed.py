@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import time
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -30,7 +31,7 @@ KEEP_BUFFERS = {"broadcast_buffers": False}
 if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters:
     KEEP_BUFFERS = {"forward_sync_buffers": False}
 
-# Converting the metadata of 15 million pairs may take ten minutes, while the other ranks wait.
+# Work that one rank does while the others wait; what may take longer has turns, as below.
 PATIENCE = timedelta(minutes=30)
 
 
@@ -361,11 +362,23 @@ def barrier():
         dist.barrier()
 
 
+def end_turn():
+    """A barrier without a limit of time: the watchdog ends the wait for a rank that is gone."""
+    if not (watchdog := Watchdog.current()):
+        return barrier()
+    # Nobody comes to the next barrier before all have come to this one.
+    met, pause = watchdog.store.add("turns", 1), 0.01
+    everyone = -(-met // get_world_size()) * get_world_size()
+    while watchdog.store.add("turns", 0) < everyone:
+        time.sleep(pause)
+        pause = min(2 * pause, 1.0)
+
+
 def rank_zero_first(function):
     """Every rank's own function(), first on rank 0, then on each node's first rank, then elsewhere.
 
-    The later ranks find on the disk the files that the first one wrote. An error is raised when all
-    ranks had their turn.
+    The later ranks find on the disk the files that the first one wrote, however long that takes: an
+    index of ten thousand shards takes hours. An error is raised when all ranks had their turn.
     """
     is_first = env_int("LOCAL_RANK", 0) == 0
     mine = 0 if is_main_process() else 1 if is_first else 2
@@ -376,7 +389,7 @@ def rank_zero_first(function):
                 result = function()
             except InputError as raised:
                 error = raised
-        barrier()
+        end_turn()
     if error:
         raise error
     return result

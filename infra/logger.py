@@ -10,6 +10,7 @@ import secrets
 import subprocess
 import sys
 import threading
+from argparse import ArgumentTypeError
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -157,6 +158,14 @@ class Wandb:
 
 
 WRITERS = {"tensorboard": TensorBoard, "wandb": Wandb}
+
+
+def writer(text):
+    """A name of WRITERS, for argparse."""
+    if text not in WRITERS:
+        names = " ".join(WRITERS)
+        raise ArgumentTypeError(f"{text!r} is no writer; give some of {names}, blanks between them")
+    return text
 
 
 def check_writers(names):

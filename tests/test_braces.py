@@ -21,6 +21,12 @@ def test_patterns(pattern, names):
     assert alternatives(pattern) == names.split(" ")
 
 
+@pytest.mark.parametrize("pattern", ["{" * 3000 + "a" + "}" * 3000, "{a}" * 3000])
+def test_more_braces_than_python_can_follow_are_one_line(pattern):
+    with pytest.raises(InputError, match=r"has 3,000 braces; name a folder or a list$"):
+        alternatives(pattern)
+
+
 def test_a_pattern_of_too_many_names():
     with pytest.raises(InputError, match="names over 1,000,000 files"):
         alternatives("{0..9999}{0..999}{0..9999}.tar")

@@ -115,6 +115,11 @@ def test_bad_catalogs(tmp_path):
     with pytest.raises(InputError, match="mine: .*absent: No such file"):
         open_mine(catalog_of(tmp_path, type="imagefolder", test="absent"), ["a"])
     (tmp_path / "catalog.json").write_text('{"mine": {"type": "imagefolder"}}')
+    entry = {"type": "imagefolder", "path": "x", "labels": 5}
+    (tmp_path / "catalog.json").write_text(json.dumps({"mine": entry}))
+    with pytest.raises(InputError, match="catalog.json: 'mine': labels is no text: 5$"):
+        load_catalog(tmp_path / "catalog.json")
+    (tmp_path / "catalog.json").write_text('{"mine": {"type": "imagefolder"}}')
     with pytest.raises(InputError, match="entry 'mine' needs a type and a path"):
         load_catalog(tmp_path / "catalog.json")
 

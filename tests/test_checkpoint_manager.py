@@ -207,6 +207,14 @@ def test_flags_that_changed_are_told_when_a_run_resumes(tiny, tmp_path, capsys):
         "note: it was trained with other flags, those given now apply: --epochs 2 (was 1), "
         "--batch-size 8 (was 4), --lr 0.01 (was 0.001), --seed 3 (was 0)\n"
     ) in capsys.readouterr().out
+    # Older runs gave one text to what takes several now.
+    state = {"args": argparse.Namespace(val_dataset="imagenet", wd=0.1)}
+    now = {"args": {"val_dataset": ["imagenet"], "wd": 0.1}}
+    assert not checkpoint.describe_changes(state, now)
+    (note,) = checkpoint.describe_changes(
+        state, {"args": {"val_dataset": ["imagenet", "dtd"], "wd": 0.1}}
+    )
+    assert note.endswith("--val-dataset ['imagenet', 'dtd'] (was ['imagenet'])")
 
 
 @pytest.mark.parametrize(

@@ -34,10 +34,17 @@ def test_shards_and_their_faults_before_a_run(tmp_path, capsys):
     cut = tmp_path / "00001.tar"
     os.truncate(cut, cut.read_bytes().index(b"257.jpg") + 600)  # within the image
     check(tmp_path, "--metadata", f"{tmp_path}/{{00000..00002}}.tar")
-    out = capsys.readouterr().out.splitlines()[-1]
-    assert "in 3 shards of 2 to 254 pairs" in out
-    assert f"; {tmp_path}/00001.tar: it ends in the middle; 256 decoded" in out
-    for reason in ("1 without an image", "1 without a caption", "1 of a name that the shard has"):
+    out, fault, remedy = capsys.readouterr().out.splitlines()[-3:]
+    assert out.startswith(
+        "webdataset           DAMAGED   259 images with captions in 3 shards of 2"
+    )
+    assert fault.strip() == f"{cut}: it ends in the middle"
+    assert "behind the damage of 1 of 3 shards are lost: fetch these shards again" in remedy
+    # Members and shards are no rows.
+    assert "259 pairs kept, 2 rows dropped; 1 without" in out
+    assert "; 1 members of a name that their shard has already" in out
+    assert f"; 1 shards not readable to their end, the first {cut}: it ends" in out
+    for reason in ("1 without an image", "1 without a caption"):
         assert reason in out
     assert ("decoded" in out and " of them unreadable" in out) or "b.jpg" not in out
 
@@ -74,4 +81,4 @@ def test_facts_by_a_strangers_hand(tmp_path, facts):
         writer.write_table(table)
     strange = load_captions("webdataset", tmp_path / "m.arrow")
     assert strange.lengths == [1]
-    assert "1 images with captions" in checks.describe_pairs(strange, str(tmp_path))
+    assert "1 images with captions" in checks.describe_pairs(strange, str(tmp_path))[0]

@@ -2,11 +2,15 @@
 
 import os
 import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import utils
 from infra import distributed, faults
@@ -133,3 +137,31 @@ def test_a_local_rank_that_is_none(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "first")
     with pytest.raises(InputError, match="LOCAL_RANK='first' in the environment is no number"):
         distributed.rank_zero_first(lambda: 1)
+
+
+def test_turns_have_no_limit_of_time(monkeypatch):
+    """No collective, which would give up after half an hour: ranks look whether all have come."""
+    mine, done, watchdog = threading.local(), [], SimpleNamespace(store=dist.HashStore())
+    monkeypatch.setattr(distributed, "get_rank", lambda: mine.rank)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 3)
+    monkeypatch.setattr(distributed.Watchdog, "current", lambda: watchdog)
+    monkeypatch.setattr(distributed, "env_int", lambda name, default: int(mine.rank == 2))
+
+    def work():
+        time.sleep(0.2 if mine.rank == 0 else 0)
+        done.append(mine.rank)
+        if mine.rank == 0:
+            raise InputError("no such file")
+        return mine.rank
+
+    def run(rank):
+        mine.rank = rank
+        results = [distributed.rank_zero_first(lambda: len(done))]
+        try:
+            return [*results, distributed.rank_zero_first(work)]
+        except InputError as error:
+            return [*results, str(error)]
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(run, range(3))) == [[0, "no such file"], [0, 1], [0, 2]]
+    assert done == [0, 1, 2]
