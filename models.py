@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from infra.batch_norm import SyncBatchNorm
+from layers import Lockable
 from tokenizer import LENGTHS, create_tokenizer
 from towers import (
     KNOWN,
@@ -57,7 +58,7 @@ class SIMCLRHead(nn.Module):
 # Methods
 
 
-class Method(nn.Module):
+class Method(Lockable, nn.Module):
     """An image tower, and heads that are trained on the features of all views.
 
     A subclass says which `views` it takes and which `loss` (a row of losses.LOSSES) trains it.
@@ -186,8 +187,9 @@ class CLIP(TextTower, Method):
         """(B, L) token ids -> (B, D), not normalised."""
         return self.forward_text(text) @ self.text_projection
 
-    def forward_features(self, text, **images):
-        return {**super().forward_features(**images), "text": self.forward_text(text)}
+    def forward_features(self, text=None, **images):
+        features = super().forward_features(**images) if images else {}
+        return features if text is None else {**features, "text": self.forward_text(text)}
 
     def forward_head(self, features):
         return {

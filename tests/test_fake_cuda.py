@@ -335,7 +335,7 @@ def test_no_update_of_fine_tuning_waits(device, precision, mixing):
     vit = timm.create_model(tower.timm_name, **tower.options, num_classes=3, drop_path_rate=0.5)
     form = Preprocessing(image_size=32)
     model = main_finetune.Classifier(vit.to(CUDA), form)
-    t, ema = main_finetune.create_training(model, Precision(precision, CUDA), 2, args)
+    t = main_finetune.create_training(model, Precision(precision, CUDA), 2, args)
     batches = labelled_batches(main_finetune.TimmView(form, args), 2)
     check_update(device, t, batches)
-    assert {x.device.type for x in ema.module.state_dict().values()} == {"cuda"}
+    assert {x.device.type for x in t.average.module.state_dict().values()} == {"cuda"}
