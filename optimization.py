@@ -87,8 +87,10 @@ def rate_scales(model, args):
         layers = towers[tower].depths() if tower in towers else []
         found = places(model, layers)
         if rate and not any(params[name].requires_grad for name in found):
-            reason = "is locked" if found else "the model has not"
-            raise InputError(f"learning rate {rate:g} of a {tower} tower that {reason}; omit it")
+            reason = "locked" if found else "not there"
+            raise InputError(
+                f"learning rate {rate:g} of the {tower} tower, which is {reason}; omit it"
+            )
         whole = rate / args.lr if rate else 1.0
         decay, top = args.layer_decay, len(layers) - 1
         scales |= {name: whole * decay ** (top - layer) for name, layer in found.items()}
