@@ -17,11 +17,11 @@ def add_lock_flags(add):
     """Adds the flags of locks, with add_argument of their group."""
     add("--lock-image", action="store_true", help="image tower and its projection do not train")
     text = "groups of a locked image tower left to train, from the end: 1 the projection, 2 also "
-    text += "the last block with the norm, then block by block, last of all the patch embedding"
+    text += "the last block with the norm, then block by block; the patch embedding stays locked"
     add("--lock-image-unlocked-groups", default=0, type=natural, metavar="N", help=text)
     add("--lock-text", action="store_true", help="text tower and its projection do not train")
     text = "groups of a locked text tower left to train, from the end: 1 the projection, 2 also "
-    text += "the last block with the norm, then block by block, last of all the embeddings"
+    text += "the last block with the norm, then block by block; the embeddings stay locked"
     add("--lock-text-unlocked-layers", default=0, type=natural, metavar="N", help=text)
 
 

@@ -216,6 +216,21 @@ def warm_up(model, training, log, args, augments_on_device=False):
     warmup.warm_up(training, modules, batches, log, args, prepare)
 
 
+def validate(model, average, validation, evaluation, run, stats):
+    """Adds the numbers of a validation to the epoch's; returns whether the weights are the best."""
+    try:
+        stats |= validation.measure_both(model, average, evaluation, run.log.info_once)
+    except InputError:
+        run.end_epoch(stats)  # what was trained is kept
+        raise
+    score = stats.get("test_accuracy", 0.0)
+    is_best = score > run.state.best_acc1
+    run.state.best_acc1 = max(score, run.state.best_acc1)
+    for line in validation.lines(stats, run.state.best_acc1):
+        run.log.info(f"epoch {run.state.epoch}: {line}")
+    return is_best
+
+
 def main(args):
     device = distributed.init_distributed(args.device, args.dist_url, args.deterministic)
     utils.seed_everything(args.seed)
@@ -266,18 +281,7 @@ def main(args):
             distributed.broadcast_buffers(model)
             is_best = False
             if validation and ((epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs):
-                try:
-                    stats |= validation.measure_both(
-                        model, average.module, evaluation, run.log.info_once
-                    )
-                except InputError:
-                    run.end_epoch(stats)  # what was trained is kept
-                    raise
-                score = stats.get("test_accuracy", 0.0)
-                is_best = score > run.state.best_acc1
-                run.state.best_acc1 = max(score, run.state.best_acc1)
-                for line in validation.lines(stats, run.state.best_acc1):
-                    run.log.info(f"epoch {epoch}: {line}")
+                is_best = validate(model, average.module, validation, evaluation, run, stats)
 
             run.end_epoch(stats, is_best)
         locked.check(run.log)

@@ -17,14 +17,16 @@ def add_optimization_flags(parser):
     add = group.add_mutually_exclusive_group().add_argument
     # As text, so that argparse can tell the default from the same number given.
     add("--warmup-epochs", default="1", type=natural, help="epochs of linear warm-up")
-    add("--warmup-steps", type=natural, help="the same in updates")
+    add("--warmup-steps", type=natural, help="updates of warm-up, instead")
     add = group.add_argument
-    add("--schedule", default="cosine", choices=SCHEDULES, help="of the rate after warm-up")
+    add(
+        "--schedule", default="cosine", choices=SCHEDULES, help="of the learning rate after warm-up"
+    )
     text = "epochs at the end of constant-cooldown in which the rate falls linearly"
     add("--cooldown-epochs", type=positive_int, help=text)
     add("--lr", default=3e-3, type=positive, help="peak learning rate")
-    add("--lr-image", type=positive, help="peak rate of image tower and projection; default --lr")
-    add("--lr-text", type=positive, help="peak rate of text tower and projection; default --lr")
+    add("--lr-image", type=positive, help="peak of image tower and projection; by default --lr")
+    add("--lr-text", type=positive, help="peak of text tower and projection; by default --lr")
     text = "factor of the rate from each block to the one below, in both towers; 1: none"
     add("--layer-decay", default=1.0, type=positive, help=text)
     add("--lr-start", default=1e-6, type=not_negative, help="learning rate at the start of warm-up")

@@ -94,9 +94,13 @@ def test_no_update_waits_or_mixes_devices(tiny, device, method, tower, accum, pr
 
 @pytest.mark.parametrize(
     "flags",
-    ["--precision fp16 --accum exact", "--precision bf16 --grad-checkpointing"],
+    [
+        "--precision fp16 --accum exact",
+        "--precision bf16 --grad-checkpointing",
+        "--ema-decay 0.9 --lock-image --lock-image-unlocked-groups 2 --layer-decay 0.7",
+    ],
 )
-def test_no_update_waits_with_a_scaler_or_recomputation(tiny, device, flags):
+def test_no_update_waits_whatever_the_flags(tiny, device, flags):
     t, loader = open_training(tiny, "SLIP_NANO8", *flags.split())
     check_update(device, t, micro_batches(t, loader))
     scaled = device.counts[aten._amp_update_scale_.default]

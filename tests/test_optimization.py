@@ -258,6 +258,11 @@ def test_the_average_is_saved_and_validated_beside_the_weights(averaged, capsys)
     assert best["best_acc1"] == row["test_accuracy"]  # the weights choose it
 
 
+def test_a_run_does_not_resume_with_other_groups(tiny, averaged):
+    with pytest.raises(InputError, match="another model; check --model, the locks and the rates"):
+        train(tiny, averaged, "--ema-decay", 0.5, "--layer-decay", 0.5, epochs=2)
+
+
 def test_a_checkpoint_without_an_average_starts_one_from_its_weights(tiny, tmp_path, capsys):
     options = {"val": "none", "model": "CLIP_NANO8"}
     train(tiny, tmp_path, epochs=1, **options)
