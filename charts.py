@@ -48,12 +48,12 @@ def curve(run, key):
 
 def accuracy_curves(run):
     """{label: curve} of the labelled sets of a log; runs may have another first set each."""
-    keys, first = in_order(run["log"]), first_set(run)
-    label = f"{run['name']}: {first}" if first else run["name"]
-    curves = {label: curve(run, "test_acc1")} if "test_acc1" in keys else {}
-    for key in keys:
-        if further := re.fullmatch("test_(.+)_acc1", key):
-            curves[f"{run['name']}: {further[1]}"] = curve(run, key)
+    curves = {}
+    for key in in_order(run["log"]):
+        if found := re.fullmatch("(ema_)?test_(?:(.+)_)?acc1", key):
+            parts = [found[2] or first_set(run), "averaged weights" if found[1] else ""]
+            label = ", ".join(filter(None, parts))
+            curves[f"{run['name']}: {label}" if label else run["name"]] = curve(run, key)
     return curves
 
 
@@ -102,6 +102,8 @@ def draw_losses(axes, run, colour):
     points = [(row["epoch"] + 1, row.get(key, float("nan"))) for row in run["log"]]
     draw_line(axes, points, f"{run['name']}: {key.removeprefix('train_')}", colour, "-")
     draw_line(axes, curve(run, "val_loss"), f"{run['name']}: held-out pairs", colour, "--")
+    label = f"{run['name']}: held-out pairs, averaged weights"
+    draw_line(axes, curve(run, "ema_val_loss"), label, colour, ":")
 
 
 # ---------------------------------------------------------------------------------------------

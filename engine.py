@@ -47,6 +47,7 @@ class Training:
     skip_nonfinite: int = 0  # updates of a run that may be skipped
     prepare: callable = lambda batch: batch  # on the device; not in autocast
     after_update: callable = lambda: None
+    average: object = None  # an optimization.Average of the weights
     prefetcher: Prefetcher = field(init=False)
 
     def __post_init__(self):
@@ -106,7 +107,7 @@ def accumulate_exact(training, micro_batches):
 
     # The towers run again, from the same random states, and backward with the features' gradients.
     for batch, state in zip(micro_batches, states, strict=True):
-        views = t.prefetcher(batch)
+        views = {v: x for v, x in t.prefetcher(batch).items() if v not in t.model.locked_views}
         set_rng_state(state, t.precision.device)
         with t.precision.autocast():
             part = t.model.forward_features(**views)
@@ -168,6 +169,8 @@ def optimizer_step(training):
     t.precision.scaler.step(t.optimizer)
     t.precision.scaler.update()
     t.after_update()
+    if t.average:
+        t.average.update()
     return metrics
 
 

@@ -70,6 +70,7 @@ def get_args_parser():
     add = parser.add_argument
     add("--resume", required=True, help="weights: a file, NAME:TAG, see docs/weights.md")
     add_arch_flag(add)
+    add("--ema", action="store_true", help="the average of the weights, of a run with --ema-decay")
     add("--format", required=True, choices=FORMATS, help="the tool that is to open the folder")
     add("--output", required=True, help="folder to write; an older export there is replaced")
     return parser
@@ -175,11 +176,13 @@ def describe(source, data, args, notes):
         lines.append(f"- Texts: {describe_text(source.model)}")
     if method in ("SIMCLR", "SLIP"):
         lines.append("- The SimCLR head is left out")
+    if args.ema:
+        lines.append("- The weights are averages over the training's updates")
     folder = Path(args.output).name
     code = FORMATS[args.format].opening.replace("FOLDER", folder)
     lines += ["", "```python", f"# from the folder above {folder}", code, "```"]
     lines += [line for note in notes for line in ("", note)]
-    if scores := read_scores(args.resume):
+    if not args.ema and (scores := read_scores(args.resume)):  # those are of the other weights
         lines += ["", "| set | evaluation | % |", "|---|---|---|"]
         lines += [f"| {' | '.join(row)} |" for row in scores]
     return "\n".join(lines) + "\n"
@@ -196,7 +199,7 @@ def main(args):
     output = Path(os.path.realpath(args.output))
     check_free(output)  # before the model is loaded
 
-    found = open_weights(args.resume, args.arch)
+    found = open_weights(args.resume, args.arch, args.ema)
     source = Source(found.build(), found.name, found.tower)
 
     with new_folder(output) as folder:

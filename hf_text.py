@@ -7,6 +7,7 @@ from torch import nn
 
 from infra import checkpoint, weights
 from infra.untrusted import named_failures
+from layers import Layers
 from utils import InputError
 
 
@@ -59,6 +60,11 @@ class HFText(nn.Module):
         state = {key: value for key, value in state.items() if key in own}  # without heads
         checkpoint.load_weights(self.transformer, state, self.source.weights, "its configuration")
         return [f"text tower {self.source.name}: pretrained weights, {self.source.weights}"]
+
+    def text_layers(self):
+        number = len(self.transformer.encoder.layer)
+        blocks = [[f"text.transformer.encoder.layer.{i}"] for i in range(number)]
+        return Layers(["text.transformer"], blocks, [], ["text.proj"], locks_projection=False)
 
     def forward_text(self, text):
         """(B, L) token ids -> (B, W), the mean over the tokens that are no padding."""

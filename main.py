@@ -18,8 +18,10 @@ import datasets
 import engine
 import initial
 import lanes
+import layers
 import losses
 import models
+import optimization
 import stream_shards
 import utils
 import warmup
@@ -30,12 +32,9 @@ from transforms import to_unit
 from utils import InputError, natural, not_negative, number, positive, positive_int
 from validation import add_validation_flags, evaluate_only, open_validation
 
-FIXED = (
-    "init_from",
-    "image_size",
-    "text_model",
-    "preprocessing",
-)  # flags and facts that a resumed run keeps
+# Flags and facts that a resumed run keeps.
+FIXED = ("init_from", "image_size", "text_model", "preprocessing")
+FIXED += ("lock_image", "lock_image_unlocked_groups", "lock_text", "lock_text_unlocked_layers")
 
 
 def get_args_parser():
@@ -72,20 +71,13 @@ def get_args_parser():
     text = "weights to start from: a file, NAME:TAG, see docs/weights.md"
     add("--init-from", default="", help=text)
     add("--resume", default="", help="checkpoint to resume; output-dir's own comes first")
+    layers.add_lock_flags(add)
 
-    add = parser.add_argument_group("Optimization").add_argument
-    add("--epochs", default=25, type=positive_int)
-    add("--warmup-epochs", default=1, type=natural, help="epochs of linear warm-up")
+    add = optimization.add_optimization_flags(parser)
     add("--batch-size", default=64, type=positive_int, help="samples per rank and micro-batch")
-    add("--lr", default=3e-3, type=positive, help="peak learning rate")
-    add("--lr-start", default=1e-6, type=not_negative, help="learning rate at the start of warm-up")
-    add("--lr-end", default=1e-5, type=not_negative, help="learning rate at the end of the cosine")
     add("--update-freq", default=1, type=positive_int, help="micro-batches per update")
     add("--accum", default="plain", choices=("plain", "exact"), help="exact: as one large batch")
     add("--clip-grad-norm", default=0.0, type=not_negative, help="largest gradient norm; 0: any")
-    add("--wd", default=0.1, type=not_negative, help="weight decay, not of biases and norms")
-    add("--betas", default=(0.9, 0.98), nargs=2, type=number(float, 0, 1), help="AdamW's")
-    add("--eps", default=1e-8, type=not_negative, help="AdamW's")
 
     add = devices.add_system_flags(parser)
     add("--disable-amp", action="store_true", help="the same as --precision fp32")
@@ -167,7 +159,7 @@ def picture_of_views(model, loader, columns=8):
 
 
 def create_training(model, precision, updates, args):
-    """Loss, optimizer and schedule of a model that all ranks train together.
+    """Locks, loss, optimizer, schedule and average of a model that all ranks train together.
 
     Args:
         model: a models.Method on its device.
@@ -184,6 +176,7 @@ def create_training(model, precision, updates, args):
         }
 
     warmup.check_flags(args, precision.device)
+    layers.lock_towers(model, args)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     # Of a single micro-batch both gradients are the same, and the plain one is faster.
@@ -191,15 +184,12 @@ def create_training(model, precision, updates, args):
     with_grad = args.gather_with_grad or args.accum == "exact"
     reduce_dtype = torch.bfloat16 if args.bf16_gradients else None
     distributed.broadcast_model(model)
+    groups = optimization.param_groups(model, args.wd, optimization.rate_scales(model, args))
     return engine.Training(
         model=model if exact else distributed.wrap_ddp(model, precision.device, reduce_dtype),
         criterion=losses.create_loss(model.loss, args.ssl_temp, args.ssl_scale, with_grad),
-        optimizer=torch.optim.AdamW(
-            utils.param_groups(model, args.wd), args.lr, args.betas, args.eps, fused=True
-        ),
-        schedule=utils.cosine_scheduler(
-            args.lr, args.lr_end, args.epochs, updates, args.warmup_epochs, args.lr_start
-        ),
+        optimizer=torch.optim.AdamW(groups, args.lr, args.betas, args.eps, fused=True),
+        schedule=optimization.create_schedule(args, updates),
         precision=precision,
         update_freq=args.update_freq,
         skip_nonfinite=args.skip_nonfinite,
@@ -208,6 +198,7 @@ def create_training(model, precision, updates, args):
         clip_grad_norm=args.clip_grad_norm,
         prepare=prepare,
         after_update=getattr(model, "clamp_logit_scale", lambda: None),
+        average=optimization.Average(model, args.ema_decay),
     )
 
 
@@ -219,6 +210,21 @@ def warm_up(model, training, log, args, augments_on_device=False):
         return training.prepare(warmup.as_loaded(views, augments_on_device))
 
     warmup.warm_up(training, modules, batches, log, args, prepare)
+
+
+def validate(model, average, validation, evaluation, run, stats):
+    """Adds the numbers of a validation to the epoch's; returns whether the weights are the best."""
+    try:
+        stats |= validation.measure_both(model, average, evaluation, run.log.info_once)
+    except InputError:
+        run.end_epoch(stats)  # what was trained is kept
+        raise
+    score = stats.get("test_accuracy", 0.0)
+    is_best = score > run.state.best_acc1
+    run.state.best_acc1 = max(score, run.state.best_acc1)
+    for line in validation.lines(stats, run.state.best_acc1):
+        run.log.info(f"epoch {run.state.epoch}: {line}")
+    return is_best
 
 
 def main(args):
@@ -236,12 +242,16 @@ def main(args):
     model.to(device)
     validation = open_validation(model, args)
     loader = open_loader(model, device, args)
-    training = create_training(model, precision, len(loader) // args.update_freq, args)
+    updates = len(loader) // args.update_freq
+    training = create_training(model, precision, updates, args)
+    average, locked = training.average, layers.Locked(model)
 
+    parts = initial.parts_of(model) | average.parts() | locked.parts()
     facts = {"preprocessing": model.preprocessing.to_dict(), "order": loader.order}
-    with Run(folder, training, args, initial.parts_of(model), **facts) as run:
+    with Run(folder, training, args, parts, **facts) as run:
         run.notes += notes
-        run.resume(args.resume, check="--model", fixed=FIXED)
+        run.resume(args.resume, check="--model, the locks and the rates", fixed=FIXED)
+        average.start_if_absent(run)
         # The picture first: if --root is wrong it fails before anything is written.
         is_pictured = run.is_new and distributed.is_main_process()
         picture = picture_of_views(model, loader) if is_pictured else None
@@ -259,7 +269,7 @@ def main(args):
             )
             advice.advise(run.log, speed["data_wait"], loader)
             stats = {f"train_{key}": value for key, value in means.items()} | speed
-            stats["lr"] = training.optimizer.param_groups[0]["lr"]
+            stats["lr"] = float(training.schedule[(epoch + 1) * updates - 1])
             if hasattr(model, "logit_scale"):
                 stats["logit_scale"] = model.logit_scale.exp().item()
 
@@ -267,18 +277,10 @@ def main(args):
             distributed.broadcast_buffers(model)
             is_best = False
             if validation and ((epoch + 1) % args.eval_freq == 0 or epoch + 1 == args.epochs):
-                try:
-                    stats |= validation.measure(model, evaluation, run.log.info_once)
-                except InputError:
-                    run.end_epoch(stats)  # what was trained is kept
-                    raise
-                score = stats.get("test_accuracy", 0.0)
-                is_best = score > run.state.best_acc1
-                run.state.best_acc1 = max(score, run.state.best_acc1)
-                for line in validation.lines(stats, run.state.best_acc1):
-                    run.log.info(f"epoch {epoch}: {line}")
+                is_best = validate(model, average.module, validation, evaluation, run, stats)
 
             run.end_epoch(stats, is_best)
+        locked.check(run.log)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ import os
 
 import timm.data
 import timm.loss
-import timm.utils
 import torch
 from PIL import ImageOps
 from torch import nn
 
 import datasets
 import engine
+import optimization
 import pretrained
 import utils
 import warmup
@@ -129,30 +129,6 @@ class Classifier(nn.Module):
             return rank_set(classify, self.vit.num_classes, test, evaluation)
 
 
-def layer_of(name, depth):
-    """0: the embeddings; 1 to depth: the blocks; depth + 1: the final norm and the head."""
-    if name.startswith("blocks."):
-        return int(name.split(".")[1]) + 1
-    return (
-        0 if name.startswith(("cls_token", "pos_embed", "patch_embed", "norm_pre")) else depth + 1
-    )
-
-
-def layer_groups(vit, weight_decay, layer_decay):
-    """Parameter groups: from each layer to the one below the rate falls by layer_decay, "lr_scale".
-
-    No weight decay of biases, norms, class token and positions.
-    """
-    depth, groups = len(vit.blocks), {}
-    for name, param in vit.named_parameters():
-        layer = layer_of(name, depth)
-        is_plain = param.ndim < 2 or name in vit.no_weight_decay()
-        group = {"lr_scale": layer_decay ** (depth + 1 - layer), "params": []}
-        group["weight_decay"] = 0.0 if is_plain else weight_decay
-        groups.setdefault((layer, is_plain), group)["params"].append(param)
-    return list(groups.values())
-
-
 # ---------------------------------------------------------------------------------------------
 # Data and loss
 
@@ -227,23 +203,21 @@ def create_training(model, precision, updates, args):
         updates: of an epoch.
         args: the flags.
 
-    Returns (engine.Training, timm's ModelEmaV3 or None).
+    Returns engine.Training.
     """
     warmup.check_flags(args, precision.device)
-    vit, ema = model.vit, None
+    vit = model.vit
     prepare, criterion = create_criterion(args, vit.num_classes)
-    if args.model_ema:
-        ema = timm.utils.ModelEmaV3(vit, decay=args.model_ema_decay)
-    training = engine.Training(
+    return engine.Training(
         model=distributed.wrap_ddp(model, precision.device),
         criterion=criterion,
         optimizer=torch.optim.AdamW(
-            layer_groups(vit, args.weight_decay, args.layer_decay),
+            optimization.layer_groups(vit, args.weight_decay, args.layer_decay),
             args.lr,
             (0.9, 0.999),
             fused=True,
         ),
-        schedule=utils.cosine_scheduler(
+        schedule=optimization.cosine_scheduler(
             args.lr, args.min_lr, args.epochs, updates, args.warmup_epochs, args.warmup_lr
         ),
         precision=precision,
@@ -251,23 +225,20 @@ def create_training(model, precision, updates, args):
         skip_nonfinite=args.skip_nonfinite,
         clip_grad_norm=args.clip_grad,
         prepare=prepare,
-        after_update=(lambda: ema.update(vit)) if ema else (lambda: None),
+        average=optimization.Average(vit, args.model_ema_decay if args.model_ema else None),
     )
-    return training, ema
 
 
-def resume(run, vit, ema, args):
-    """Restores the run; an average of weights that its checkpoint lacks starts from its weights."""
+def resume(run, average, args):
+    """Restores the run."""
     fixed = ("preset",) if args.evaluate else FIXED
     run.resume(check="--dataset and --input-size", fixed=fixed)
     latest = run.checkpoints.latest
     if args.evaluate and run.is_new:
         raise InputError(f"--evaluate: {latest} is absent; train first")
-    if "ema" in run.checkpoints.absent:
-        if args.evaluate:
-            raise InputError(f"--model-ema: {latest} holds no average; omit the flag")
-        ema.set(vit)
-        run.notes.append("the checkpoint holds no average of weights: it starts from its weights")
+    if args.evaluate and "ema" in run.checkpoints.absent:
+        raise InputError(f"--model-ema: {latest} holds no average; omit the flag")
+    average.start_if_absent(run)
 
 
 def train(run, training, loader, score, args):
@@ -312,17 +283,18 @@ def main(args):
     loader = datasets.open_loader(views, args.batch_size, args.workers, device, args.update_freq)
 
     precision = devices.Precision(args.precision, device)
-    training, ema = create_training(model, precision, len(loader) // args.update_freq, args)
+    training = create_training(model, precision, len(loader) // args.update_freq, args)
+    average = training.average
     folder = os.path.join(args.output_dir, f"finetune-{args.dataset}")
-    parts = {"state_dict": vit} | ({"ema": ema.module} if ema else {})
+    parts = {"state_dict": vit} | average.parts()
     with Run(folder, training, args, parts, weights.digest()) as run:
-        resume(run, vit, ema, args)
+        resume(run, average, args)
         evaluation = Evaluation(precision, args.batch_size, args.workers, run.poll)
         if not args.evaluate:
             train(run, training, loader, lambda: model.score(vit, test, evaluation), args)
         results = {"finetune": model.score(vit, test, evaluation)}
-        if ema:
-            results["finetune-ema"] = model.score(ema.module, test, evaluation)
+        if average:
+            results["finetune-ema"] = model.score(average.module, test, evaluation)
 
     for name, ranking in results.items() if distributed.is_main_process() else ():
         facts = {"epochs": run.state.epoch, "input_size": size, "preset": args.preset}

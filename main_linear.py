@@ -8,7 +8,6 @@ images. The others take the features of train and test split once, and keep them
 Results go to linear.json, logistic.json and knn-K.json in --output-dir, by set.
 """
 
-import hashlib
 import os
 
 import numpy as np
@@ -19,6 +18,7 @@ from torch import nn
 import datasets
 import engine
 import features
+import layers
 import pretrained
 import utils
 import warmup
@@ -179,19 +179,10 @@ def create_training(probe, precision, updates, args):
     )
 
 
-def digests(tower):
-    """{key: a digest of the tensor}."""
-    return {
-        key: hashlib.sha256(value.cpu().contiguous().view(-1).view(torch.uint8).numpy()).digest()
-        for key, value in tower.state_dict().items()
-    }
-
-
 def check_frozen(tower, before):
     """Raises RuntimeError if training changed anything but the head."""
-    after = digests(tower)
-    if changed := [key for key in before if after[key] != before[key]]:
-        raise RuntimeError(f"the frozen tower was changed: {changed[0]}")
+    if keys := layers.changed(before, layers.digests(tower.state_dict())):
+        raise RuntimeError(f"the frozen tower was changed: {keys[0]}")
 
 
 def train_probe(model, digest, splits, precision, args):
@@ -226,7 +217,7 @@ def train_probe(model, digest, splits, precision, args):
         if args.evaluate:
             return probe.score(test, evaluation), run.state.epoch
 
-        before = digests(probe.tower)
+        before = layers.digests(probe.tower.state_dict())
         run.start()
         run.log.info(
             f"{args.dataset}: {len(train)} images of {len(names)} classes, {len(loader)} updates "

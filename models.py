@@ -14,6 +14,7 @@ from torch import nn
 
 from hf_text import HFText
 from infra.batch_norm import SyncBatchNorm
+from layers import Lockable
 from text_models import with_text
 from tokenizer import LENGTHS, create_tokenizer
 from towers import (
@@ -59,7 +60,7 @@ class SIMCLRHead(nn.Module):
 # Methods
 
 
-class Method(nn.Module):
+class Method(Lockable, nn.Module):
     """An image tower, and heads that are trained on the features of all views.
 
     A subclass says which `views` it takes and which `loss` (a row of losses.LOSSES) trains it.
@@ -191,8 +192,9 @@ class CLIP(TextTower, Method):
         """(B, L) token ids -> (B, D), not normalised."""
         return self.text_tower.project_text(self.text_tower.forward_text(text))
 
-    def forward_features(self, text, **images):
-        return {**super().forward_features(**images), "text": self.text_tower.forward_text(text)}
+    def forward_features(self, text=None, **images):
+        features = super().forward_features(**images) if images else {}
+        return features if text is None else {**features, "text": self.text_tower.forward_text(text)}
 
     def forward_head(self, features):
         return {

@@ -148,12 +148,13 @@ def parts_of(state_dict):
     return {k: parts.get(k.partition(".")[0], f"{kind} and projections") for k in state_dict}
 
 
-def open_weights(source, arch=None):
+def open_weights(source, arch=None, averaged=False):
     """The Weights that a string names, as weight_names.py lists them.
 
     Args:
         source: the string.
         arch: name of the tower, needed if the file holds an image tower alone; a name of timm's.
+        averaged: take the average of the weights, which a training run's file may hold as well.
 
     Raises InputError if there are none, and for a file that is unsafe, damaged, of an unknown
     layout, or of another tower than arch.
@@ -161,6 +162,8 @@ def open_weights(source, arch=None):
     place = find_place(os.fspath(source))
     content = weights.read(place.path)
     try:
+        if averaged:
+            content = weights.averaged(content, place.path)
         if is_own_run(content.state, place.name or arch):
             found = of_run(source, place, content)
         elif (state := layouts.to_ours_if_pair(content.tensors)) is not None:

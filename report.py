@@ -37,7 +37,8 @@ from utils import InputError
 PUBLISHED = Path(__file__).with_name("published.json")
 TEMPLATE = Path(__file__).with_name("report_template.html")
 CLASSIFIERS = ("linear", "logistic", "knn-*", "finetune*")  # result files, trained on labels
-LOGGED = re.compile("epoch|samples_per_sec|train_(clip_)?loss|test_(.+_)?acc1|val_.+")  # shown
+# Shown of a log.
+LOGGED = re.compile("epoch|samples_per_sec|train_(clip_)?loss|(ema_)?(test_(.+_)?acc1|val_.+)")
 BASE64 = re.compile("[A-Za-z0-9+/]+=*")
 RECALLS = [f"{way}_recall{k}" for way in WAYS for k in (1, 5, 10)]
 RANKS = [f"{way}_{kind}_rank" for way in WAYS for kind in ("mean", "median")]  # new results have

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from layers import Layers
 from preprocessing import CLIP_PREPROCESSING, SLIP_PREPROCESSING, Preprocessing
 from text_models import TEXTS, TextModel, with_text
 from utils import InputError
@@ -265,6 +266,11 @@ class TextTower:
             nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+
+    def text_layers(self):
+        blocks = [[f"transformer.resblocks.{i}"] for i in range(len(self.transformer.resblocks))]
+        stem = ["token_embedding", "positional_embedding"]
+        return Layers(stem, blocks, ["ln_final"], ["text_projection"], locks_projection=False)
 
     def forward_text(self, text):
         """(B, L) token ids -> (B, W)."""

@@ -1,4 +1,4 @@
-"""The ground that everything stands on: user errors, flags, files, random states, schedules.
+"""The ground that everything stands on: user errors, flags, files, random states.
 
 Imports nothing of this repository, and knows no model, loss or data.
 """
@@ -218,7 +218,7 @@ def update_json(path, entries):
 
 
 # ---------------------------------------------------------------------------------------------
-# Optimization
+# Random states
 
 
 def seed_everything(*numbers):
@@ -262,34 +262,3 @@ def seeded(seed):
         yield
     finally:
         set_rng_state(state)
-
-
-def cosine_scheduler(
-    base_value, final_value, epochs, niter_per_ep, warmup_epochs=0, start_warmup_value=0.0
-):
-    """One value per update, (epochs * niter_per_ep,): linear warm-up, then half a cosine.
-
-    Warm-up ends on base_value at its last update; the cosine starts there and would reach
-    final_value one update after the last. Raises InputError if warm-up outlasts training.
-    """
-    if warmup_epochs > epochs:
-        raise InputError(
-            f"warm-up of {warmup_epochs} epochs exceeds training of {epochs}; lower it"
-        )
-    warmup = np.linspace(start_warmup_value, base_value, warmup_epochs * niter_per_ep)
-    steps = (epochs - warmup_epochs) * niter_per_ep
-    phase = np.pi * np.arange(steps) / max(steps, 1)
-    cosine = final_value + 0.5 * (base_value - final_value) * (1 + np.cos(phase))
-    return np.concatenate([warmup, cosine])
-
-
-def param_groups(model, weight_decay):
-    """Weight decay for tensors of two or more dimensions; none for biases, norms, logit_scale.
-
-    The order (decayed first) is the archived code's, so that its optimizer states load.
-    """
-    params = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
-    ]

@@ -211,6 +211,15 @@ class Validation:
                 stats |= {f"val_{key}": value for key, value in scores.items()}
         return stats
 
+    def measure_both(self, model, average, evaluation, say=print):
+        """The same, and those of a model with averaged weights, if any, which begin with ema_."""
+        stats = self.measure(model, evaluation, say)
+        if average is not None:
+            distributed.broadcast_buffers(average)
+            found = self.measure(average, evaluation, say)
+            stats |= {f"ema_{key}": value for key, value in found.items()}
+        return stats
+
     def key(self, task, name):
         return f"test_{name}" if task is self.tasks[0] else f"test_{task.name}_{name}"
 
@@ -218,7 +227,15 @@ class Validation:
         """The texts for the screen of a measurement; best: of the first set so far."""
         scores = [f"{task.name} {stats[self.key(task, 'accuracy')]:.2f}" for task in self.tasks]
         scores[:1] = [f"{score}, best {best:.2f}" for score in scores[:1]]
+        scores += self.lines_of_average(stats)
         return scores + (self.lines_of_pairs(stats) if self.pairs else [])
+
+    def lines_of_average(self, stats):
+        keys = {task.name: f"ema_{self.key(task, 'accuracy')}" for task in self.tasks}
+        found = [f"{name} {stats[key]:.2f}" for name, key in keys.items() if key in stats]
+        if "ema_val_loss" in stats:
+            found.append(f"held-out pairs: loss {stats['ema_val_loss']:.4f}")
+        return [f"averaged weights: {', '.join(found)}"] if found else []
 
     def lines_of_pairs(self, stats):
         scores = {key.removeprefix("val_"): x for key, x in stats.items() if key.startswith("val_")}

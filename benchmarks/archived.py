@@ -15,7 +15,7 @@ from torch.utils.data.distributed import DistributedSampler
 from torchvision import transforms as tv
 
 import losses
-import utils
+import optimization
 from decoding import decode_image
 from preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from towers import CausalSelfAttention
@@ -57,7 +57,7 @@ def as_archived(training, args):
         elif isinstance(module, losses.InfoNCE):
             module.forward = partial(whole_contrast, module)
     training.optimizer = torch.optim.AdamW(  # not fused
-        utils.param_groups(training.model, args.wd), args.lr, args.betas, args.eps
+        optimization.param_groups(training.model, args.wd), args.lr, args.betas, args.eps
     )
 
 

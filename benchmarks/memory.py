@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+import layers
 import losses
 import main as main_script
 from infra.devices import PRECISIONS
@@ -91,17 +92,19 @@ def measure(args, batch_size, device=CUDA):
         model.set_grad_checkpointing()
     with FakeTensorMode():
         to_fake(model, device)
+        layers.lock_towers(model, args)
         dtype = PRECISIONS[precision_of(args)]
         views = model.dummy_batch(batch_size, device)
         views = {v: x if v == "text" else x.to(dtype) for v, x in views.items()}
         with autocast(dtype), FusedAttention():
             loss = losses.create_loss(model.loss, args.ssl_temp, args.ssl_scale)
             saved = saved_activations(model, loss, views)
-        params = size_of(model.parameters())
+        trained = size_of(p for p in model.parameters() if p.requires_grad)
+        weights = size_of(model.parameters()) + size_of(model.buffers())
         parts = {
-            "weights": params + size_of(model.buffers()),
-            "moments": 2 * params,
-            "gradients": params,
+            "weights": weights if args.ema_decay is None else 2 * weights,  # and their average
+            "moments": 2 * trained,
+            "gradients": trained,
             "activations": size_of(saved),
             "batches": 2 * size_of(views.values()),  # that of the update, and the next one
         }

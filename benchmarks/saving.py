@@ -6,7 +6,7 @@ import tempfile
 import torch
 
 import models
-import utils
+import optimization
 from benchmarks.data import machine, timed
 from benchmarks.training import synchronize
 from infra import distributed
@@ -17,7 +17,7 @@ from infra.run import TrainState
 def trained_once(name, device):
     """A model and its optimizer, with all the moments that a checkpoint holds."""
     model = models.create_model(name).to(device)
-    optimizer = torch.optim.AdamW(utils.param_groups(model, 0.1), fused=True)
+    optimizer = torch.optim.AdamW(optimization.param_groups(model, 0.1), fused=True)
     for param in model.parameters():
         param.grad = torch.zeros_like(param)
     optimizer.step()

@@ -314,8 +314,13 @@ def check_kinds(state, path):
         raise InputError(f"checkpoint {path}: its epoch is {repr(epoch)[:80]}, not a count")
     if not isinstance(best, (int, float)):
         raise InputError(f"checkpoint {path}: its best_acc1 is {repr(best)[:80]}, not a number")
+    check_claims(state["state_dict"], path)
+
+
+def check_claims(weights, path):
+    """Raises InputError if a tensor of a file claims more bytes than the file has."""
     size = os.path.getsize(path)
-    for key, value in state["state_dict"].items():
+    for key, value in weights.items():
         if value.numel() * value.element_size() > size:
             claim = f"{key!r} claims {value.numel()} numbers"
             raise InputError(f"checkpoint {path} is refused: {claim}")

@@ -120,7 +120,7 @@ class CheckpointManager:
             raise InputError(
                 f"{path} began from another pretrained checkpoint; choose another output folder"
             )
-        checkpoint.check_flags(state, self.facts, fixed, path)
+        checkpoint.check_flags(state, self.facts, fixed, path or other)
         checkpoint.restore(state, path or other, self.parts, check)
         self.absent = {key for key in self.parts if not state.get(key)}
         s = self.state
@@ -214,9 +214,10 @@ class CheckpointManager:
         """Sets `unsaved` and `fault`, the reason, if the state cannot be written."""
         self.unsaved, self.fault = (state, is_best), None
         try:
-            for key, value in state["state_dict"].items():
-                if value.is_floating_point() and not value.isfinite().all():
-                    raise ValueError(f"{key} is not finite")
+            for part in ("state_dict", "ema"):
+                for key, value in state.get(part, {}).items():
+                    if value.is_floating_point() and not value.isfinite().all():
+                        raise ValueError(f"{key} is not finite")
             checkpoint.save(self.latest, state, lambda path: self.verify(path, is_best))
             self.unsaved = None
             self.number = state["progress"]["updates"]

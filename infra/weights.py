@@ -7,8 +7,9 @@ be written to.
 
 import mmap
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from safetensors import safe_open
 
 import utils
@@ -59,6 +60,20 @@ def read(path):
     if not tensors:
         raise InputError(f"{name} holds no weights: none of its entries is a tensor")
     return Content(in_single(tensors, name, size), state, isinstance(root, Module))
+
+
+def averaged(content, path):
+    """The Content with the average of a run's weights in their place.
+
+    Raises InputError if the file holds none.
+    """
+    found = checkpoint.plain_dict(content.state.get("ema")) or {}
+    if not found or not all(isinstance(k, str) and torch.is_tensor(x) for k, x in found.items()):
+        raise InputError("it holds no averaged weights, only its weights")
+    checkpoint.check_claims(found, path)
+    name = f"weights {path}"
+    found = in_single(checkpoint.plain_keys(found, name), name, os.path.getsize(path))
+    return replace(content, tensors=found)
 
 
 def check_size(path):

@@ -103,6 +103,20 @@ def accumulated(name, k, exact, **options):
     }
 
 
+LOCKS = "--lock-image --lock-image-unlocked-groups 2 --lock-text --lock-text-unlocked-layers 1"
+RATES = "--lr 1e-3 --lr-image 3e-4 --layer-decay 0.5 --ema-decay 0.5"
+
+
+def updated(k):
+    """Weights and their average after three updates with locks and rates by part."""
+    t = exact_training("CLIP_NANO8", k, exact=k > 1, flags=f"{LOCKS} {RATES}".split())
+    t.schedule = np.array([1e-3, 1e-3, 5e-4])
+    model = getattr(t.model, "module", t.model)
+    for step in range(3):
+        engine.update(t, views_of(model, 16, k), step)
+    return {"weights": model.state_dict(), "ema": t.average.module.state_dict()}
+
+
 class Sourced(Dataset):
     """Six rows and their names on each rank; one of rank 1 is no number."""
 
@@ -212,6 +226,10 @@ def all_results(folder):
             accumulated("SLIP_NANO8", 2, exact, flags=["--bf16-gradients"])
             for exact in (False, True)
         ],
+        "locked": [
+            accumulated("SLIP_NANO8", 2, exact, flags=LOCKS.split()) for exact in (False, True)
+        ],
+        "updated": [updated(k) for k in (1, 2)],
         "clip": loss_and_gradients(losses.CLIPLoss()),
         "simclr": loss_and_gradients(losses.SIMCLRLoss(0.1)),
         **full_losses(),

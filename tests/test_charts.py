@@ -30,6 +30,20 @@ def page_of(*folders):
     return output.read_text()
 
 
+def test_curves_of_averaged_weights_are_named(tmp_path):
+    numbers = {"test_acc1": lambda e: 1.0, "ema_test_acc1": lambda e: 2.0 + e}
+    numbers |= {"ema_test_imagenet_r_acc1": lambda e: 3.0, "ema_val_loss": lambda e: 0.5}
+    runs = [report.read_run(write_run(tmp_path / "run", 2, **numbers))]
+    losses, accuracies = charts.draw_curves(runs).axes
+    label = "run: held-out pairs, averaged weights"
+    assert lines_of(losses)[label] == [(1, 0.5), (2, 0.5)]
+    assert lines_of(accuracies) == {
+        "run: imagenet": [(1, 1.0), (2, 1.0)],
+        "run: imagenet, averaged weights": [(1, 2.0), (2, 3.0)],
+        "run: imagenet_r, averaged weights": [(1, 3.0), (2, 3.0)],
+    }
+
+
 @pytest.fixture
 def shifted(tmp_path):
     numbers = {"test_acc1": lambda e: 10.0 * e, "test_imagenet_r_acc1": lambda e: 5.0 * e}

@@ -13,8 +13,8 @@ import pytest
 import torch
 from helpers import LFS
 
+import optimization
 import pretrained
-import utils
 from infra import checkpoint
 from models import create_model
 from utils import InputError
@@ -31,7 +31,7 @@ def save_released(path, prefix="module.", **more):
     torch.manual_seed(1)
     model = create_model("SLIP_VITTINY8", 32, 16)
     state = {prefix + key: value for key, value in model.state_dict().items()}
-    optimizer = torch.optim.AdamW(utils.param_groups(model, 0.1), foreach=False)
+    optimizer = torch.optim.AdamW(optimization.param_groups(model, 0.1), foreach=False)
     for param in model.parameters():
         param.grad = torch.full_like(param, 1e-3)
     optimizer.step()
@@ -214,7 +214,7 @@ def test_an_optimizer_of_another_model_is_told(tmp_path):
     saved = checkpoint.load(tmp_path / "c.pt")["optimizer"]
     for name in ("SLIP_VITTINY8", "CLIP_VITTINY8"):
         model = create_model(name, 64, 16)
-        optimizer = torch.optim.AdamW(utils.param_groups(model, 0.1))
+        optimizer = torch.optim.AdamW(optimization.param_groups(model, 0.1))
         with pytest.raises(InputError, match="optimizer is of another model"):
             checkpoint.restore_optimizer(optimizer, saved, "c.pt", "--model")
 
@@ -225,7 +225,7 @@ def test_moments_take_the_layout_of_their_parameter():
     def start():
         torch.manual_seed(0)
         conv = torch.nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
-        return conv, torch.optim.AdamW(utils.param_groups(conv, 0.1), 0.1, fused=True)
+        return conv, torch.optim.AdamW(optimization.param_groups(conv, 0.1), 0.1, fused=True)
 
     def step(conv, optimizer, seed):
         torch.manual_seed(seed)

@@ -18,9 +18,9 @@ import main_finetune
 import main_linear
 import make_dataset
 import models
+import optimization
 import report
 import run_with_submitit
-import utils
 from utils import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -108,4 +108,4 @@ def test_the_schedule_of_datacomps_recipes_is_open_clips():
         step, total = np.arange(samples // 4096), samples // 4096
         cosine = 0.5 * (1 + np.cos(np.pi * (step - 500) / (total - 500)))
         theirs = 5e-4 * np.where(step < 500, (step + 1) / 500, cosine)
-        np.testing.assert_allclose(utils.cosine_scheduler(*span), theirs, rtol=1e-9)
+        np.testing.assert_allclose(optimization.cosine_scheduler(*span), theirs, rtol=1e-9)

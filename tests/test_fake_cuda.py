@@ -94,9 +94,13 @@ def test_no_update_waits_or_mixes_devices(tiny, device, method, tower, accum, pr
 
 @pytest.mark.parametrize(
     "flags",
-    ["--precision fp16 --accum exact", "--precision bf16 --grad-checkpointing"],
+    [
+        "--precision fp16 --accum exact",
+        "--precision bf16 --grad-checkpointing",
+        "--ema-decay 0.9 --lock-image --lock-image-unlocked-groups 2 --layer-decay 0.7",
+    ],
 )
-def test_no_update_waits_with_a_scaler_or_recomputation(tiny, device, flags):
+def test_no_update_waits_whatever_the_flags(tiny, device, flags):
     t, loader = open_training(tiny, "SLIP_NANO8", *flags.split())
     check_update(device, t, micro_batches(t, loader))
     scaled = device.counts[aten._amp_update_scale_.default]
@@ -335,7 +339,7 @@ def test_no_update_of_fine_tuning_waits(device, precision, mixing):
     vit = timm.create_model(tower.timm_name, **tower.options, num_classes=3, drop_path_rate=0.5)
     form = Preprocessing(image_size=32)
     model = main_finetune.Classifier(vit.to(CUDA), form)
-    t, ema = main_finetune.create_training(model, Precision(precision, CUDA), 2, args)
+    t = main_finetune.create_training(model, Precision(precision, CUDA), 2, args)
     batches = labelled_batches(main_finetune.TimmView(form, args), 2)
     check_update(device, t, batches)
-    assert {x.device.type for x in ema.module.state_dict().values()} == {"cuda"}
+    assert {x.device.type for x in t.average.module.state_dict().values()} == {"cuda"}

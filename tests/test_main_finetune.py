@@ -14,6 +14,7 @@ from test_main_linear import result
 import main_finetune
 import main_linear
 import models
+import optimization
 import towers
 from infra import devices
 from preprocessing import Preprocessing
@@ -62,7 +63,7 @@ def test_presets_set_what_is_not_given():
 def test_rates_fall_from_the_head_down():
     vit = towers.create_visual(towers.TOWERS["VITTINY8"])
     vit.reset_classifier(10)
-    groups = main_finetune.layer_groups(vit, 0.05, 0.5)
+    groups = optimization.layer_groups(vit, 0.05, 0.5)
     scales = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
     decays = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
     named = dict(vit.named_parameters())
@@ -137,7 +138,7 @@ def test_warm_up_starts_where_the_flag_says(probed):
         args = parse(["--pretrained", "x", "--epochs", "3", "--warmup-epochs", "1", *flag])
         vit, tower = open_weights(probed / "run/checkpoint.pt").build_vit(10)
         model = main_finetune.Classifier(vit, tower)
-        training, _ = main_finetune.create_training(model, FP32, 5, args)
+        training = main_finetune.create_training(model, FP32, 5, args)
         assert training.schedule[0] == first and training.schedule[4] == args.lr
 
 

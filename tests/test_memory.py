@@ -38,6 +38,19 @@ def test_half_precision_and_recomputation_take_less():
     assert activations("--grad-checkpointing") < 0.5 * activations("")
 
 
+def test_what_is_locked_takes_no_gradient_and_an_average_as_much_as_the_weights():
+    plain, locked, averaged = (
+        memory.measure(parse(f"--model CLIP_NANO8 {flags}"), 64)
+        for flags in ("", "--lock-image", "--ema-decay 0.9")
+    )
+    image = models.create_model("CLIP_NANO8").visual
+    size = 4 * sum(p.numel() for p in image.parameters()) + 4 * 64 * 32  # and the projection
+    assert plain["gradients"] - locked["gradients"] == size
+    assert plain["moments"] - locked["moments"] == 2 * size
+    assert locked["activations"] < 0.6 * plain["activations"]  # the text tower's
+    assert averaged["weights"] == 2 * plain["weights"]
+
+
 @pytest.mark.parametrize("flags", [[], ["--activation-budget", "0.8"]])
 def test_a_budget_that_is_ignored_is_said(capsys, flags):
     memory.benchmark_memory(None, ["--model", "SLIP_NANO8", *flags])

@@ -9,8 +9,9 @@ from helpers import seeded_weights
 import losses
 import models
 from models import create_model
+from optimization import param_groups
 from tokenizer import SimpleTokenizer
-from utils import InputError, param_groups
+from utils import InputError
 
 CAPTIONS = [
     "a red bicycle leaning on a wall",
