@@ -5,6 +5,7 @@ features of all views. State-dict keys are public: checkpoints released with the
 Shapes: B batch, S image side, L tokens, W width of the image tower, D joint embedding.
 """
 
+import math
 from dataclasses import replace
 from functools import cached_property
 
@@ -26,7 +27,7 @@ from towers import (
     output_width,
     resized,
 )
-from transforms import Augment, normalize, pack_steps, to_unit
+from transforms import IMAGE_VIEWS, Augment, normalize, pack_steps, to_unit
 from utils import InputError
 
 MAX_LOGIT_SCALE = 4.6052  # ln(100)
@@ -96,15 +97,19 @@ class Method(nn.Module):
     def forward(self, **views):
         return self.forward_head(self.forward_features(**views))
 
-    def forward_features(self, **images):
-        """Views (B, 3, S, S) -> {view: (B, W) features}.
+    def forward_features(self, ids=None, **images):
+        """Views (B, 3, S, S) -> {view: (B, W) features}. ids of the samples pass, for the loss.
 
         All views take one pass, but not through batch norm, whose statistics are of one view.
         """
+        passed = {} if ids is None else {"ids": ids}
         if self.is_convolutional:
-            return {view: self.visual(x) for view, x in images.items()}
+            return {view: self.visual(x) for view, x in images.items()} | passed
         features = self.visual(torch.cat(list(images.values())))
-        return dict(zip(images, features.chunk(len(images)), strict=True))
+        return dict(zip(images, features.chunk(len(images)), strict=True)) | passed
+
+    def forward_head(self, features):
+        return {"ids": features["ids"]} if "ids" in features else {}
 
     @torch.no_grad()  # in every pass of an update, so that the augmentation compiles once
     def normalize(self, images, steps=None):
@@ -126,7 +131,7 @@ class Method(nn.Module):
 
     def as_loaded(self, views, augments_on_device):
         """A dummy batch as the loader would have made it: uint8 images, and steps if any."""
-        raw = {v: x if v == "text" else x.byte() for v, x in views.items()}
+        raw = {v: x.byte() if v in IMAGE_VIEWS else x for v, x in views.items()}
         augmented = [v for v in ("aug1", "aug2") if v in views and augments_on_device]
         steps = {v: pack_steps([[]] * len(raw[v])).to(raw[v].device) for v in augmented}
         return {**raw, "steps": steps}
@@ -166,9 +171,15 @@ class CLIP(TextTower, Method):
         self.register_parameter("image_projection_bias", bias)
         self.text_projection = nn.Parameter(torch.empty(tower.text_width, self.embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.register_parameter("logit_bias", None)
         self.init_text_tower()
         nn.init.normal_(self.image_projection, std=self.num_features**-0.5)
         nn.init.normal_(self.text_projection, std=tower.text_width**-0.5)
+
+    def add_logit_bias(self, start):
+        """A learned bias of the logits for the sigmoid loss, and its temperature (SigLIP's)."""
+        self.logit_bias = nn.Parameter(torch.tensor(float(start)))
+        nn.init.constant_(self.logit_scale, math.log(10))
 
     @cached_property
     def tokenizer(self):
@@ -190,10 +201,13 @@ class CLIP(TextTower, Method):
         return {**super().forward_features(**images), "text": self.forward_text(text)}
 
     def forward_head(self, features):
+        bias = {} if self.logit_bias is None else {"logit_bias": self.logit_bias}
         return {
+            **super().forward_head(features),
             "image_embed": self.project_image(features["image"]),  # (B, D)
             "text_embed": features["text"] @ self.text_projection,  # (B, D)
             "logit_scale": self.logit_scale.exp(),
+            **bias,
         }
 
     def dummy_batch(self, batch_size, device):
@@ -234,7 +248,7 @@ class SIMCLR(Method):
         self.image_mlp = SIMCLRHead(self.num_features, ssl_mlp_dim, ssl_emb_dim)
 
     def forward_head(self, features):
-        return contrast_views(self.image_mlp, features)
+        return {**super().forward_head(features), **contrast_views(self.image_mlp, features)}
 
 
 class SLIP(CLIP):

@@ -63,6 +63,8 @@ class Weights:
         with bounded(self.path):
             model = self.method(resized(self.tower, image_size), *sizes)
         state = self.state_dict
+        if "logit_bias" in state and isinstance(model, CLIP):
+            model.add_logit_bias(0)
         if image_size:
             state = image_towers.resample_positions(state, model.visual)
         checkpoint.load_weights(model, state, self.source, f"its model, {self.name}")
@@ -136,7 +138,11 @@ def head_sizes(args, state_dict):
 
 
 def part_of(key):
-    parts = {"visual": "image tower", "image_mlp": "SimCLR head"}
+    parts = {
+        "visual": "image tower",
+        "image_mlp": "SimCLR head",
+        "logit_bias": "bias of the sigmoid loss",
+    }
     return parts.get(key.partition(".")[0], "text tower and projections")
 
 
@@ -239,10 +245,10 @@ def of_pair(source, place, content, state, arch):
 
 
 def check_fits(name, tower, state):
-    """Raises InputError if the towers and projections are others; a SimCLR head may be there."""
+    """Raises InputError if the towers and projections are others; a head or bias may be there."""
     with torch.device("meta"):
         own = CLIP(tower).state_dict()
-    both = {key: value for key, value in state.items() if not key.startswith("image_mlp.")}
+    both = layouts.without_extras(state)
     if faults := layouts.misfits(own, both)[0]:
         text = checkpoint.describe_mismatches(faults)
         raise InputError(f"they do not fit {name} ({text}); choose their tower")

@@ -14,6 +14,7 @@ import captions
 import catalog
 import eval_zeroshot
 import utils
+from contrast import InfoNCE
 from decoding import decode_image
 from eval_retrieval import (
     COLUMNS,
@@ -27,7 +28,6 @@ from evaluation import METRICS, Evaluation, top1
 from infra import distributed
 from infra.archives import read_file
 from infra.untrusted import check_inside
-from losses import InfoNCE
 from transforms import CenterCrop
 from utils import InputError
 
@@ -142,8 +142,8 @@ def contrastive_loss(images, texts, scale):
     contrast, total, parts = InfoNCE(), 0.0, math.ceil(len(images) / LOSS_BATCH)
     for image, text in zip(images.tensor_split(parts), texts.tensor_split(parts), strict=True):
         labels = torch.arange(len(image), device=image.device)
-        by_image, _ = contrast(image, text, labels, scale)
-        by_text, _ = contrast(text, image, labels, scale)
+        by_image, *_ = contrast(image, text, labels, scale)
+        by_text, *_ = contrast(text, image, labels, scale)
         total += len(image) * (by_image + by_text).item() / 2
     return total / len(images)
 

@@ -95,7 +95,9 @@ def measure(args, batch_size, device=CUDA):
         views = model.dummy_batch(batch_size, device)
         views = {v: x if v == "text" else x.to(dtype) for v, x in views.items()}
         with autocast(dtype), FusedAttention():
-            loss = losses.create_loss(model.loss, args.ssl_temp, args.ssl_scale)
+            loss = losses.create_loss(
+                model.loss, args.ssl_temp, args.ssl_scale, clip_loss=args.clip_loss
+            )
             saved = saved_activations(model, loss, views)
         params = size_of(model.parameters())
         parts = {

@@ -79,7 +79,7 @@ def slip_gradients():
     """Every gradient of a small SLIP in float64, full CLIP gradient, averaged over ranks."""
     torch.manual_seed(0)
     model = models.create_model("SLIP_NANO8", 32, 16).double()
-    loss = losses.SLIPLoss(losses.SIMCLRLoss(0.1), 1.0, gather_with_grad=True)
+    loss = losses.SLIPLoss(losses.CLIPLoss(gather_with_grad=True), losses.SIMCLRLoss(0.1))
     images = [mine(torch.randn(12, 3, 32, 32).double()) for _ in range(3)]
     text = mine(torch.randint(1, 400, (12, 16)))
     wrapped = DistributedDataParallel(model) if distributed.get_world_size() > 1 else model

@@ -90,7 +90,7 @@ def test_forward_and_backward_equal_the_archived_code(name, reference):
     outputs = model(**{view: batch[view] for view in model.views})
     simclr = losses.SIMCLRLoss(0.1)
     loss_of = {models.CLIP: losses.CLIPLoss(), models.SIMCLR: simclr}
-    loss_of[models.SLIP] = losses.SLIPLoss(simclr, 1.0)
+    loss_of[models.SLIP] = losses.SLIPLoss(losses.CLIPLoss(), simclr, 1.0)
     metrics = loss_of[type(model)](outputs)
     metrics["loss"].backward()
 
