@@ -55,7 +55,11 @@ def three_ranks(tmp_path_factory):
     return [torch.load(folder / f"rank{r}.pt") for r in range(3)]
 
 
-@pytest.mark.parametrize("name", ["clip_full", "simclr_full"])
+FULL = ["clip_full", "simclr_full", "sigmoid_full"]
+FULL += [f"{clip}_{how}" for clip in ("softmax", "sigmoid") for how in ("mask", "share")]
+
+
+@pytest.mark.parametrize("name", FULL)
 @pytest.mark.parametrize("number", [2, 3])
 def test_gathering_with_gradient_equals_one_process(name, number, two_ranks, three_ranks):
     results = three_ranks if number == 3 else [two_ranks["rank0"], two_ranks["rank1"]]
@@ -67,7 +71,7 @@ def test_gathering_with_gradient_equals_one_process(name, number, two_ranks, thr
         if value is None:
             continue
         parts = [r["gradients"][key] / number for r in ranks]  # DDP averages over ranks
-        got = sum(parts) if key == "logit_scale" else torch.cat(parts)
+        got = sum(parts) if key.startswith("logit_") else torch.cat(parts)
         assert torch.allclose(got, value, rtol=1e-12, atol=1e-14), key
 
 
