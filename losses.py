@@ -48,7 +48,9 @@ def add_bias(model, clip_loss, start, batch):
     """
     if not CLIP_LOSSES[clip_loss].has_bias:
         if start is not None:
-            raise InputError(f"logit bias {start}: the {clip_loss} loss has none; omit it")
+            raise InputError(
+                f"logit bias {start}: the {clip_loss} loss has none; omit it or choose sigmoid"
+            )
         return
     if "text" not in model.views:
         raise InputError(f"{clip_loss} loss: the method has no text; choose CLIP or SLIP")

@@ -243,6 +243,7 @@ def all_results(folder):
             for name in ("sigmoid share", "softmax mask", "softmax share")
             for k in (1, 2)
         },
+        "ddp": accumulated("SLIP_NANO8", 1, False, with_ids=True, flags=flags_of("sigmoid mask")),
         "clip": loss_and_gradients(losses.CLIPLoss()),
         "simclr": loss_and_gradients(losses.SIMCLRLoss(0.1)),
         **full_losses(),

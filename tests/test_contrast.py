@@ -246,3 +246,10 @@ def test_exact_accumulation_equals_the_large_batch(name, ranks, two_ranks):
     if ranks == "one":
         assert got["metrics"]["duplicates"] == expected["metrics"]["duplicates"] > 0
         assert got["metrics"]["loss"].item() == pytest.approx(expected["metrics"]["loss"].item())
+
+
+@pytest.mark.parametrize("rank", ["rank0", "rank1"])
+def test_ids_pass_through_ddp(rank, two_ranks):
+    expected, got = (two_ranks[key]["ddp"]["gradients"] for key in ("one", rank))
+    for key, value in expected.items():
+        assert torch.allclose(got[key], value, rtol=1e-9, atol=1e-12), key
