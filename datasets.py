@@ -1,6 +1,7 @@
 """The samples of pre-training and their loader."""
 
 import os
+from hashlib import blake2b
 from itertools import chain, islice
 
 import numpy as np
@@ -22,13 +23,14 @@ class CaptionDataset(Dataset):
 
     The key of a sample is (epoch, indices): the first index with a readable image is taken. The
     sample depends on (seed, epoch, that index) alone. Its image views are (3, S, S) uint8, "text"
-    is a caption, "source" names the sample, and "bad" lists the reasons why the indices before it
-    are unreadable.
+    is a caption, "ids" are (2,) int64 of the caption's text and the image's bytes (without "text"
+    of the image twice), "source" names the sample, and "bad" lists the reasons why the indices
+    before it are unreadable.
 
     Args:
         captions: sequence of (image path, captions).
         root: folder that the image paths are relative to.
-        views: names of the views, "text" or keys of IMAGE_VIEWS.
+        views: names of the views: "text", "ids", or keys of IMAGE_VIEWS.
         preprocessing: of the model, a Preprocessing: size, interpolation and least area of crops.
         seed: int, of crops, augmentations and captions, and of the order of each epoch.
         augment: "cpu", or "device": views are only cropped, and "steps" has each one's other
@@ -54,7 +56,8 @@ class CaptionDataset(Dataset):
             raise InputError(f"root {root!r} is not a folder; give the folder of the images")
         self.captions, self.root, self.seed = captions, root, seed
         self.image_views = [view for view in views if view in IMAGE_VIEWS]
-        self.preprocessing, self.with_text = preprocessing, "text" in views
+        self.preprocessing = preprocessing
+        self.with_text, self.with_ids = "text" in views, "ids" in views
         self.augments_on_device, self.allow_outside = augment == "device", allow_outside
         self.archived = archived
 
@@ -74,16 +77,27 @@ class CaptionDataset(Dataset):
                 bad.append(str(error))
                 continue
             source = {"index": index, "path": path}
-            if self.with_text:
-                sample["text"] = source["caption"] = captions[rng.integers(len(captions))]
+            self.add_caption(sample, source, captions, rng)
             return sample | {"bad": bad, "source": source}
         raise InputError(f"{len(bad)} samples in a row cannot be read; check the root; {bad[0]}")
+
+    def add_caption(self, sample, source, captions, rng):
+        """Draws the caption if the views have text; its id goes before the image's."""
+        if self.with_text:
+            sample["text"] = source["caption"] = captions[rng.integers(len(captions))]
+        if self.with_ids:
+            image = sample["ids"]
+            text = id_of(sample["text"].encode()) if self.with_text else image
+            sample["ids"] = torch.tensor([text, image])
 
     def read_views(self, path, rng):
         return self.make_views(read_file(self.root, path), f"{self.root}/{path}", rng)
 
     def make_views(self, data, name, rng):
-        """The image views of encoded bytes: draws their parameters first, then decodes once."""
+        """The image views of encoded bytes: draws their parameters first, then decodes once.
+
+        "ids" is the image's alone.
+        """
         image = EncodedImage(data, name, self.archived)
         form = self.preprocessing
         drawn = {v: IMAGE_VIEWS[v](rng, *image.size, form.crop_min) for v in self.image_views}
@@ -91,15 +105,21 @@ class CaptionDataset(Dataset):
         crops = image.crops(boxes, form.image_size, form.interpolation)
         steps = {view: steps for view, (_, steps) in drawn.items()}
         views = dict(zip(drawn, crops, strict=True))
+        ids = {"ids": id_of(data)} if self.with_ids else {}
         if self.augments_on_device:
-            return views | {"steps": {view: s for view, s in steps.items() if s is not None}}
-        return {view: augment(pixels, steps[view]) for view, pixels in views.items()}
+            return views | ids | {"steps": {v: s for v, s in steps.items() if s is not None}}
+        return {view: augment(pixels, steps[view]) for view, pixels in views.items()} | ids
+
+
+def id_of(data):
+    """A 64-bit number, equal for equal bytes, in any process; of unequal bytes hardly ever."""
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
 class Collate:
     """Collates samples of a CaptionDataset into a batch, a dict.
 
-    Image views become (B, 3, S, S) uint8 and captions (B, L) int64, cut to the longest; "steps" has
+    Image views become (B, 3, S, S) uint8, captions (B, L) int64, cut to the longest; "steps" has
     one tensor (transforms.pack_steps) for each view with steps; "bad" and "sources" are lists.
     Captions are tokenized here because one by one, between images, would take twice the time.
     """

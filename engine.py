@@ -112,7 +112,8 @@ def accumulate_exact(training, micro_batches):
         with t.precision.autocast():
             part = t.model.forward_features(**views)
         part = {view: x for view, x in part.items() if x.requires_grad}  # of towers that train
-        torch.autograd.backward(list(part.values()), [next(gradients[view]) for view in part])
+        if part:
+            torch.autograd.backward(list(part.values()), [next(gradients[view]) for view in part])
     average_gradients(t.model, t.reduce_dtype)
     return {key: value.detach() for key, value in metrics.items()}
 

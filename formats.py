@@ -145,9 +145,11 @@ def write_open_clip(source, folder, home):
         vision = timm_vision(source, folder, home)
     tower = tower_of(source.name)
     activation = activation_of(model.visual) if is_native and model.text else form.activation
+    bias = model.logit_bias
     config = {
         "model_cfg": {
             "embed_dim": model.embed_dim,
+            **({} if bias is None else {"init_logit_bias": bias.item()}),
             "quick_gelu": activation == "quick_gelu",  # of timm's towers: the text's alone
             "vision_cfg": {"image_size": form.image_size} | vision,
             "text_cfg": hf_text(model, folder, home) if model.text else own_text(model),
@@ -347,11 +349,16 @@ def write_huggingface(source, folder, home):
     save_tensors(folder / "model.safetensors", layouts.to_huggingface(model.state_dict()))
     write_image_processor(form, folder)
     write_tokenizer(model.tokenizer, folder)
-    return [UNCLEANED]
+    notes = [] if model.logit_bias is None else [UNBIASED.format(model.logit_bias.item())]
+    return [UNCLEANED, *notes]
 
 
 UNCLEANED = """The tokenizer gives our ids for clean texts. It neither mends mis-decoded characters
 nor unescapes HTML: ftfy.fix_text and html.unescape do."""
+
+
+UNBIASED = """CLIPModel has no bias. The probability of a pair is the sigmoid, not the softmax, of
+its logits plus the bias, {:.4f}. Embeddings do not depend on it."""
 
 
 def write_image_processor(form, folder):

@@ -33,8 +33,9 @@ class HFText(nn.Module):
         with named_failures(f"text model {self.source.name}"):
             config = package.AutoConfig.for_model(**self.source.config, use_cache=False)
             self.transformer = package.AutoModel.from_config(config, add_pooling_layer=False)
-        self.pad, self.vocabulary = config.pad_token_id, config.vocab_size
-        used = 0 if config.model_type == "bert" else self.pad + 1  # positions before a text's first
+        self.padding, self.vocabulary = config.pad_token_id, config.vocab_size
+        # All but BERT leave out the positions up to the padding's id.
+        used = 0 if config.model_type == "bert" else self.padding + 1
         if config.max_position_embeddings - used < tower.preprocessing.context_length:
             raise InputError(
                 f"text model {self.source.name} has {config.max_position_embeddings - used} "
@@ -62,13 +63,15 @@ class HFText(nn.Module):
         return [f"text tower {self.source.name}: pretrained weights, {self.source.weights}"]
 
     def text_layers(self):
+        names, prefix = [name for name, _ in self.transformer.named_parameters()], "encoder.layer."
+        stem = [f"text.transformer.{name}" for name in names if not name.startswith(prefix)]
         number = len(self.transformer.encoder.layer)
-        blocks = [[f"text.transformer.encoder.layer.{i}"] for i in range(number)]
-        return Layers(["text.transformer"], blocks, [], ["text.proj"], locks_projection=False)
+        blocks = [[f"text.transformer.{prefix}{i}"] for i in range(number)]
+        return Layers(stem, blocks, [], ["text.proj"], locks_projection=False)
 
     def forward_text(self, text):
         """(B, L) token ids -> (B, W), the mean over the tokens that are no padding."""
-        mask = text != self.pad  # (B, L)
+        mask = text != self.padding  # (B, L)
         x = self.transformer(input_ids=text, attention_mask=mask.long()).last_hidden_state
         mask = mask.unsqueeze(-1).to(x.dtype)  # (B, L, 1)
         return (x * mask).sum(1) / mask.sum(1).clamp(min=1)

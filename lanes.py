@@ -158,9 +158,7 @@ class StreamDataset(CaptionDataset):
                 bad += [str(error)] if not ahead else []  # the others count in their own places
                 continue
             source = {"lane": where[1], "place": place + ahead, "path": pair.name}
-            if self.with_text:
-                text = pair.captions[rng.integers(len(pair.captions))]
-                sample["text"] = source["caption"] = text
+            self.add_caption(sample, source, pair.captions, rng)
             self.lane.advance()
             return sample | {"bad": bad, "source": source | {"turn": pair.turn}}
         raise InputError(f"{TRIES} samples in a row cannot be read; check the shards; {bad[-1]}")

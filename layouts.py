@@ -37,6 +37,7 @@ OPEN_CLIP_TEXT = {
         "ln_final",
         "text_projection",
         "logit_scale",
+        "logit_bias",  # of the sigmoid loss
     )
 } | {"text.**": "text.**"}  # the latter of Hugging Face's text towers
 OPEN_CLIP_VIT = OPEN_CLIP_TEXT | {
@@ -244,11 +245,19 @@ def from_huggingface(tensors):
     return to_ours(joined, HUGGINGFACE)
 
 
+def without_extras(state_dict):
+    """The entries of a CLIP that every training has: no SimCLR head, no bias of a sigmoid loss."""
+    return {
+        key: value
+        for key, value in state_dict.items()
+        if not key.startswith("image_mlp.") and key != "logit_bias"
+    }
+
+
 def to_huggingface(state_dict):
     """The inverse of `from_huggingface`: our CLIP with a ViT of CLIP_TOWERS."""
-    weights = {k: v for k, v in state_dict.items() if not k.startswith("image_mlp.")}
     result = {}
-    for key, value in to_theirs(weights, HUGGINGFACE).items():
+    for key, value in to_theirs(without_extras(state_dict), HUGGINGFACE).items():
         is_joined = ".qkv_proj." in key
         parts = zip("qkv", value.chunk(3), strict=True) if is_joined else [("qkv", value)]
         result |= {key.replace("qkv_proj", f"{name}_proj"): part for name, part in parts}
@@ -311,6 +320,7 @@ def match_tower(tensors, text_model=None):
 
     Raises InputError naming the first keys that fit none.
     """
+    tensors = without_extras(tensors)
     fits = []
     for name, row in candidates(tensors, text_model).items():
         with torch.device("meta"):

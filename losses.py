@@ -5,71 +5,57 @@ for this rank's rows against the rows of all ranks. Accuracies are in percent, w
 Shapes: B local batch, N global batch, D embedding.
 """
 
+import math
+
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from infra.distributed import all_gather, get_rank
-
-ROWS = 1024  # of the similarity matrix that exist at once
-
-
-def normalize(embed):
-    """Unit rows, in float32 even under mixed precision (float64 stays)."""
-    return F.normalize(embed if embed.dtype == torch.float64 else embed.float(), dim=-1)
+from contrast import DUPLICATES, Contrast, InfoNCE, ids_of, local_labels, normalize, sigmoid_loss
+from infra.distributed import all_gather
+from utils import InputError, not_negative, positive
 
 
-def local_labels(embed):
-    """The columns, among the rows of all ranks, of this rank's B rows: (B,)."""
-    return torch.arange(len(embed), device=embed.device) + len(embed) * get_rank()
+def add_loss_flags(add):
+    """Adds the losses' flags, with add_argument of their group."""
+    add("--ssl-scale", default=1.0, type=not_negative, help="weight of the SimCLR loss in SLIP")
+    add("--ssl-temp", default=0.1, type=positive, help="temperature of the SimCLR loss")
+    text = "of pairs; sigmoid is SigLIP's, always with the full gradient"
+    add("--clip-loss", default="softmax", choices=CLIP_LOSSES, help=text)
+    text = "at the start, of sigmoid alone: a number, by default -10; auto: ln(1 / (batch - 1))"
+    add("--init-logit-bias", type=parse_bias, metavar="B", help=text)
+    text = "equal captions or images of a batch: negatives, hidden, or positives"
+    add("--duplicates", default="keep", choices=DUPLICATES, help=text)
+    add("--gather-with-grad", action="store_true", help="full CLIP gradient on several ranks")
 
 
-class RowLoss(nn.Module):
-    """The summed cross-entropy of some rows of a similarity matrix, and the number of hits."""
-
-    def forward(self, queries, keys, labels, scale, hidden=None):
-        """
-        Args:
-            queries: (R, D) unit rows.
-            keys: (K, D) unit rows.
-            labels: (R,) the key that matches each query.
-            scale: the inverse temperature.
-            hidden: (R,) a key that each query must not see, or None.
-        """
-        logits = scale * queries @ keys.T  # (R, K)
-        if hidden is not None:
-            logits = logits.scatter(1, hidden[:, None], -torch.inf)
-        hits = (logits.detach().argmax(-1) == labels).sum()
-        return F.cross_entropy(logits, labels, reduction="sum"), hits
+def parse_bias(text):
+    """An argparse type: auto, or a finite number."""
+    if text != "auto" and not math.isfinite(float(text)):
+        raise ValueError
+    return text if text == "auto" else float(text)
 
 
-class InfoNCE(nn.Module):
-    """-log(exp(s q.k+) / sum_k exp(s q.k)), the mean over queries q, and accuracy in percent.
+def add_bias(model, clip_loss, start, batch):
+    """Gives a model the logit bias that a sigmoid loss begins with.
 
-    (van den Oord et al., 2018.) ROWS rows of the matrix at a time, recomputed in backward: memory
-    grows with the number of keys, not with its square. Takes the arguments of RowLoss.
+    Args:
+        model: a models.Method.
+        clip_loss: a row of CLIP_LOSSES.
+        start: a number; None: SigLIP's, -10; "auto": the logit of one pair in `batch`.
+        batch: N, the samples that the loss contrasts.
+
+    Raises InputError for a start that the loss, or a loss that the method, has no use for.
     """
-
-    def __init__(self):
-        super().__init__()
-        self.rows = RowLoss()
-
-    def forward(self, queries, keys, labels, scale, hidden=None):
-        total = hits = 0
-        for start in range(0, len(queries), ROWS):
-            part = slice(start, start + ROWS)
-            arguments = queries[part], keys, labels[part], scale
-            arguments += (hidden if hidden is None else hidden[part],)
-            loss, right = checkpoint(
-                self.rows, *arguments, use_reentrant=False, preserve_rng_state=False
+    if not CLIP_LOSSES[clip_loss].has_bias:
+        if start is not None:
+            raise InputError(
+                f"logit bias {start}: the {clip_loss} loss has none; omit it or choose sigmoid"
             )
-            total, hits = total + loss, hits + right
-        return total / len(queries), 100 * hits / len(queries)
-
-    def blocks(self):
-        """The modules to compile."""
-        return [self.rows]
+        return
+    if "text" not in model.views:
+        raise InputError(f"{clip_loss} loss: the method has no text; choose CLIP or SLIP")
+    start = -math.log(max(batch - 1, 1)) if start == "auto" else start
+    model.add_logit_bias(-10 if start is None else start)
 
 
 class CLIPLoss(nn.Module):
@@ -79,20 +65,51 @@ class CLIPLoss(nn.Module):
     gathered embeddings. gather_with_grad sends it, which equals one process on the whole batch.
     """
 
-    def __init__(self, gather_with_grad=False):
+    has_bias = False
+
+    def __init__(self, gather_with_grad=False, duplicates="keep"):
         super().__init__()
         self.gather_with_grad = gather_with_grad
-        self.contrast = InfoNCE()
+        self.contrast = InfoNCE(duplicates)
 
     def forward(self, outputs):
         image, text = normalize(outputs["image_embed"]), normalize(outputs["text_embed"])  # (B, D)
         scale, labels = outputs["logit_scale"].to(image.dtype), local_labels(image)
         with torch.autocast(image.device.type, enabled=False):
             images, texts = (all_gather(x, self.gather_with_grad) for x in (image, text))  # (N, D)
-            by_image, acc = self.contrast(image, texts, labels, scale)
-            by_text, _ = self.contrast(text, images, labels, scale)
+            ids = ids_of(outputs)
+            by_image, acc, found = self.contrast(image, texts, labels, scale, **ids)
+            by_text, *_ = self.contrast(text, images, labels, scale, **ids)
         loss = (by_image + by_text) / 2
-        return {"loss": loss, "clip_loss": loss, "clip_acc": acc}
+        metrics = {"loss": loss, "clip_loss": loss, "clip_acc": acc}
+        return metrics | ({"duplicates": found} if ids else {})
+
+    def blocks(self):
+        return self.contrast.blocks()
+
+
+class SigLIPLoss(nn.Module):
+    """-sum_j log sigmoid(z_ij (s x_i.y_j + b)), z_ii = 1, else -1: the mean over images x_i.
+
+    (Zhai et al., arXiv:2303.15343.) Scale and bias are learned. Gradient flows through the gathered
+    texts y_j in any case, so it equals one process on the whole batch.
+    """
+
+    has_bias = True
+
+    def __init__(self, gather_with_grad=True, duplicates="keep"):
+        super().__init__()
+        self.contrast = Contrast(sigmoid_loss, duplicates)
+
+    def forward(self, outputs):
+        image, text = normalize(outputs["image_embed"]), normalize(outputs["text_embed"])  # (B, D)
+        scale, bias = (outputs[key].to(image.dtype) for key in ("logit_scale", "logit_bias"))
+        with torch.autocast(image.device.type, enabled=False):
+            texts, ids = all_gather(text, with_grad=True), ids_of(outputs)  # (N, D)
+            labels = local_labels(image)
+            loss, acc, found = self.contrast(image, texts, labels, scale, bias, **ids)
+        metrics = {"loss": loss, "clip_loss": loss, "clip_acc": acc}
+        return metrics | ({"duplicates": found} if ids else {})
 
     def blocks(self):
         return self.contrast.blocks()
@@ -104,10 +121,10 @@ class SIMCLRLoss(nn.Module):
     Gradient flows through the gathered embeddings; backward sums it over the ranks.
     """
 
-    def __init__(self, temperature=0.1):
+    def __init__(self, temperature=0.1, duplicates="keep"):
         super().__init__()
         self.temperature = temperature
-        self.contrast = InfoNCE()
+        self.contrast = InfoNCE(duplicates)
 
     def forward(self, outputs):
         a, b = normalize(outputs["aug1_embed"]), normalize(outputs["aug2_embed"])  # (B, D)
@@ -115,10 +132,15 @@ class SIMCLRLoss(nn.Module):
         with torch.autocast(a.device.type, enabled=False):
             all_a, all_b = all_gather(a, with_grad=True), all_gather(b, with_grad=True)  # (N, D)
             own = labels + len(all_a)  # a row itself, among the keys
-            of_a, acc = self.contrast(a, torch.cat([all_b, all_a]), labels, scale, own)
-            of_b, _ = self.contrast(b, torch.cat([all_a, all_b]), labels, scale, own)
+            if ids := ids_of(outputs, columns=[1]):  # of the images; keys are both of their views
+                ids["key_ids"] = ids["key_ids"].repeat(2, 1)
+            of_a, acc, found = self.contrast(
+                a, torch.cat([all_b, all_a]), labels, scale, hidden=own, **ids
+            )
+            of_b, *_ = self.contrast(b, torch.cat([all_a, all_b]), labels, scale, hidden=own, **ids)
         loss = (of_a + of_b) / 2
-        return {"loss": loss, "ssl_loss": loss, "ssl_acc": acc}
+        metrics = {"loss": loss, "ssl_loss": loss, "ssl_acc": acc}
+        return metrics | ({"ssl_duplicates": found} if ids else {})
 
     def blocks(self):
         return self.contrast.blocks()
@@ -127,11 +149,9 @@ class SIMCLRLoss(nn.Module):
 class SLIPLoss(nn.Module):
     """clip_loss + ssl_scale * ssl_loss."""
 
-    def __init__(self, ssl_loss, ssl_scale=1.0, gather_with_grad=False):
+    def __init__(self, clip_loss, ssl_loss, ssl_scale=1.0):
         super().__init__()
-        self.clip_loss = CLIPLoss(gather_with_grad)
-        self.ssl_loss = ssl_loss
-        self.ssl_scale = ssl_scale
+        self.clip_loss, self.ssl_loss, self.ssl_scale = clip_loss, ssl_loss, ssl_scale
 
     def forward(self, outputs):
         clip, ssl = self.clip_loss(outputs), self.ssl_loss(outputs)
@@ -141,16 +161,22 @@ class SLIPLoss(nn.Module):
         return [*self.clip_loss.blocks(), *self.ssl_loss.blocks()]
 
 
+CLIP_LOSSES = {"softmax": CLIPLoss, "sigmoid": SigLIPLoss}  # of pairs of image and text
 LOSSES = {  # by the `loss` of a method
-    "clip": lambda temperature, ssl_scale, with_grad: CLIPLoss(with_grad),
-    "simclr": lambda temperature, ssl_scale, with_grad: SIMCLRLoss(temperature),
-    "slip": lambda temperature, ssl_scale, with_grad: SLIPLoss(
-        SIMCLRLoss(temperature), ssl_scale, with_grad
-    ),
+    "clip": lambda clip, ssl, ssl_scale: clip,
+    "simclr": lambda clip, ssl, ssl_scale: ssl,
+    "slip": SLIPLoss,
 }
 
 
-def create_loss(name, temperature=0.1, ssl_scale=1.0, gather_with_grad=False):
+def create_loss(
+    name,
+    temperature=0.1,
+    ssl_scale=1.0,
+    gather_with_grad=False,
+    clip_loss="softmax",
+    duplicates="keep",
+):
     """The loss that trains a method.
 
     Args:
@@ -158,5 +184,9 @@ def create_loss(name, temperature=0.1, ssl_scale=1.0, gather_with_grad=False):
         temperature: of the SimCLR loss.
         ssl_scale: weight of the SimCLR loss in SLIP.
         gather_with_grad: see CLIPLoss.
+        clip_loss: a row of CLIP_LOSSES.
+        duplicates: a row of DUPLICATES; but for "keep" the outputs hold "ids", (B, 2), of each
+            sample's caption and image.
     """
-    return LOSSES[name](temperature, ssl_scale, gather_with_grad)
+    clip = CLIP_LOSSES[clip_loss](gather_with_grad, duplicates)
+    return LOSSES[name](clip, SIMCLRLoss(temperature, duplicates), ssl_scale)

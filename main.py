@@ -14,6 +14,7 @@ from torchvision.utils import make_grid
 import advice
 import captions
 import catalog
+import contrast
 import datasets
 import engine
 import initial
@@ -28,12 +29,12 @@ import warmup
 from evaluation import Evaluation
 from infra import devices, distributed
 from infra.run import Run
-from transforms import to_unit
-from utils import InputError, natural, not_negative, number, positive, positive_int
-from validation import add_validation_flags, evaluate_only, open_validation
+from transforms import IMAGE_VIEWS, to_unit
+from utils import InputError, natural, not_negative, number, positive_int
+from validation import add_validation_flags, evaluate_only, open_validation, validate
 
 # Flags and facts that a resumed run keeps.
-FIXED = ("init_from", "image_size", "text_model", "preprocessing")
+FIXED = ("init_from", "image_size", "text_model", "preprocessing", "clip_loss")
 FIXED += ("lock_image", "lock_image_unlocked_groups", "lock_text", "lock_text_unlocked_layers")
 
 
@@ -61,9 +62,7 @@ def get_args_parser():
     add("--model", default="SLIP_VITB16", help="METHOD_TOWER: CLIP_VITS16, SLIP_convnext_tiny")
     add("--ssl-mlp-dim", default=4096, type=positive_int, help="SimCLR head: hidden width")
     add("--ssl-emb-dim", default=256, type=positive_int, help="SimCLR head: output width")
-    add("--ssl-scale", default=1.0, type=not_negative, help="weight of the SimCLR loss in SLIP")
-    add("--ssl-temp", default=0.1, type=positive, help="temperature of the SimCLR loss")
-    add("--gather-with-grad", action="store_true", help="full CLIP gradient on several ranks")
+    losses.add_loss_flags(add)
     add("--image-size", type=positive_int, help="pixels of a side; by default the tower's")
     add("--text-model", default="", help="of transformers, instead of CLIP's: a folder or a name")
     text = "share of a ViT's patches, below 1, that training leaves out"
@@ -116,6 +115,9 @@ def create_model(args):
     form = weights and replace(weights.tower.preprocessing, image_size=None)
     sizes, tokens = (args.ssl_mlp_dim, args.ssl_emb_dim), (args.image_size, args.patch_dropout)
     model = models.create_model(args.model, *sizes, form, *tokens, text_model)
+    contrasted = args.batch_size * distributed.get_world_size()
+    contrasted *= args.update_freq if args.accum == "exact" else 1
+    losses.add_bias(model, args.clip_loss, args.init_logit_bias, contrasted)
     notes = model.text.load_pretrained() if text_model else []
     return model, notes + ([weights.initialise(model)] if weights else [])
 
@@ -132,17 +134,18 @@ def open_loader(model, device, args):
         raise InputError("--batch-size 1 is too few for the SimCLR head's batch norm; raise it")
     collate = datasets.Collate(getattr(model, "tokenizer", None))
     shape = args.batch_size, args.workers, device, args.update_freq, collate
+    views = (*model.views, *contrast.extra_views(args.duplicates))
 
     weights = args.dataset_resampled, args.train_data_upsampling_factors
     length, keys = args.train_num_samples, args.json_caption_key
     if stream := stream_shards.open_stream(args.dataset, args.metadata, keys, length, *weights):
-        dataset = lanes.StreamDataset(stream, model.views, *form)
+        dataset = lanes.StreamDataset(stream, views, *form)
         return lanes.open_loader(dataset, *shape)
     columns = args.csv_img_key, args.csv_caption_key, *keys
     pairs = distributed.rank_zero_first(
         lambda: captions.load_captions(args.dataset, args.metadata, columns)
     )
-    dataset = datasets.CaptionDataset(pairs, args.root or pairs.root, model.views, *form)
+    dataset = datasets.CaptionDataset(pairs, args.root or pairs.root, views, *form)
     order = datasets.window_order(pairs.lengths, args.shuffle_window)
     return datasets.open_loader(dataset, *shape, order)
 
@@ -171,7 +174,7 @@ def create_training(model, precision, updates, args):
     def prepare(batch):  # on the device: augmented, normalised, and rounded as autocast would do
         steps = batch.pop("steps")
         return {
-            v: x if v == "text" else model.normalize(x, steps.get(v)).to(precision.dtype)
+            v: model.normalize(x, steps.get(v)).to(precision.dtype) if v in IMAGE_VIEWS else x
             for v, x in batch.items()
         }
 
@@ -187,7 +190,9 @@ def create_training(model, precision, updates, args):
     groups = optimization.param_groups(model, args.wd, optimization.rate_scales(model, args))
     return engine.Training(
         model=model if exact else distributed.wrap_ddp(model, precision.device, reduce_dtype),
-        criterion=losses.create_loss(model.loss, args.ssl_temp, args.ssl_scale, with_grad),
+        criterion=losses.create_loss(
+            model.loss, args.ssl_temp, args.ssl_scale, with_grad, args.clip_loss, args.duplicates
+        ),
         optimizer=torch.optim.AdamW(groups, args.lr, args.betas, args.eps, fused=True),
         schedule=optimization.create_schedule(args, updates),
         precision=precision,
@@ -204,27 +209,14 @@ def create_training(model, precision, updates, args):
 
 def warm_up(model, training, log, args, augments_on_device=False):
     modules = [*model.blocks(), *training.criterion.blocks()]
-    batches = model.dummy_batches(args.batch_size, training.precision.device)
+    batches = warmup.dummy_batches(model, args.batch_size, training.precision.device)
+    extra = contrast.extra_views(args.duplicates, args.batch_size, training.precision.device)
+    batches = [views | extra for views in batches]
 
     def prepare(views):  # as updates do, so that the trial covers the augmentation
         return training.prepare(warmup.as_loaded(views, augments_on_device))
 
     warmup.warm_up(training, modules, batches, log, args, prepare)
-
-
-def validate(model, average, validation, evaluation, run, stats):
-    """Adds the numbers of a validation to the epoch's; returns whether the weights are the best."""
-    try:
-        stats |= validation.measure_both(model, average, evaluation, run.log.info_once)
-    except InputError:
-        run.end_epoch(stats)  # what was trained is kept
-        raise
-    score = stats.get("test_accuracy", 0.0)
-    is_best = score > run.state.best_acc1
-    run.state.best_acc1 = max(score, run.state.best_acc1)
-    for line in validation.lines(stats, run.state.best_acc1):
-        run.log.info(f"epoch {run.state.epoch}: {line}")
-    return is_best
 
 
 def main(args):
@@ -272,6 +264,8 @@ def main(args):
             stats["lr"] = float(training.schedule[(epoch + 1) * updates - 1])
             if hasattr(model, "logit_scale"):
                 stats["logit_scale"] = model.logit_scale.exp().item()
+            if getattr(model, "logit_bias", None) is not None:
+                stats["logit_bias"] = model.logit_bias.item()
 
             # validate; the first set chooses the best checkpoint
             distributed.broadcast_buffers(model)

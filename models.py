@@ -5,6 +5,7 @@ features of all views. State-dict keys are public: checkpoints released with the
 Shapes: B batch, S image side, L tokens, W width of the image tower, D joint embedding.
 """
 
+import math
 from dataclasses import replace
 from functools import cached_property
 
@@ -16,7 +17,7 @@ from hf_text import HFText
 from infra.batch_norm import SyncBatchNorm
 from layers import Lockable
 from text_models import with_text
-from tokenizer import LENGTHS, create_tokenizer
+from tokenizer import create_tokenizer
 from towers import (
     KNOWN,
     TOWERS,
@@ -99,15 +100,19 @@ class Method(Lockable, nn.Module):
     def forward(self, **views):
         return self.forward_head(self.forward_features(**views))
 
-    def forward_features(self, **images):
-        """Views (B, 3, S, S) -> {view: (B, W) features}.
+    def forward_features(self, ids=None, **images):
+        """Views (B, 3, S, S) -> {view: (B, W) features}. ids of the samples pass, for the loss.
 
         All views take one pass, but not through batch norm, whose statistics are of one view.
         """
-        if self.is_convolutional:
-            return {view: self.visual(x) for view, x in images.items()}
+        passed = {} if ids is None else {"ids": ids}
+        if self.is_convolutional or not images:
+            return {view: self.visual(x) for view, x in images.items()} | passed
         features = self.visual(torch.cat(list(images.values())))
-        return dict(zip(images, features.chunk(len(images)), strict=True))
+        return dict(zip(images, features.chunk(len(images)), strict=True)) | passed
+
+    def forward_head(self, features):
+        return {"ids": features["ids"]} if "ids" in features else {}
 
     @torch.no_grad()  # in every pass of an update, so that the augmentation compiles once
     def normalize(self, images, steps=None):
@@ -117,15 +122,6 @@ class Method(Lockable, nn.Module):
         """
         unit = to_unit(images) if steps is None else self.augment(images, steps)
         return normalize(unit, self.preprocessing.mean, self.preprocessing.std)
-
-    def dummy_batch(self, batch_size, device):
-        """{view: zeros} in the shapes of a training batch, to warm up with."""
-        size = (batch_size, 3, self.image_size, self.image_size)
-        return {view: torch.zeros(size, device=device) for view in self.views}
-
-    def dummy_batches(self, batch_size, device):
-        """The same for every shape of a training batch, the largest first."""
-        return [self.dummy_batch(batch_size, device)]
 
     def encode_image(self, image):
         """(B, 3, S, S) normalised images -> (B, W), before any head."""
@@ -165,6 +161,7 @@ class CLIP(TextTower, Method):
         if not self.text:
             self.text_projection = nn.Parameter(torch.empty(tower.text_width, self.embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.register_parameter("logit_bias", None)
         if not self.text:
             self.init_text_tower()
         nn.init.normal_(self.image_projection, std=self.num_features**-0.5)
@@ -175,6 +172,11 @@ class CLIP(TextTower, Method):
     def text_tower(self):
         """Hugging Face's, a module, or this model itself, which holds the parts of CLIP's."""
         return self.text or self
+
+    def add_logit_bias(self, start):
+        """A learned bias of the logits for the sigmoid loss, and its temperature (SigLIP's)."""
+        self.logit_bias = nn.Parameter(torch.tensor(float(start)))
+        nn.init.constant_(self.logit_scale, math.log(10))
 
     @cached_property
     def tokenizer(self):
@@ -193,27 +195,18 @@ class CLIP(TextTower, Method):
         return self.text_tower.project_text(self.text_tower.forward_text(text))
 
     def forward_features(self, text=None, **images):
-        features = super().forward_features(**images) if images else {}
-        return features if text is None else {**features, "text": self.text_tower.forward_text(text)}
+        own = {} if text is None else {"text": self.text_tower.forward_text(text)}
+        return super().forward_features(**images) | own
 
     def forward_head(self, features):
+        bias = {} if self.logit_bias is None else {"logit_bias": self.logit_bias}
         return {
+            **super().forward_head(features),
             "image_embed": self.project_image(features["image"]),  # (B, D)
             "text_embed": self.text_tower.project_text(features["text"]),  # (B, D)
             "logit_scale": self.logit_scale.exp(),
+            **bias,
         }
-
-    def dummy_batch(self, batch_size, device):
-        length = self.preprocessing.context_length
-        padding = self.text.pad if self.text else 0
-        text = torch.full((batch_size, length), padding, device=device)
-        text[:, 0] = abs(padding - 1)  # a text of one token
-        return super().dummy_batch(batch_size, device) | {"text": text}
-
-    def dummy_batches(self, batch_size, device):
-        views = self.dummy_batch(batch_size, device)
-        lengths = (views["text"].shape[1], *reversed(LENGTHS))
-        return [views | {"text": views["text"][:, :length]} for length in lengths]
 
     def blocks(self):
         return [*super().blocks(), *self.text_tower.text_blocks()]
@@ -243,7 +236,7 @@ class SIMCLR(Method):
         self.image_mlp = SIMCLRHead(self.num_features, ssl_mlp_dim, ssl_emb_dim)
 
     def forward_head(self, features):
-        return contrast_views(self.image_mlp, features)
+        return {**super().forward_head(features), **contrast_views(self.image_mlp, features)}
 
 
 class SLIP(CLIP):

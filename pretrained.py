@@ -68,6 +68,8 @@ class Weights:
         with bounded(self.path):
             model = self.method(resized(self.tower, image_size), *sizes)
         state = self.state_dict
+        if "logit_bias" in state and isinstance(model, CLIP):
+            model.add_logit_bias(0)
         if image_size:
             state = image_towers.resample_positions(state, model.visual)
         checkpoint.load_weights(model, state, self.source, f"its model, {self.name}")
@@ -143,7 +145,11 @@ def head_sizes(args, state_dict):
 
 def parts_of(state_dict):
     """{key: its part of the model}."""
-    parts = {"visual": "image tower", "image_mlp": "SimCLR head"}
+    parts = {
+        "visual": "image tower",
+        "image_mlp": "SimCLR head",
+        "logit_bias": "bias of the sigmoid loss",
+    }
     kind = "Hugging Face's text tower" if layouts.has_hf_text(state_dict) else "text tower"
     return {k: parts.get(k.partition(".")[0], f"{kind} and projections") for k in state_dict}
 
@@ -259,10 +265,10 @@ def of_pair(source, place, content, state, arch):
 
 
 def check_fits(name, tower, state):
-    """Raises InputError if the towers and projections are others; a SimCLR head may be there."""
+    """Raises InputError if the towers and projections are others; a head or bias may be there."""
     with torch.device("meta"):
         own = CLIP(tower).state_dict()
-    both = {key: value for key, value in state.items() if not key.startswith("image_mlp.")}
+    both = layouts.without_extras(state)
     if faults := layouts.misfits(own, both)[0]:
         text = checkpoint.describe_mismatches(faults)
         raise InputError(f"they do not fit {name} ({text}); choose their tower")

@@ -249,6 +249,8 @@ class TextTower:
     and optimizer states load by the order of parameters. hf_text.HFText has the same methods.
     """
 
+    vocabulary, padding = VOCAB_SIZE, 0
+
     def add_text_tower(self, tower):
         width, form = tower.text_width, tower.preprocessing
         self.transformer = Transformer(width, tower.text_layers, tower.text_heads, form.activation)

@@ -14,6 +14,7 @@ import captions
 import catalog
 import eval_zeroshot
 import utils
+from contrast import InfoNCE
 from decoding import decode_image
 from eval_retrieval import (
     COLUMNS,
@@ -27,7 +28,6 @@ from evaluation import METRICS, Evaluation, top1
 from infra import distributed
 from infra.archives import read_file
 from infra.untrusted import check_inside
-from losses import InfoNCE
 from transforms import CenterCrop
 from utils import InputError
 
@@ -142,8 +142,8 @@ def contrastive_loss(images, texts, scale):
     contrast, total, parts = InfoNCE(), 0.0, math.ceil(len(images) / LOSS_BATCH)
     for image, text in zip(images.tensor_split(parts), texts.tensor_split(parts), strict=True):
         labels = torch.arange(len(image), device=image.device)
-        by_image, _ = contrast(image, text, labels, scale)
-        by_text, _ = contrast(text, image, labels, scale)
+        by_image, *_ = contrast(image, text, labels, scale)
+        by_text, *_ = contrast(text, image, labels, scale)
         total += len(image) * (by_image + by_text).item() / 2
     return total / len(images)
 
@@ -290,6 +290,21 @@ def open_tasks(model, args):
         return [eval_zeroshot.open_task(name, view, sets, labels, templates) for name in names]
     except InputError as error:
         raise InputError(f"--val-dataset: {error} (or give --val-dataset none)") from error
+
+
+def validate(model, average, validation, evaluation, run, stats):
+    """Adds the numbers of a validation to the epoch's; returns whether the weights are the best."""
+    try:
+        stats |= validation.measure_both(model, average, evaluation, run.log.info_once)
+    except InputError:
+        run.end_epoch(stats)  # what was trained is kept
+        raise
+    score = stats.get("test_accuracy", 0.0)
+    is_best = score > run.state.best_acc1
+    run.state.best_acc1 = max(score, run.state.best_acc1)
+    for line in validation.lines(stats, run.state.best_acc1):
+        run.log.info(f"epoch {run.state.epoch}: {line}")
+    return is_best
 
 
 # ---------------------------------------------------------------------------------------------

@@ -7,11 +7,13 @@ from argparse import BooleanOptionalAction
 from contextlib import contextmanager
 from dataclasses import replace
 
+import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import engine
 from infra.compilation import compile_modules
-from transforms import pack_steps
+from tokenizer import LENGTHS
+from transforms import IMAGE_VIEWS, pack_steps
 from utils import InputError, get_rng_state, number, set_rng_state
 
 
@@ -35,9 +37,33 @@ def check_flags(args, device):
         )
 
 
+def dummy_batch(model, batch_size, device):
+    """{view: tensor} in the shapes of a training batch of a models.Method, texts at their longest.
+
+    Images are zeros; a text has one token, so that the batch is padded as most are.
+    """
+    size = (batch_size, 3, model.image_size, model.image_size)
+    views = {view: torch.zeros(size, device=device) for view in model.views if view != "text"}
+    if "text" in model.views:
+        padding = model.text_tower.padding
+        shape = batch_size, model.preprocessing.context_length
+        views["text"] = torch.full(shape, padding, device=device)
+        views["text"][:, 0] = abs(padding - 1)
+    return views
+
+
+def dummy_batches(model, batch_size, device):
+    """The same for every length that texts are cut to, the longest first."""
+    views = dummy_batch(model, batch_size, device)
+    if "text" not in views:
+        return [views]
+    lengths = views["text"].shape[1], *reversed(LENGTHS)
+    return [views | {"text": views["text"][:, :length]} for length in lengths]
+
+
 def as_loaded(views, augments_on_device):
     """A model's dummy batch as the loader would have made it: uint8 images, and steps if any."""
-    raw = {v: x if v == "text" else x.byte() for v, x in views.items()}
+    raw = {v: x.byte() if v in IMAGE_VIEWS else x for v, x in views.items()}
     augmented = [v for v in ("aug1", "aug2") if v in views and augments_on_device]
     steps = {v: pack_steps([[]] * len(raw[v])).to(raw[v].device) for v in augmented}
     return {**raw, "steps": steps}

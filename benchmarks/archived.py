@@ -19,6 +19,7 @@ import optimization
 from decoding import decode_image
 from preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from towers import CausalSelfAttention
+from utils import InputError
 
 # Flags of main.py. The archived code augments images and converts them to floats on the CPU.
 FLAGS = ("--no-compile", "--augment", "cpu", "--accum", "plain", "--clip-grad-norm", "0")
@@ -42,14 +43,16 @@ def separate_towers(model, text=None, **images):
     return features if text is None else {**features, "text": model.forward_text(text)}
 
 
-def whole_contrast(contrast, queries, keys, labels, scale, hidden=None):
-    """losses.InfoNCE with all rows at once, kept for backward."""
-    total, hits = contrast.rows(queries, keys, labels, scale, hidden)
-    return total / len(queries), 100 * hits / len(queries)
+def whole_contrast(contrast, queries, *arguments, **options):
+    """contrast.InfoNCE with all rows at once, kept for backward."""
+    total, hits, found = contrast.rows(queries, *arguments, **options)
+    return total / len(queries), 100 * hits / len(queries), 100 * found / len(queries)
 
 
 def as_archived(training, args):
     """Replaces the parts of a training that are faster here than in the archived code."""
+    if args.clip_loss != "softmax" or args.duplicates != "keep":
+        raise InputError("the archived code has no --clip-loss and no --duplicates; omit --paper")
     training.model.forward_features = partial(separate_towers, training.model)
     for module in [*training.model.modules(), *training.criterion.modules()]:
         if isinstance(module, CausalSelfAttention):

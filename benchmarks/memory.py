@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 import layers
 import losses
 import main as main_script
+import warmup
 from infra.devices import PRECISIONS
 
 GPUS = (24, 40, 80, 141)  # GB
@@ -94,10 +95,12 @@ def measure(args, batch_size, device=CUDA):
         to_fake(model, device)
         layers.lock_towers(model, args)
         dtype = PRECISIONS[precision_of(args)]
-        views = model.dummy_batch(batch_size, device)
+        views = warmup.dummy_batch(model, batch_size, device)
         views = {v: x if v == "text" else x.to(dtype) for v, x in views.items()}
         with autocast(dtype), FusedAttention():
-            loss = losses.create_loss(model.loss, args.ssl_temp, args.ssl_scale)
+            loss = losses.create_loss(
+                model.loss, args.ssl_temp, args.ssl_scale, clip_loss=args.clip_loss
+            )
             saved = saved_activations(model, loss, views)
         trained = size_of(p for p in model.parameters() if p.requires_grad)
         weights = size_of(model.parameters()) + size_of(model.buffers())

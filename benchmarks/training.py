@@ -20,6 +20,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import captions
+import contrast
 import engine
 import main as main_script
 import utils
@@ -120,8 +121,9 @@ class MeasuredTraining:
         size = self.model.image_size
         views = {view: torch.randn(number, 3, size, size) for view in self.model.views}
         if "text" in views:
-            most = min(49000, getattr(self.model.text, "vocabulary", 49000))
+            most = min(49000, self.model.text_tower.vocabulary)
             views["text"] = torch.randint(1, most, (number, self.variant.caption_tokens))
+        views |= contrast.extra_views(self.args.duplicates, number)
         return devices.to_device(views, self.device)
 
     def gflop_per_sample(self):
@@ -160,7 +162,11 @@ class MeasuredTraining:
     def compile(self):
         """Compiles as main.py does; returns the outcome in words."""
         args, t = self.args, self.training
-        batches, prepare = self.model.dummy_batches(args.batch_size, self.device), warmup.unchanged
+        extra = contrast.extra_views(args.duplicates, args.batch_size, self.device)
+        batches = [
+            v | extra for v in warmup.dummy_batches(self.model, args.batch_size, self.device)
+        ]
+        prepare = warmup.unchanged
         if not self.variant.from_files:
             batches = [self.random_views(args.batch_size)]
         elif not self.variant.is_archived:

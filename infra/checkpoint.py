@@ -31,8 +31,6 @@ STAND_INS = {
     "numpy.core.multiarray.scalar": plain_scalar,
     "numpy._core.multiarray.scalar": plain_scalar,  # NumPy 2
 }
-
-
 for module in ("pathlib", "pathlib._local"):  # the latter since Python 3.13
     STAND_INS[f"{module}.PosixPath"] = STAND_INS[f"{module}.PurePosixPath"] = pathlib.PurePosixPath
 SAFE_GLOBALS = [(built, name) for name, built in STAND_INS.items()]
@@ -135,8 +133,8 @@ def describe_changes(state, facts):
         return repr(list(value) if isinstance(value, tuple) else value)[:80]
 
     old, new = dict(vars(state["args"])), facts["args"]
-    for name in old.keys() & new.keys():  # older runs gave one text to what takes several now
-        if isinstance(new[name], list) and isinstance(old[name], str):
+    for name, value in new.items():  # older runs gave one text to flags that take several now
+        if isinstance(value, list) and isinstance(old.get(name), str):
             old[name] = [old[name]]
     changes = [
         f"--{name.replace('_', '-')} {spell(new[name])} (was {spell(old[name])})"

@@ -53,6 +53,13 @@ def seeded_embeddings():
     return {name: torch.randn(12, 24, generator=generator) for name in names}
 
 
+def seeded_ids():
+    """Ids of 12 captions and images, (12, 2), some equal to others of the same and another half."""
+    captions = [0, 1, 0, 2, 3, 4, 5, 0, 6, 7, 3, 8]
+    images = [0, 1, 2, 3, 4, 5, 6, 7, 3, 4, 8, 8]
+    return torch.tensor([captions, images]).T
+
+
 def save_image(path, seed, size=(40, 30)):
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
@@ -187,13 +194,15 @@ def exact_training(name, k, exact=True, seed=0, flags=()):
     return t
 
 
-def views_of(model, rows, k):
-    """This rank's share of `rows` random samples, as k micro-batches."""
+def views_of(model, rows, k, with_ids=False):
+    """This rank's share of `rows` random samples, as k micro-batches; many ids are equal."""
     generator = torch.Generator().manual_seed(1)
     size, world_size = (rows, 3, model.image_size, model.image_size), distributed.get_world_size()
     views = {v: torch.randn(size, generator=generator, dtype=torch.float64) for v in model.views}
     if "text" in views:
         views["text"] = torch.randint(1, 400, (rows, 16), generator=generator)
+    if with_ids:
+        views["ids"] = torch.randint(0, rows, (rows, 2), generator=generator)
     mine = {v: x.chunk(world_size)[distributed.get_rank()].chunk(k) for v, x in views.items()}
     return [{v: x[i] for v, x in mine.items()} for i in range(k)]
 

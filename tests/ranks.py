@@ -3,17 +3,19 @@
 The global batch of 12 rows is the same: one process takes it whole, two ranks take halves.
 """
 
+import importlib.util
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
-from helpers import BareRun, InOrder, exact_training, seeded_embeddings, views_of
+from helpers import BareRun, InOrder, exact_training, seeded_embeddings, seeded_ids, views_of
 
 import engine
 import features
@@ -40,22 +42,41 @@ def mine(rows):
     return rows.chunk(distributed.get_world_size())[distributed.get_rank()]
 
 
-def loss_and_gradients(loss, dtype=torch.float32):
+def loss_and_gradients(loss, dtype=torch.float32, **ids):
     rows = {k: mine(v).to(dtype).requires_grad_() for k, v in seeded_embeddings().items()}
-    scale = torch.tensor(1 / 0.07, dtype=dtype, requires_grad=True)
-    metrics = loss({**rows, "logit_scale": scale})
+    scalars = {"logit_scale": 1 / 0.07, "logit_bias": -10.0}
+    rows |= {k: torch.tensor(x, dtype=dtype, requires_grad=True) for k, x in scalars.items()}
+    metrics = loss({**rows, **ids})
     metrics["loss"].backward()
-    gradients = {k: v.grad for k, v in {**rows, "logit_scale": scale}.items()}
+    gradients = {k: v.grad for k, v in rows.items()}
     return {"values": {k: v.item() for k, v in metrics.items()}, "gradients": gradients}
 
 
 def full_losses():
     """With the gradient through all gathers, in float64."""
     clip, simclr = losses.CLIPLoss(gather_with_grad=True), losses.SIMCLRLoss(0.1)
-    return {
+    result = {
         "clip_full": loss_and_gradients(clip, torch.float64),
         "simclr_full": loss_and_gradients(simclr, torch.float64),
+        "sigmoid_full": loss_and_gradients(losses.SigLIPLoss(), torch.float64),
+        "sigmoid_open_clip": loss_and_gradients(open_clips_sigmoid_loss, torch.float64),
     }
+    for duplicates in ("mask", "share"):
+        for clip in losses.CLIP_LOSSES:
+            loss = losses.create_loss("slip", 0.1, 1.0, True, clip, duplicates)
+            result[f"{clip}_{duplicates}"] = loss_and_gradients(
+                loss, torch.float64, ids=mine(seeded_ids())
+            )
+    return result
+
+
+def open_clips_sigmoid_loss(outputs):
+    path = Path(importlib.util.find_spec("open_clip").origin).parent / "loss.py"
+    spec = importlib.util.spec_from_file_location("open_clip_loss", path)  # all of it takes seconds
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    loss = module.SigLipLoss(rank=distributed.get_rank(), world_size=distributed.get_world_size())
+    embeds = [F.normalize(outputs[f"{name}_embed"], dim=-1) for name in ("image", "text")]
+    return {"loss": loss(*embeds, outputs["logit_scale"], outputs["logit_bias"])}
 
 
 def head():
@@ -79,7 +100,7 @@ def slip_gradients():
     """Every gradient of a small SLIP in float64, full CLIP gradient, averaged over ranks."""
     torch.manual_seed(0)
     model = models.create_model("SLIP_NANO8", 32, 16).double()
-    loss = losses.SLIPLoss(losses.SIMCLRLoss(0.1), 1.0, gather_with_grad=True)
+    loss = losses.create_loss("slip", gather_with_grad=True)
     images = [mine(torch.randn(12, 3, 32, 32).double()) for _ in range(3)]
     text = mine(torch.randint(1, 400, (12, 16)))
     wrapped = DistributedDataParallel(model) if distributed.get_world_size() > 1 else model
@@ -88,14 +109,14 @@ def slip_gradients():
     return {k: p.grad for k, p in model.named_parameters()}
 
 
-def accumulated(name, k, exact, **options):
+def accumulated(name, k, exact, with_ids=False, **options):
     """Gradients, metrics and buffers of one update of 16 samples, in k micro-batches a rank.
 
     Three are of unequal size.
     """
     t = exact_training(name, k, exact, **options)
     model = getattr(t.model, "module", t.model)
-    metrics = engine.update(t, views_of(model, 16, k), 0)
+    metrics = engine.update(t, views_of(model, 16, k, with_ids), 0)
     return {
         "gradients": {key: p.grad for key, p in model.named_parameters()},
         "metrics": metrics,
@@ -103,7 +124,7 @@ def accumulated(name, k, exact, **options):
     }
 
 
-LOCKS = "--lock-image --lock-image-unlocked-groups 2 --lock-text --lock-text-unlocked-layers 1"
+LOCKS = "--lock-image --lock-image-unlocked-groups 2 --lock-text"
 RATES = "--lr 1e-3 --lr-image 3e-4 --layer-decay 0.5 --ema-decay 0.5"
 
 
@@ -115,6 +136,11 @@ def updated(k):
     for step in range(3):
         engine.update(t, views_of(model, 16, k), step)
     return {"weights": model.state_dict(), "ema": t.average.module.state_dict()}
+
+
+def flags_of(name):
+    clip_loss, duplicates = name.split()
+    return ["--clip-loss", clip_loss, "--duplicates", duplicates]
 
 
 class Sourced(Dataset):
@@ -230,6 +256,12 @@ def all_results(folder):
             accumulated("SLIP_NANO8", 2, exact, flags=LOCKS.split()) for exact in (False, True)
         ],
         "updated": [updated(k) for k in (1, 2)],
+        "duplicates": {
+            (name, k): accumulated("SLIP_NANO8", k, True, with_ids=True, flags=flags_of(name))
+            for name in ("sigmoid share", "softmax mask", "softmax share")
+            for k in (1, 2)
+        },
+        "ddp": accumulated("SLIP_NANO8", 1, False, with_ids=True, flags=flags_of("sigmoid mask")),
         "clip": loss_and_gradients(losses.CLIPLoss()),
         "simclr": loss_and_gradients(losses.SIMCLRLoss(0.1)),
         **full_losses(),

@@ -43,6 +43,11 @@ def test_the_archived_way_is_the_same_training(tiny, unlimited):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_the_archived_way_knows_no_newer_loss(tiny, unlimited):
+    with pytest.raises(InputError, match="archived code has no .*; omit --paper"):
+        measured(tiny, "--duplicates", "mask", is_archived=True)
+
+
 def test_the_archived_way_replaces_each_faster_part(tiny, unlimited, monkeypatch):
     names = ("masked_attention", "separate_towers", "whole_contrast")
     parts = {name: Mock(wraps=getattr(archived, name)) for name in names}
@@ -54,9 +59,22 @@ def test_the_archived_way_replaces_each_faster_part(tiny, unlimited, monkeypatch
     assert all(part.called for part in parts.values())
 
 
-@pytest.mark.parametrize("from_files, is_archived", [(False, False), (True, False), (True, True)])
-@pytest.mark.parametrize("flags", [[], ["--update-freq", 2, "--accum", "exact"]])
-def test_phases_add_up_to_the_time(tiny, from_files, is_archived, flags, unlimited):
+EXACT = ["--update-freq", 2, "--accum", "exact"]
+IDS = ["--duplicates", "mask"]
+
+
+@pytest.mark.parametrize(
+    "flags, from_files, is_archived",
+    [
+        ([], False, False),
+        ([], True, False),
+        ([], True, True),
+        (EXACT + IDS, False, False),
+        (EXACT + IDS, True, False),
+        (EXACT, True, True),
+    ],
+)
+def test_phases_add_up_to_the_time(tiny, flags, from_files, is_archived, unlimited):
     run = measured(tiny, *flags, from_files=from_files, is_archived=is_archived)
     run.round(1)
     result = run.round(2)

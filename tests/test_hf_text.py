@@ -22,11 +22,13 @@ import eval_retrieval
 import eval_zeroshot
 import formats
 import hf_text
+import layers
 import main
 import main_linear
 import models
 import text_models
 import towers
+import warmup
 from onnx_files import write_onnx
 from pretrained import load_model, open_weights
 from utils import InputError
@@ -68,9 +70,22 @@ def test_embeddings_and_tokens_equal_open_clips(texts, kind):
         short = model.tokenizer.trim(tokens[:3])
         assert short.shape[1] < 77
         assert torch.allclose(model.encode_text(short), theirs[:3], rtol=0, atol=1e-5)
-        assert torch.isfinite(model.encode_text(torch.full((2, 9), model.text.pad))).all()
-    dummy = model.dummy_batch(3, "cpu")["text"]  # compiled with a mask, which most batches have
+        assert torch.isfinite(model.encode_text(torch.full((2, 9), model.text.padding))).all()
+    dummy = warmup.dummy_batch(model, 3, "cpu")["text"]  # padded, as most batches are
     assert dummy.shape == (3, 77) and model.tokenizer.lengths(dummy).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_locked_names_are_open_clips(texts, number):
+    from open_clip.hf_model import HFTextEncoder
+
+    peer = HFTextEncoder(str(texts["roberta"]), 32, None, "mean_pooler", "mlp")
+    peer.lock(unlocked_layers=number)
+    model, _ = create(texts["roberta"])
+    layers.lock_tower(model, "text", layers.layers_of(model), number)
+    assert {k for k, p in model.named_parameters() if not p.requires_grad} == {
+        f"text.{k}" for k, p in peer.named_parameters() if not p.requires_grad
+    }
 
 
 # ---------------------------------------------------------------------------------------------

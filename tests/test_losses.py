@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from helpers import PeakMemory, seeded_embeddings
 from launch import run_script
 
-import losses
+import contrast
 from losses import CLIPLoss, SIMCLRLoss, SLIPLoss
 
 LOSSES = {
     "clip": CLIPLoss(),
     "simclr_temp0.1": SIMCLRLoss(0.1),
-    "slip_temp0.2_scale0.5": SLIPLoss(SIMCLRLoss(0.2), 0.5),
+    "slip_temp0.2_scale0.5": SLIPLoss(CLIPLoss(), SIMCLRLoss(0.2), 0.5),
 }
 
 
@@ -55,7 +55,11 @@ def three_ranks(tmp_path_factory):
     return [torch.load(folder / f"rank{r}.pt") for r in range(3)]
 
 
-@pytest.mark.parametrize("name", ["clip_full", "simclr_full"])
+FULL = ["clip_full", "simclr_full", "sigmoid_full"]
+FULL += [f"{clip}_{how}" for clip in ("softmax", "sigmoid") for how in ("mask", "share")]
+
+
+@pytest.mark.parametrize("name", FULL)
 @pytest.mark.parametrize("number", [2, 3])
 def test_gathering_with_gradient_equals_one_process(name, number, two_ranks, three_ranks):
     results = three_ranks if number == 3 else [two_ranks["rank0"], two_ranks["rank1"]]
@@ -67,7 +71,7 @@ def test_gathering_with_gradient_equals_one_process(name, number, two_ranks, thr
         if value is None:
             continue
         parts = [r["gradients"][key] / number for r in ranks]  # DDP averages over ranks
-        got = sum(parts) if key == "logit_scale" else torch.cat(parts)
+        got = sum(parts) if key.startswith("logit_") else torch.cat(parts)
         assert torch.allclose(got, value, rtol=1e-12, atol=1e-14), key
 
 
@@ -100,7 +104,7 @@ def plain_simclr(outputs, temperature=0.1):
     ],
 )
 def test_rows_at_a_time_equal_the_whole_matrix(loss, plain, names):
-    n = 2 * losses.ROWS + 100
+    n = 2 * contrast.ROWS + 100
     generator = torch.Generator().manual_seed(0)
     rows = {k: torch.randn(n, 8, generator=generator, dtype=torch.float64) for k in names[:2]}
     rows["logit_scale"] = torch.tensor(10.0, dtype=torch.float64)
@@ -116,7 +120,7 @@ def test_rows_at_a_time_equal_the_whole_matrix(loss, plain, names):
 
 @pytest.mark.parametrize("loss", [CLIPLoss(), SIMCLRLoss()])
 def test_memory_grows_linearly_with_the_batch(loss, monkeypatch):
-    monkeypatch.setattr(losses, "ROWS", 64)
+    monkeypatch.setattr(contrast, "ROWS", 64)
 
     def peak(n):
         rows = {k: torch.randn(n, 8, requires_grad=True) for k in seeded_embeddings()}
@@ -152,7 +156,7 @@ def test_symmetry_permutation_and_scale():
     order = torch.randperm(12)
     permuted = {k: v[order] if v.ndim else v for k, v in batch.items()}
     longer = {k: 7 * v if v.ndim else v for k, v in batch.items()}
-    loss = SLIPLoss(SIMCLRLoss(0.1), 1.0)
+    loss = SLIPLoss(CLIPLoss(), SIMCLRLoss(0.1), 1.0)
     for other in (swapped, permuted, longer):
         assert loss(other)["loss"].item() == pytest.approx(loss(batch)["loss"].item(), rel=1e-12)
 

@@ -7,6 +7,7 @@ import losses
 import main
 import models
 import tests.warm  # noqa: F401
+import warmup
 from benchmarks import memory
 
 CPU = torch.device("cpu")
@@ -21,7 +22,7 @@ def test_fake_tensors_take_as_much_as_real_ones():
     """Of a tower without attention, whose kernels differ from device to device."""
     args = parse("--model SIMCLR_NANORESNET")
     model = models.create_model(args.model, args.ssl_mlp_dim, args.ssl_emb_dim)
-    views = model.dummy_batch(4, CPU)
+    views = warmup.dummy_batch(model, 4, CPU)
     saved = memory.saved_activations(model, losses.create_loss(model.loss), views)
     parts = memory.measure(args, 4, CPU)
     assert parts["activations"] == memory.size_of(saved) > 0

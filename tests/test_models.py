@@ -8,6 +8,7 @@ from helpers import seeded_weights
 
 import losses
 import models
+import warmup
 from models import create_model
 from optimization import param_groups
 from tokenizer import SimpleTokenizer
@@ -91,7 +92,7 @@ def test_forward_and_backward_equal_the_archived_code(name, reference):
     outputs = model(**{view: batch[view] for view in model.views})
     simclr = losses.SIMCLRLoss(0.1)
     loss_of = {models.CLIP: losses.CLIPLoss(), models.SIMCLR: simclr}
-    loss_of[models.SLIP] = losses.SLIPLoss(simclr, 1.0)
+    loss_of[models.SLIP] = losses.SLIPLoss(losses.CLIPLoss(), simclr, 1.0)
     metrics = loss_of[type(model)](outputs)
     metrics["loss"].backward()
 
@@ -153,7 +154,7 @@ def test_methods_take_clips_towers(name):
     """Its shapes, on the meta device, where no number is computed."""
     with torch.device("meta"):
         model = create_model(name, 32, 16)
-        views = model.dummy_batch(2, "meta")
+        views = warmup.dummy_batch(model, 2, "meta")
         outputs = model(**views)
     sizes = {"image_embed": model.embed_dim, "text_embed": model.embed_dim, "logit_scale": None}
     sizes |= {"aug1_embed": 16, "aug2_embed": 16}

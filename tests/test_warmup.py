@@ -169,7 +169,7 @@ def test_the_trial_leaves_no_trace(tracing, monkeypatch, k):
     t = exact_training("SLIP_NANORESNET", k)
     before = {key: x.clone() for key, x in t.model.state_dict().items()}
     random, optimizer = get_rng_state(), t.optimizer.state_dict()
-    views = t.model.dummy_batches(2, CPU)
+    views = warmup.dummy_batches(t.model, 2, CPU)
     views = [{k: x if k == "text" else x.double() + x.numel() for k, x in v.items()} for v in views]
     assert warmup.try_compilation(t, t.model.transformer.resblocks, views) == []
     assert_equal(dict(t.model.state_dict()), before)
@@ -199,7 +199,7 @@ def test_a_budget_keeps_fewer_activations_and_the_same_gradient(monkeypatch):
         torch._dynamo.reset()
         t, lines = start(*flags, name="CLIP_NANO8")
         assert lines == []
-        views = t.model.dummy_batch(2, CPU)
+        views = warmup.dummy_batch(t.model, 2, CPU)
         views["image"] += torch.linspace(0, 1, 32)
         kept.append(size_of(saved_activations(t.model, t.criterion, views)))
         t.criterion(t.model(**views))["loss"].backward()
