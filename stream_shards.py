@@ -12,6 +12,7 @@ import select
 import shlex
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 import zlib
@@ -277,7 +278,9 @@ def read_shard(url, keys):
             if not done:
                 raise Lost("it holds no sample")
             return
-        except Lost:
+        except Lost as reason:
             if not left:
                 raise
+            text = f"note: {url} failed after {done} pairs: {reason}; it is tried again"
+            print(text, file=sys.stderr, flush=True)
             time.sleep(PAUSE)

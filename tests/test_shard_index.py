@@ -6,6 +6,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from helpers import assert_equal, encoded, write_shards, write_tar
@@ -142,3 +143,15 @@ def test_only_shards_that_changed_are_read_again(tmp_path, monkeypatch):
     read.clear()
     load_captions("webdataset", tmp_path, ("", "", "caption"))  # may have other rows
     assert len(read) == 5
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [5, {"shards": 5}, {"shards": {"x": 5}}, {"shards": {"x": {"kept": "1"}}}, {"shards": {}}],
+)
+def test_indices_by_a_strangers_hand_are_passed_over(tmp_path, shards):
+    pattern = write_shards(tmp_path, [2])
+    batch = pa.record_batch([["a.jpg"], [["theirs"]]], arrow.SCHEMA)
+    arrow.write_arrow(tmp_path / "00000.tar.older.arrow", [batch], {"shards": shards})
+    (tmp_path / "00000.tar.damaged.arrow").write_bytes(b"ARROW1")
+    assert [texts for *_, texts in rows_of(pattern)] == [["picture 0"], ["picture 1"]]

@@ -146,11 +146,16 @@ def test_a_command_is_tried_thrice_and_what_it_lacks_is_bad(
     assert set(Counter(captions[: 6 + kept]).values()) == {1}  # a retry repeats none
 
 
-def test_a_command_that_succeeds_at_last_costs_nothing(tmp_path):
+def test_a_command_that_succeeds_at_last_costs_nothing(tmp_path, capsys):
+    """But the reader of the log learns why it waited."""
     command = "if mkdir {log}2; then " + HALF + "; exit 3; else cat {tar}; fi"
     batches = broken(tmp_path, command)
     assert sorted(captions_of(batches)) == list(range(12)) and not bad_of(batches)
     assert (tmp_path / "log").read_text() == "x\nx\n"
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note.startswith("note: pipe:echo x") and note.endswith(
+        "failed after 2 pairs: exit code 3; it is tried again"
+    )
 
 
 @pytest.mark.parametrize("number", [1, 20, 39])
