@@ -253,3 +253,18 @@ def test_ids_pass_through_ddp(rank, two_ranks):
     expected, got = (two_ranks[key]["ddp"]["gradients"] for key in ("one", rank))
     for key, value in expected.items():
         assert torch.allclose(got[key], value, rtol=1e-9, atol=1e-12), key
+
+
+def test_if_equal_captions_have_equal_embeddings_keep_and_share_are_one_loss():
+    """The keys that are right have one logit, and rows with one query share their targets."""
+    ids = torch.stack([seeded_ids()[:, 0], torch.arange(12)], 1)
+    rows = {k: x.double() for k, x in seeded_embeddings().items()}
+    first = [ids[:, 0].tolist().index(caption) for caption in ids[:, 0].tolist()]
+    rows["text_embed"] = rows["text_embed"][first]
+    results = []
+    for duplicates in ("keep", "share"):
+        metrics, gradients = loss_and_gradients(CLIPLoss(duplicates=duplicates), outputs(ids, rows))
+        texts = torch.zeros(12, 24, dtype=torch.double)
+        texts.index_add_(0, torch.tensor(first), gradients["text_embed"])  # of each caption
+        results.append((metrics, gradients | {"text_embed": texts}))
+    assert_alike(*results)
