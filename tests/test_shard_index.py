@@ -146,12 +146,11 @@ def test_only_shards_that_changed_are_read_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "facts",
-    [5, {"shards": 5}, {"shards": {"x": 5}}, {"shards": {"x": {"kept": "1"}}}, {"shards": {}}],
+    "own", [5, {"x": 5}, {"x": {"kept": "1"}}, {"x": {"kept": 1, "lost": []}}, {}, None]
 )
-def test_indices_by_a_strangers_hand_are_passed_over(tmp_path, shards):
+def test_indices_by_a_strangers_hand_are_passed_over(tmp_path, own):
     pattern = write_shards(tmp_path, [2])
     batch = pa.record_batch([["a.jpg"], [["theirs"]]], arrow.SCHEMA)
-    arrow.write_arrow(tmp_path / "00000.tar.older.arrow", [batch], {"shards": shards})
+    arrow.write_arrow(tmp_path / "00000.tar.older.arrow", [batch], {"shards": own})
     (tmp_path / "00000.tar.damaged.arrow").write_bytes(b"ARROW1")
     assert [texts for *_, texts in rows_of(pattern)] == [["picture 0"], ["picture 1"]]
