@@ -32,8 +32,14 @@ OWN = ROOT / "docs/from_open_clip.md"
 
 
 def commands_of(text):
-    """(script, words) of each command of ours; a command with dots leaves out required flags."""
-    for name, words in COMMAND.findall(text.replace("\\\n", " ")):
+    """(script, words) of each command of ours; a command with dots leaves out required flags.
+
+    A page may define NAME="the beginning of a command", and go on with $NAME.
+    """
+    text = text.replace("\\\n", " ")
+    for name, value in re.findall(r'^ *([A-Z]+)="([^"]*)"', text, re.MULTILINE):
+        text = text.replace(f"${name} ", f"{value} ")
+    for name, words in COMMAND.findall(text):
         yield name, shlex.split(words, comments=True)
 
 
