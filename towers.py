@@ -78,8 +78,8 @@ HF_TOWERS = {  # open_clip's with a text tower of Hugging Face
     "xlm-roberta-large-ViT-H-14": with_text(CLIP_TOWERS["ViT-H-14"], TEXTS["xlm-roberta-large"]),
 }
 TOWERS = SLIP_TOWERS | CLIP_TOWERS | QUICK_TOWERS | HF_TOWERS
-KNOWN = f"{', '.join(SLIP_TOWERS)}, {', '.join(CLIP_TOWERS)} (the latter also with -quickgelu), "
-KNOWN += f"{', '.join(HF_TOWERS)}, or any model name of timm"
+KNOWN = f"{', '.join(SLIP_TOWERS)}, {', '.join(CLIP_TOWERS)} (also with -quickgelu), "
+KNOWN += f"{', '.join(HF_TOWERS)}, or any model of timm"
 
 
 # ---------------------------------------------------------------------------------------------

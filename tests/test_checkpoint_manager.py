@@ -205,7 +205,7 @@ def test_flags_that_changed_are_told_when_a_run_resumes(tiny, tmp_path, capsys):
     train(tiny, tmp_path, "--lr", 0.01, "--seed", 3, "--batch-size", 8, **SMALL, epochs=2)
     assert (
         "note: it was trained with other flags, those given now apply: --epochs 2 (was 1), "
-        "--batch-size 8 (was 4), --lr 0.01 (was 0.001), --seed 3 (was 0)\n"
+        "--lr 0.01 (was 0.001), --batch-size 8 (was 4), --seed 3 (was 0)\n"
     ) in capsys.readouterr().out
     # Older runs gave one text to what takes several now.
     state = {"args": argparse.Namespace(val_dataset="imagenet", wd=0.1)}

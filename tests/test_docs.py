@@ -37,8 +37,8 @@ def commands_of(text):
     A page may define NAME="the beginning of a command", and go on with $NAME.
     """
     text = text.replace("\\\n", " ")
-    for name, value in re.findall(r'^ *([A-Z]+)="([^"]*)"', text, re.MULTILINE):
-        text = text.replace(f"${name} ", f"{value} ")
+    for whole, name, value in re.findall(r'^( *([A-Z]+)="([^"]*)")', text, re.MULTILINE):
+        text = text.replace(whole, "").replace(f"${name} ", f"{value} ")
     for name, words in COMMAND.findall(text):
         yield name, shlex.split(words, comments=True)
 

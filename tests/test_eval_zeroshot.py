@@ -186,7 +186,7 @@ def test_bad_input(tiny, trained, tmp_path):
         with pytest.raises(InputError, match=match):
             call(tiny, trained, tmp_path, "--templates", tmp_path / "templates.json")
     (tmp_path / "catalog.json").write_text('{"digits": {"type": "imagefolder", "path": 5}}')
-    with pytest.raises(InputError, match="needs a type and a path, as texts"):
+    with pytest.raises(InputError, match="'digits': path is no text: 5"):
         call(tiny, trained, tmp_path, "--catalog", tmp_path / "catalog.json")
     (tmp_path / "catalog.json").write_text('{"digits": {"type": "imagefolder", "path": "none"}}')
     with pytest.raises(InputError, match="no set of the catalog is present"):

@@ -13,7 +13,7 @@ from test_checkpoint import save_released
 
 import advice
 import main
-import models
+import warmup
 from infra.checkpoint_manager import CheckpointManager
 from infra.logger import Logger
 from utils import InputError
@@ -307,7 +307,7 @@ def test_recomputing_activations_changes_no_loss(tiny, tmp_path, method):
 
 def test_compiled_towers_and_loss_train_alike(tiny, tmp_path, monkeypatch, capsys):
     """With captions of one length, as each costs a compilation."""
-    monkeypatch.setattr(models, "LENGTHS", ())
+    monkeypatch.setattr(warmup, "LENGTHS", ())
     captions = json.loads((tiny / "captions.json").read_text())
     for annotation in captions["annotations"]:
         annotation["caption"] += " and on" * 40

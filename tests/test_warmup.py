@@ -69,7 +69,7 @@ def test_nothing_compiles_after_the_trial(tiny, tmp_path, tracing, monkeypatch, 
 
 
 def test_a_compiled_run_resumes_at_the_same_bits(tiny, tmp_path, tracing, monkeypatch):
-    monkeypatch.setattr(models, "LENGTHS", (16,))
+    monkeypatch.setattr(warmup, "LENGTHS", (16,))
     flags = {"val": "none", "model": "CLIP_NANO8"}
     for epochs in (1, 2):
         train(tiny, tmp_path / "parts", "--compile", epochs=epochs, **flags)
@@ -165,7 +165,7 @@ def test_ranks_train_compiled_as_they_do_uncompiled(two_ranks):
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_the_trial_leaves_no_trace(tracing, monkeypatch, k):
-    monkeypatch.setattr(models, "LENGTHS", ())
+    monkeypatch.setattr(warmup, "LENGTHS", ())
     t = exact_training("SLIP_NANORESNET", k)
     before = {key: x.clone() for key, x in t.model.state_dict().items()}
     random, optimizer = get_rng_state(), t.optimizer.state_dict()
@@ -193,7 +193,7 @@ def test_probe_and_fine_tuning_compile_as_well(probed, tmp_path, tracing, monkey
 def test_a_budget_keeps_fewer_activations_and_the_same_gradient(monkeypatch):
     """By a compiler that divides work between forward and backward as on CUDA, without kernels."""
     monkeypatch.setattr(compilation, "BACKEND", "aot_eager_decomp_partition")
-    monkeypatch.setattr(models, "LENGTHS", ())
+    monkeypatch.setattr(warmup, "LENGTHS", ())
     kept, gradients = [], []
     for flags in ([], ["--activation-budget", "0.5"]):
         torch._dynamo.reset()
