@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,12 @@ def pytest_runtest_setup(item):
 def pytest_collection_modifyitems(items):
     """Runs the Slurm test, the longest, first: it mostly waits."""
     items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+
+
+def pytest_collection_finish(session):
+    """Forks the server of launch.py if the tests use it, before one of them runs PyTorch."""
+    if "launch" in sys.modules and session.items:
+        sys.modules["launch"].start_server()
 
 
 @pytest.fixture(scope="session")
