@@ -1,6 +1,5 @@
 """Exact accumulation: gradients of micro-batches, on ranks, equal those of the one large batch."""
 
-
 import pytest
 import timm
 import torch
@@ -108,7 +107,7 @@ def test_memory_does_not_grow_with_the_number_of_micro_batches():
     def peak(k, exact):
         t = exact_training("SLIP_NANO8", k)
         t.exact, t.update_freq = exact, k if exact else 1
-        batches = views_of(t.model, 32 * k, t.update_freq)
+        batches = views_of(t.model, 16 * k, t.update_freq)
         with PeakMemory() as memory:
             engine.update(t, batches, 0)
         return memory.peak
