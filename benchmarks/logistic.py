@@ -2,11 +2,10 @@
 
 import time
 from functools import partial
+from importlib.metadata import version
 from statistics import median
 
 import numpy as np
-import sklearn
-import sklearn.linear_model
 import torch
 
 import features
@@ -42,7 +41,9 @@ def fit_ours(x, labels, classes, c, kind=features.LogisticRegression):
 
 
 def fit_theirs(x, labels, classes, c):
-    model = sklearn.linear_model.LogisticRegression(C=c, max_iter=1000)
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(C=c, max_iter=1000)
     model.fit(x.numpy(), labels.numpy())
     return torch.from_numpy(np.concatenate([model.coef_, model.intercept_[:, None]], axis=1))
 
@@ -59,7 +60,7 @@ def benchmark_logistic(args):
     shape = f"{args.images:,} x {args.width}, {args.classes} classes"
     print(
         f"logistic: {shape}; median of {args.rounds} rounds\n{machine()}, sklearn "
-        f"{sklearn.__version__}\n"
+        f"{version('scikit-learn')}\n"
     )
     print("  features        C   minimum  scikit-learn              this code")
     fits = {"theirs": fit_theirs, "ours": fit_ours}

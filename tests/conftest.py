@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,16 @@ import pytest
 # The processes of pytest-xdist share the cores, and results are equal to the bit only if the number
 # of threads is.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def no_wait_for_the_disk(descriptor):
+    """In the place of os.fsync, which also waits for all that other tests write, up to 20 s.
+
+    It helps when the power is cut, which no test does.
+    """
+
+
+os.fsync = no_wait_for_the_disk
 
 HERE = Path(__file__).parent
 
@@ -41,6 +52,12 @@ def pytest_runtest_setup(item):
 def pytest_collection_modifyitems(items):
     """Runs the Slurm test, the longest, first: it mostly waits."""
     items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+
+
+def pytest_collection_finish(session):
+    """Forks the server of launch.py if the tests use it, before one of them runs PyTorch."""
+    if "launch" in sys.modules and session.items:
+        sys.modules["launch"].start_server()
 
 
 @pytest.fixture(scope="session")

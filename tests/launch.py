@@ -2,8 +2,10 @@
 
 `run_command` runs the command that a user types. It imports everything anew, which takes a core
 8 s. `start` and `run_script` fork from a server that has imported everything but run no PyTorch.
+conftest.py forks that server itself from each process of pytest, once it has collected the tests.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -14,7 +16,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -24,6 +26,33 @@ SCRIPTS = ["main", "main_linear", "main_finetune", "eval_zeroshot", "eval_retrie
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([*SCRIPTS, "torch.utils.tensorboard", "timm.data", "tests.warm"])
+
+
+def fork_server(executable, arguments, descriptors):
+    """multiprocessing.util.spawnv_passfds without exec: a fork has all imports of this process.
+
+    Of its open files it keeps the streams and those that are passed, as after exec: a copy of
+    another end of a pipe would keep a reader from its end.
+    """
+    gc.collect()  # a file that is closed later would close another one of its number
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        for name in os.listdir("/proc/self/fd"):
+            if int(name) > 2 and int(name) not in descriptors:
+                with suppress(OSError):
+                    os.close(int(name))
+        exec(arguments[-1], {})
+    finally:
+        os._exit(0)
+
+
+def start_server():
+    """Starts the server that processes are forked from; to be called before PyTorch runs."""
+    resource_tracker.ensure_running()
+    with patch("multiprocessing.util.spawnv_passfds", fork_server):
+        forking()
 
 
 def forking():

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn import metrics as sk
 
 import evaluation
 
@@ -23,6 +22,8 @@ def ranking(logits, labels):
 
 
 def test_metrics_equal_scikit_learns(scores):
+    from sklearn import metrics as sk  # here, as it takes each process of pytest seconds
+
     logits, labels = scores
     r, best = ranking(logits, labels), logits.argmax(1)
     acc1 = 100 * sk.accuracy_score(labels, best)

@@ -5,9 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import PeakMemory
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, top_k_accuracy_score
-from sklearn.neighbors import KNeighborsClassifier
 
 import evaluation
 import features
@@ -156,6 +153,9 @@ def test_votes_equal_a_plain_loop(monkeypatch):
 @pytest.mark.parametrize("temperature", [0.07, features.COLDEST])
 def test_a_class_without_a_vote_is_no_candidate(k, temperature):
     """Top-5 is the share of images whose class is among the voted ones, at most five of them."""
+    from sklearn.metrics import accuracy_score, top_k_accuracy_score
+    from sklearn.neighbors import KNeighborsClassifier
+
     (train, labels), (test, test_labels) = (
         blobs(n, classes=30, seed=seed, spread=3.0) for n, seed in ((400, 0), (300, 1))
     )
@@ -178,6 +178,8 @@ def test_a_class_without_a_vote_is_no_candidate(k, temperature):
 
 @pytest.mark.parametrize("c", [0.01, 1.0, 100.0])
 def test_the_classifier_is_scikit_learns(c):
+    from sklearn.linear_model import LogisticRegression
+
     (train, labels), (test, test_labels) = blobs(300), blobs(200, seed=1)
     weights = fit(train, labels, 5, c)
     theirs = LogisticRegression(C=c, max_iter=5000, tol=1e-8).fit(train.double(), labels)
@@ -223,6 +225,8 @@ def test_the_optimum_is_at_least_as_near_as_scikit_learns(draw, c):
     entropy = F.cross_entropy(features.linear(train.double(), weights), labels)
     assert loss == pytest.approx(entropy.item(), rel=1e-12)
     assert torch.allclose(torch.autograd.grad(entropy, weights)[0], gradient, atol=1e-12)
+
+    from sklearn.linear_model import LogisticRegression
 
     theirs = LogisticRegression(C=c, max_iter=1000).fit(train, labels)  # scikit-learn's tolerance
     theirs = torch.from_numpy(np.c_[theirs.coef_, theirs.intercept_])

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import signal
 import tarfile
 import zipfile
 import zlib
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from helpers import save_image, write_folders
-from launch import start
+from launch import REPOSITORY, run_script
 
 import make_dataset
 import utils
@@ -194,17 +195,40 @@ def test_tables_and_coco(tmp_path, capsys):
         make("csv", "--table", tmp_path / "t.csv", "--output", tmp_path / "t.pkl")
 
 
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {repository!r})
+import make_dataset
+from infra import arrow
+
+arrow.BATCH, write_arrow = {batch}, arrow.write_arrow
+
+def killed_at_the_third_part(path, batches, facts):
+    def killing():
+        yield from batches
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    write_arrow(path, killing() if path.name == "000002.arrow" else batches, facts)
+
+arrow.write_arrow = killed_at_the_third_part
+make_dataset.main(make_dataset.get_args_parser().parse_args({flags!r}))
+"""
+
+
 def test_a_killed_conversion_resumes(tmp_path, capsys, monkeypatch):
     """SIGKILL once two parts are there: the next call writes the others, to the same result."""
     table, output, part = (tmp_path / name for name in ("t.csv", "out.arrow", "out.arrow.part"))
-    lines = "".join(f"{i}.jpg,title {i}\n" for i in range(250_000))
+    batch, number = 2**10, 3900
+    lines = "".join(f"{i}.jpg,title {i}\n" for i in range(number))
     table.write_text(f"filepath,title\n{lines}")
-    flags = ("csv", "--table", table, "--output", output)
-    (process,) = start("make_dataset.py", flags, tmp_path / "log")
-    assert process.wait_for((part / "000001.arrow").exists)
-    process.kill()
+    flags = ("csv", "--table", str(table), "--output", str(output))
+    code = KILLED.format(repository=str(REPOSITORY), batch=batch, flags=flags)
+    (tmp_path / "killed.py").write_text(code)
+    assert run_script(tmp_path / "killed.py", []).returncode == -signal.SIGKILL
+    assert (part / "000001.arrow").exists() and not (part / "000002.arrow").exists()
     assert not output.exists()
 
+    monkeypatch.setattr(arrow, "BATCH", batch)
     written, write_arrow = [], arrow.write_arrow
 
     def watched(path, *args):
@@ -213,9 +237,9 @@ def test_a_killed_conversion_resumes(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(arrow, "write_arrow", watched)
     make(*flags)
-    assert "250,000 pairs kept, 0 rows dropped" in capsys.readouterr().out
+    assert f"{number:,} pairs kept, 0 rows dropped" in capsys.readouterr().out
     assert "000001.arrow" not in written and written[-2:] == ["000003.arrow", "merged.arrow"]
-    assert rows(output) == [(f"{i}.jpg", [f"title {i}"]) for i in range(250_000)]
+    assert rows(output) == [(f"{i}.jpg", [f"title {i}"]) for i in range(number)]
     assert not part.exists()
 
 

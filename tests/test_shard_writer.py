@@ -10,7 +10,6 @@ import pyarrow.parquet
 import pytest
 import webdataset
 from helpers import encoded, save_image, step_losses, train, write_coco
-from sklearn.datasets import load_digits
 
 import make_dataset
 import shard_writer
@@ -197,6 +196,8 @@ def test_without_a_readable_image(tmp_path):
 
 def test_digits_as_coco_table_and_shards_train_alike(tiny, tmp_path, monkeypatch):
     """Losses are equal bit for bit: the same order, crops and captions."""
+    from sklearn.datasets import load_digits
+
     root = tmp_path / "digits"
     make_dataset.save_captioned(load_digits(), range(16), str(root))
     coco = root / "annotations/captions_train2017.json"
