@@ -54,7 +54,7 @@ def run_stopped(folder, script, flags, ranks=1):
 
 
 # Of three ranks, because sums of two do not depend on their order.
-@pytest.mark.parametrize("ranks, workers", [(1, 0), (1, 4), (2, 0), (2, 2), (3, 0)])
+@pytest.mark.parametrize("ranks, workers", [(1, 0), (1, 2), (1, 4), (2, 0), (2, 2), (2, 4), (3, 0)])
 def test_a_run_stopped_at_every_update_equals_an_undisturbed_one(
     tiny, tmp_path, ranks, workers, capsys
 ):

@@ -83,7 +83,8 @@ def names_of(batches):
     return [source["path"] for batch in batches for source in batch["sources"]]
 
 
-CASES = [(0, 1, 0), (0, 3, 0), (0, 1, 4), (0, 2, 2), (0, 3, 2), (1, 2, 4)]
+CASES = [(0, 1, 0), (0, 2, 0), (0, 3, 0), (0, 1, 2), (0, 2, 2), (0, 3, 2)]
+CASES += [(1, 1, 4), (1, 2, 4), (1, 3, 4)]  # each number of ranks with each of workers, once
 
 
 @pytest.mark.parametrize("opened, ranks, workers", CASES, indirect=["opened"])
