@@ -22,14 +22,14 @@ from utils import InputError
 
 def released_args(**values):
     """As in a checkpoint from a Slurm job of the archived code."""
-    args = argparse.Namespace(model="SLIP_VITTINY8", ssl_mlp_dim=32, ssl_emb_dim=16, **values)
+    args = argparse.Namespace(model="SLIP_NANO8", ssl_mlp_dim=32, ssl_emb_dim=16, **values)
     args.output_dir = pathlib.PosixPath("/checkpoint/user/run")
     return args
 
 
 def save_released(path, prefix="module.", **more):
     torch.manual_seed(1)
-    model = create_model("SLIP_VITTINY8", 32, 16)
+    model = create_model("SLIP_NANO8", 32, 16)
     state = {prefix + key: value for key, value in model.state_dict().items()}
     optimizer = torch.optim.AdamW(optimization.param_groups(model, 0.1), foreach=False)
     for param in model.parameters():
@@ -63,7 +63,7 @@ def test_released_checkpoints_load(tmp_path, prefix, age):
     group = checkpoint.load(tmp_path / "c.pt")["optimizer"]["param_groups"][0]
     assert type(group["lr"]) is float and group["lr"] == 1e-5
     model, args = pretrained.load_model(tmp_path / "c.pt")
-    assert args.model == "SLIP_VITTINY8" and not hasattr(args, "ssl_scale")
+    assert args.model == "SLIP_NANO8" and not hasattr(args, "ssl_scale")
     assert str(args.output_dir) == "/checkpoint/user/run"
     assert not model.training
     for key, value in expected.state_dict().items():
@@ -181,9 +181,9 @@ def test_absent_and_foreign_files(tmp_path):
 @pytest.mark.parametrize(
     "other, match",
     [
-        ("CLIP_VITTINY8", "unknown: image_mlp"),
-        ("SIMCLR_VITTINY8", "unknown: positional_embedding"),
-        ("SLIP_VITS16", "missing: visual.blocks.4"),
+        ("CLIP_NANO8", "unknown: image_mlp"),
+        ("SIMCLR_NANO8", "unknown: positional_embedding"),
+        ("SLIP_VITTINY8", "missing: visual.blocks.2"),
     ],
 )
 def test_a_checkpoint_of_another_model_names_keys(tmp_path, other, match):
@@ -212,7 +212,7 @@ def test_a_checkpoint_of_odd_kinds(tmp_path, change):
 def test_an_optimizer_of_another_model_is_told(tmp_path):
     save_released(tmp_path / "c.pt")
     saved = checkpoint.load(tmp_path / "c.pt")["optimizer"]
-    for name in ("SLIP_VITTINY8", "CLIP_VITTINY8"):
+    for name in ("SLIP_NANO8", "CLIP_VITTINY8"):
         model = create_model(name, 64, 16)
         optimizer = torch.optim.AdamW(optimization.param_groups(model, 0.1))
         with pytest.raises(InputError, match="optimizer is of another model"):

@@ -278,7 +278,7 @@ def test_a_released_checkpoint_can_be_trained_on(tiny, tmp_path, precision):
     scaler |= {"growth_interval": 2000, "_growth_tracker": 0}
     save_released(tmp_path / "c.pt", epoch=1, scaler=scaler)
     flags = ["--resume", tmp_path / "c.pt", "--precision", precision, "--wd", 0.3]
-    train(tiny, tmp_path / "out", *flags, epochs=2, model="SLIP_VITTINY8")
+    train(tiny, tmp_path / "out", *flags, epochs=2, model="SLIP_NANO8")
     assert [row["epoch"] for row in rows(tmp_path / "out")] == [1]
     saved = weights(tmp_path / "out")["optimizer"]
     assert saved["param_groups"][0]["weight_decay"] == 0.3

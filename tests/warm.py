@@ -10,7 +10,7 @@ import tokenizer
 import towers
 
 NANO_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
-towers.TOWERS["NANO8"] = towers.Tower("vit_tiny_patch16_224", NANO_VIT, 32, 32, 2, 1)
-towers.TOWERS["NANORESNET"] = towers.Tower("test_resnet", {}, 32, 32, 2, 1)
+towers.TOWERS["NANO8"] = towers.Tower("vit_tiny_patch16_224", NANO_VIT, 32, 8, 2, 1)
+towers.TOWERS["NANORESNET"] = towers.Tower("test_resnet", {}, 32, 8, 2, 1)
 Image.init()
 tokenizer.read_merges(tokenizer.VOCABULARY)
