@@ -26,6 +26,7 @@ from utils import (
     one_line,
     read_json,
     regular_file,
+    remove_temporaries,
     write_atomically,
     write_json,
 )
@@ -190,6 +191,8 @@ class Logger:
         """
         self.output_dir = make_folder(output_dir)
         self.file, self.said, self.writers = self.output_dir / "log.txt", set(), {}
+        for name in ("log.txt", "args.json"):  # of a run that was killed; the folder is locked
+            remove_temporaries(self.output_dir / name, days=0)
         for name in dict.fromkeys(writers):
             with self.tolerant(name, WRITERS[name].faults):
                 self.writers[name] = WRITERS[name](self.output_dir, first_update)

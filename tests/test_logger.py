@@ -89,3 +89,11 @@ def test_a_named_run_has_a_folder_of_that_name(tiny, tmp_path, monkeypatch, caps
 def test_names_that_are_none(flags, match):
     with pytest.raises(InputError, match=match):
         main.output_folder(main.get_args_parser().parse_args(flags))
+
+
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
+    left = [tmp_path / f"{name}.{'0' * 16}.tmp" for name in ("log.txt", "args.json")]
+    for path in left:
+        path.write_text("half")
+    logger.Logger(tmp_path, writers=()).close()
+    assert not any(path.exists() for path in left)

@@ -274,7 +274,7 @@ def test_a_checkpoint_of_another_model(tiny, tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_a_released_checkpoint_can_be_trained_on(tiny, tmp_path, precision):
-    scaler = {"scale": 256.0, "growth_factor": 2.0, "backoff_factor": 0.5}
+    scaler = {"scale": 16.0, "growth_factor": 2.0, "backoff_factor": 0.5}
     scaler |= {"growth_interval": 2000, "_growth_tracker": 0}
     save_released(tmp_path / "c.pt", epoch=1, scaler=scaler)
     flags = ["--resume", tmp_path / "c.pt", "--precision", precision, "--wd", 0.3]
