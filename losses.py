@@ -35,6 +35,9 @@ def parse_bias(text):
     return text if text == "auto" else float(text)
 
 
+parse_bias.__name__ = "bias"  # argparse names it if text is neither
+
+
 def add_bias(model, clip_loss, start, batch):
     """Gives a model the logit bias that a sigmoid loss begins with.
 

@@ -17,6 +17,8 @@ import pytest
 # The processes of pytest-xdist share the cores, and results are equal to the bit only if the number
 # of threads is.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Nor does each of them need processes of its own to compile in, which import torch anew.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 
 def no_wait_for_the_disk(descriptor):
