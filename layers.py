@@ -152,28 +152,27 @@ def lock_towers(model, args):
         "image": (args.lock_image, args.lock_image_unlocked_groups),
         "text": (args.lock_text, args.lock_text_unlocked_layers),
     }
-    towers = layers_of(model)
     for tower, (is_asked, number) in numbers.items():
         if number and not is_asked:
             raise InputError(f"{number} unlocked groups of the {tower} tower: lock it as well")
         if is_asked:
-            lock_tower(model, tower, towers, number)
+            lock_tower(model, tower, number)
     if args.patch_dropout and "image" in model.locked_views:
         raise InputError("patch dropout: a locked image tower sees all patches; omit it")
 
 
-def lock_tower(model, tower, towers, number):
+def lock_tower(model, tower, number):
     """Locks one tower but for its last groups, so many."""
-    if tower not in towers:
+    if (found := layers_of(model).get(tower)) is None:
         raise InputError(f"lock of the {tower} tower: the model has none; omit it")
-    groups = towers[tower].groups()
+    groups = found.groups()
     if number >= len(groups):
         raise InputError(
             f"{number} unlocked groups of the {tower} tower: it has {len(groups)}; leave "
             f"{len(groups) - 1} at most, or do not lock it"
         )
     locked = places(model, groups[: len(groups) - number])
-    below = places(model, [towers[tower].stem, *towers[tower].blocks, towers[tower].last])
+    below = places(model, [found.stem, *found.blocks, found.last])
     views = [view for view in model.views if (view == "text") == (tower == "text")]
     model.lock(locked, views if below.keys() <= locked.keys() else [])
 

@@ -209,9 +209,9 @@ def create_training(model, precision, updates, args):
 
 def warm_up(model, training, log, args, augments_on_device=False):
     modules = [*model.blocks(), *training.criterion.blocks()]
-    batches = warmup.dummy_batches(model, args.batch_size, training.precision.device)
-    extra = contrast.extra_views(args.duplicates, args.batch_size, training.precision.device)
-    batches = [views | extra for views in batches]
+    shape = args.batch_size, training.precision.device
+    extra = contrast.extra_views(args.duplicates, *shape)
+    batches = warmup.dummy_batches(model, *shape, extra)
 
     def prepare(views):  # as updates do, so that the trial covers the augmentation
         return training.prepare(warmup.as_loaded(views, augments_on_device))

@@ -158,13 +158,15 @@ def cosine_scheduler(
     Warm-up ends on base_value at its last update; the cosine starts there and would reach
     final_value one update after the last. Raises InputError if warm-up outlasts training.
     """
-    if warmup_epochs > epochs:
-        raise InputError(
-            f"warm-up of {warmup_epochs} epochs exceeds training of {epochs}; lower it"
-        )
+    check_warmup(warmup_epochs, epochs, "epochs")
     warmup = np.linspace(start_warmup_value, base_value, warmup_epochs * niter_per_ep)
     steps = (epochs - warmup_epochs) * niter_per_ep
     return np.concatenate([warmup, cosine(base_value, final_value, steps)])
+
+
+def check_warmup(length, whole, unit):
+    if length > whole:
+        raise InputError(f"warm-up of {length} {unit} exceeds training of {whole}; lower it")
 
 
 def create_schedule(args, updates):
@@ -184,9 +186,7 @@ def create_schedule(args, updates):
     warmup = given * updates
     if args.warmup_steps is not None:
         warmup, unit, given = args.warmup_steps, "updates", args.warmup_steps
-    if warmup > steps:
-        length = args.epochs if unit == "epochs" else steps
-        raise InputError(f"warm-up of {given} {unit} exceeds training of {length}; lower it")
+    check_warmup(given, args.epochs if unit == "epochs" else steps, unit)
     if warmup + cooldown * updates > steps:
         raise InputError(
             f"warm-up of {given} {unit} and cool-down of {cooldown} epochs exceed training of "

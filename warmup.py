@@ -52,9 +52,12 @@ def dummy_batch(model, batch_size, device):
     return views
 
 
-def dummy_batches(model, batch_size, device):
-    """The same for every length that texts are cut to, the longest first."""
-    views = dummy_batch(model, batch_size, device)
+def dummy_batches(model, batch_size, device, extra=None):
+    """The same for every length that texts are cut to, the longest first.
+
+    extra: {view: tensor} of each batch beside the method's views.
+    """
+    views = dummy_batch(model, batch_size, device) | (extra or {})
     if "text" not in views:
         return [views]
     lengths = views["text"].shape[1], *reversed(LENGTHS)

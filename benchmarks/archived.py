@@ -40,7 +40,7 @@ def masked_attention(attention, x):
 def separate_towers(model, text=None, **images):
     """The features of all views, with one pass of the image tower per view."""
     features = {view: model.visual(x) for view, x in images.items()}
-    return features if text is None else {**features, "text": model.forward_text(text)}
+    return features if text is None else {**features, "text": model.text_tower.forward_text(text)}
 
 
 def whole_contrast(contrast, queries, *arguments, **options):

@@ -162,10 +162,9 @@ class MeasuredTraining:
     def compile(self):
         """Compiles as main.py does; returns the outcome in words."""
         args, t = self.args, self.training
-        extra = contrast.extra_views(args.duplicates, args.batch_size, self.device)
-        batches = [
-            v | extra for v in warmup.dummy_batches(self.model, args.batch_size, self.device)
-        ]
+        shape = args.batch_size, self.device
+        extra = contrast.extra_views(args.duplicates, *shape)
+        batches = warmup.dummy_batches(self.model, *shape, extra)
         prepare = warmup.unchanged
         if not self.variant.from_files:
             batches = [self.random_views(args.batch_size)]

@@ -42,9 +42,9 @@ def open_archived(folder, workers):
     return ArchivedLoader(dataset, BATCH, workers, CPU)
 
 
-def open_files(folder, workers, augment="cpu"):
+def open_files(folder, workers):
     pairs = captions.load_captions("csv", f"{folder}/pairs.csv")
-    dataset = datasets.CaptionDataset(pairs, folder, models.CLIP.views, FORM, augment=augment)
+    dataset = datasets.CaptionDataset(pairs, folder, models.CLIP.views, FORM)
     collate = datasets.Collate(SimpleTokenizer())
     return datasets.open_loader(dataset, BATCH, workers, CPU, collate_fn=collate)
 

@@ -8,6 +8,7 @@ import tarfile
 import weakref
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
@@ -19,6 +20,7 @@ from torch.utils.data import default_collate
 import main
 import tests.warm  # noqa: F401
 from infra import devices, distributed, logger
+from infra.checkpoint_manager import CheckpointManager
 from infra.logger import SilentLog
 from infra.run import TrainState
 
@@ -131,6 +133,20 @@ def train(tiny, output_dir, *extra, **options):
     flags = train_flags(tiny, output_dir, *extra, **options)
     main.main(main.get_args_parser().parse_args(flags))
     return output_dir
+
+
+def train_in_two_lives(tiny, output_dir, *extra, again=(), **options):
+    """The same, interrupted once the first epoch is saved; `again`: further flags of the second."""
+    save = CheckpointManager.save
+
+    def save_and_stop(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CheckpointManager, "save", save_and_stop)
+        train(tiny, output_dir, *extra, **options)
+    return train(tiny, output_dir, *extra, *again, **options)
 
 
 def without_folder(flags):

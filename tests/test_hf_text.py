@@ -82,7 +82,7 @@ def test_locked_names_are_open_clips(texts, number):
     peer = HFTextEncoder(str(texts["roberta"]), 32, None, "mean_pooler", "mlp")
     peer.lock(unlocked_layers=number)
     model, _ = create(texts["roberta"])
-    layers.lock_tower(model, "text", layers.layers_of(model), number)
+    layers.lock_tower(model, "text", number)
     assert {k for k, p in model.named_parameters() if not p.requires_grad} == {
         f"text.{k}" for k, p in peer.named_parameters() if not p.requires_grad
     }

@@ -6,7 +6,16 @@ import os
 import numpy as np
 import pytest
 import torch
-from helpers import assert_equal, rows, step_losses, train, train_flags, weights, write_coco
+from helpers import (
+    assert_equal,
+    rows,
+    step_losses,
+    train,
+    train_flags,
+    train_in_two_lives,
+    weights,
+    write_coco,
+)
 from launch import run_command, run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_checkpoint import save_released
@@ -14,7 +23,6 @@ from test_checkpoint import save_released
 import advice
 import main
 import warmup
-from infra.checkpoint_manager import CheckpointManager
 from infra.logger import Logger
 from utils import InputError
 
@@ -80,20 +88,10 @@ def test_every_method_trains(tiny, tmp_path, method, capsys):
     assert len(events.Scalars("train/loss")) == 8
 
 
-def test_one_epoch_and_one_more_equal_two_bit_for_bit(tiny, tmp_path, monkeypatch):
+def test_one_epoch_and_one_more_equal_two_bit_for_bit(tiny, tmp_path):
     whole = train(tiny, tmp_path / "whole", epochs=2)
-
-    save = CheckpointManager.save
-
-    def save_and_stop(*args):
-        save(*args)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(CheckpointManager, "save", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(tiny, tmp_path / "parts", epochs=2)
-    monkeypatch.undo()
-    parts = train(tiny, tmp_path / "parts", "--resume", "absent.pt", epochs=2)  # own comes first
+    again = ["--resume", "absent.pt"]  # own comes first
+    parts = train_in_two_lives(tiny, tmp_path / "parts", again=again, epochs=2)
 
     assert step_losses(parts) == step_losses(whole)
     for key in ("epoch", "state_dict", "optimizer", "best_acc1"):

@@ -7,7 +7,17 @@ from hashlib import blake2b
 
 import pytest
 import torch
-from helpers import assert_equal, encoded, rows, step_losses, train, weights, write_coco, write_tar
+from helpers import (
+    assert_equal,
+    encoded,
+    rows,
+    step_losses,
+    train,
+    train_in_two_lives,
+    weights,
+    write_coco,
+    write_tar,
+)
 from test_formats import ROWS, embed_ours, open_by_open_clip, source_of
 
 import datasets
@@ -17,7 +27,6 @@ import main
 import models
 import warmup
 from infra import compilation, distributed
-from infra.checkpoint_manager import CheckpointManager
 from preprocessing import Preprocessing
 from pretrained import load_model, open_weights
 from stream_shards import open_stream
@@ -209,21 +218,11 @@ def test_streams_have_the_same_ids(tmp_path):
         ("SIMCLR_NANO8", "--duplicates share"),
     ],
 )
-def test_a_run_resumes_bit_for_bit(model, flags, tiny, tmp_path, monkeypatch):
+def test_a_run_resumes_bit_for_bit(model, flags, tiny, tmp_path):
     options = {"epochs": 2, "val": "none", "model": model}
     flags = [*flags.split(), "--root", tmp_path, "--metadata", write_duplicates(tmp_path)]
     whole = train(tiny, tmp_path / "whole", *flags, **options)
-    save = CheckpointManager.save
-
-    def save_and_stop(*args):
-        save(*args)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(CheckpointManager, "save", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(tiny, tmp_path / "parts", *flags, **options)
-    monkeypatch.undo()
-    parts = train(tiny, tmp_path / "parts", *flags, **options)
+    parts = train_in_two_lives(tiny, tmp_path / "parts", *flags, **options)
     assert step_losses(parts) == step_losses(whole)
     for key in ("state_dict", "optimizer"):
         assert_equal(weights(parts)[key], weights(whole)[key])
